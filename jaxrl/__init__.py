@@ -1,0 +1,1 @@
+"""jaxrl: length-aware reinforcement learning with verifiable rewards, in JAX."""

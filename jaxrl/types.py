@@ -1,0 +1,80 @@
+"""The host-side records that flow through a training step, in the order they are made.
+
+    Problem -> Completion -> Group -> (selection) -> packed batch -> update
+
+All arrays here are NumPy; nothing in this file touches a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One task instance.
+
+    id: unique within its data set; part of the random key of every token sampled for it.
+    prompt: the question, before any template. answer: the reference answer, raw.
+    budget: requested response length in tokens, or None. mode: "none", "exact" or "max" (LCPO).
+    info: whatever else the data row held; passed on to user reward functions.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    task: str = ""
+    budget: int | None = None
+    mode: str = "none"
+    info: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled response.
+
+    tokens: int32 [n], the end-of-sequence token included when there was one.
+    logprobs: float32 [n], log-probability of each token under the tempered sampling distribution
+        before top-k/top-p/min-p truncation.
+    finish: "eos" (an end token was sampled) or "length" (the token limit was reached).
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish: str
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A problem, its G completions and their grades: the unit that selection keeps or drops.
+
+    prompt_tokens: int32 [p]. completions: G of them. texts: their decoded texts.
+    correct: float32 [G], 0 or 1 (accuracy before any shaping). rewards: float32 [G], what advantages see.
+    valid: bool [G]; False where grading failed (timed out, crashed): such completions carry no gradient.
+    outcomes: G of "correct", "wrong", "unparsed", "timeout", "crashed".
+    """
+
+    problem: Problem
+    prompt_tokens: np.ndarray
+    completions: list[Completion]
+    texts: list[str]
+    correct: np.ndarray
+    rewards: np.ndarray
+    valid: np.ndarray
+    outcomes: list[str]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 [G]: response lengths in tokens, end-of-sequence token included."""
+        return np.array([c.length for c in self.completions], np.int32)
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """bool [G]: responses that ran into the token limit."""
+        return np.array([c.finish == "length" for c in self.completions], bool)

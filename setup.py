@@ -1,0 +1,40 @@
+"""Packaging of jaxrl; run-time needs are in install_requires, everything else is an extra."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="jaxrl",
+    version="0.1.0",
+    description="Length-aware reinforcement learning with verifiable rewards for reasoning models, in JAX",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxrl", "jaxrl.*", "models", "models.*", "configs", "configs.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "ml-collections>=1.0",
+        "absl-py",
+        "numpy",
+        "transformers>=4.51",
+        "tokenizers",
+        "sentencepiece",
+        "protobuf",
+        "safetensors",
+        "math-verify>=0.8",
+        "pyarrow",
+        "rich",
+        "tensorboardX",
+        "matplotlib",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda]>=0.10"],
+        "wandb": ["wandb"],
+        "hub": ["datasets"],
+        "test": ["pytest", "hypothesis", "ruff"],
+    },
+)
