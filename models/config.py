@@ -36,18 +36,15 @@ class Llama3Scaling:
 
     def __post_init__(self):
         if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(
-                f"rope_scaling factor={self.factor}, low_freq_factor={self.low_freq_factor}, high_freq_factor="
-                f"{self.high_freq_factor}: need factor >= 1 and 0 < low_freq_factor < high_freq_factor"
-            )
+            raise ValueError(f"{self}: need factor >= 1 and 0 < low_freq_factor < high_freq_factor")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that fixes the decoder's parameter shapes and its arithmetic; hashable, so jit can close over it.
+    """Everything that fixes the decoder's parameters and arithmetic; hashable, so that jit can close over it.
 
-    Raises ValueError when sizes are not positive or heads do not divide. `head_dim` is given explicitly because
-    qwen3 does not derive it from hidden_size.
+    Raises ValueError when sizes are not positive or heads do not divide. `head_dim` is explicit because qwen3
+    does not derive it from hidden_size. `init_std` is the scale of randomly initialised matrices.
     """
 
     vocab_size: int
@@ -65,6 +62,7 @@ class DecoderConfig:
     tie_embeddings: bool = False
     max_position_embeddings: int = 2048
     model_type: str = "llama"
+    init_std: float = 0.02
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -72,10 +70,11 @@ class DecoderConfig:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
+                f"num_attention_heads={self.num_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs of dimensions")
+            raise ValueError(f"head_dim={self.head_dim} must be even (rotary embedding turns pairs)")
         if self.model_type not in FAMILIES:
             raise ValueError(f"model_type={self.model_type!r} is not one of {', '.join(FAMILIES)}")
 
@@ -163,6 +162,7 @@ def _parse(hf: dict[str, Any], where: str) -> DecoderConfig:
                 "max_position_embeddings", 2048 if model_type == "llama" else 32768, int
             ),
             model_type=model_type,
+            init_std=number("initializer_range", 0.02, float),
         )
     except ValueError as e:
         raise ValueError(str(e) if str(e).startswith(where) else f"{where}: {e}") from None
@@ -177,7 +177,7 @@ def _rope(hf: dict[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
     if kind not in ("default", "llama3"):
         raise ValueError(f"{where}: key '{key}' has rope_type {kind!r}: supported are default, llama3")
     if unknown := sorted(set(rope) - _ROPE_KEYS):
-        raise ValueError(f"{where}: key '{key}' has '{unknown[0]}', which is not implemented for rope_type {kind}")
+        raise ValueError(f"{where}: key '{key}' has '{unknown[0]}', not implemented for rope_type {kind}")
     if any(d.get("partial_rotary_factor", 1.0) != 1.0 for d in (hf, rope)):
         raise ValueError(f"{where}: key 'partial_rotary_factor': only 1.0 (all of the head) is implemented")
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
@@ -205,8 +205,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     architecture, qkv_bias, qk_norm = FAMILIES[config.model_type]
     if (config.qkv_bias, config.qk_norm) != (qkv_bias, qk_norm):
         raise ValueError(
-            f"qkv_bias={config.qkv_bias}, qk_norm={config.qk_norm} cannot be exported as {config.model_type}, "
-            f"which has qkv_bias={qkv_bias}, qk_norm={qk_norm}"
+            f"qkv_bias={config.qkv_bias}, qk_norm={config.qk_norm} cannot be exported as "
+            f"{config.model_type}, which has qkv_bias={qkv_bias}, qk_norm={qk_norm}"
         )
     scaling = config.rope_scaling
     hf = {
@@ -225,6 +225,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "rope_scaling": scaling and {"rope_type": "llama3", **dataclasses.asdict(scaling)},
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.init_std,
         "attention_dropout": 0.0,
         "use_cache": True,
     }
