@@ -1,0 +1,349 @@
+"""The decoder: Llama 2/3.x, Qwen2/2.5 and Qwen3 by configuration flags.
+
+One `Decoder.__call__` scores, trains, prefills and decodes, so the sampler and the learner cannot drift
+apart. Dimensions: B rows, T tokens, D width, N query heads, K key-value heads, H head size, F MLP width,
+V vocabulary, L layers, W cache window.
+
+Parameters are plain pytrees (see `init_params`), each with logical axis names for sharding. Layers are
+stacked on axis 0 and scanned for training; `sampling_layout` turns the same parameters into the unrolled,
+fused form that decoding wants.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from models.attention import attend, attend_packed
+from models.config import DecoderConfig
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@flax.struct.dataclass
+class Cache:
+    """Key-value cache whose rows are right-aligned: all rows share one clock.
+
+    Column `end` is where every row writes next, so a decode step writes one contiguous slice for the
+    whole batch instead of scattering; row b may attend to columns [start[b], end].
+
+    k, v: one [B, K, W, H] array per layer (unrolled), or stacked [L, B, K, W, H] (scanned).
+    start: int32 [B]. end: int32 [].
+    """
+
+    k: Any
+    v: Any
+    start: jax.Array
+    end: jax.Array
+
+
+def empty_cache(config: DecoderConfig, rows: int, window: int, dtype, scan_layers: bool = False) -> Cache:
+    """A zeroed cache of `rows` rows and `window` columns; every row starts at column 0."""
+    shape = (rows, config.num_kv_heads, window, config.head_dim)
+    if scan_layers:
+        k, v = jnp.zeros((config.num_layers, *shape), dtype), jnp.zeros((config.num_layers, *shape), dtype)
+    else:
+        k = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        v = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+    return Cache(k=k, v=v, start=jnp.zeros((rows,), jnp.int32), end=jnp.zeros((), jnp.int32))
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """float32 [H/2] rotary frequencies, with Llama 3's scaling where the config asks for it."""
+    half = config.head_dim // 2
+    freq = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    s = config.rope_scaling
+    if s is not None:
+        wavelength = 2 * math.pi / freq
+        smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
+            s.high_freq_factor - s.low_freq_factor
+        )
+        smooth = np.clip(smooth, 0.0, 1.0)  # 0: long wavelength, slowed down; 1: short, left alone
+        freq = (1 - smooth) * freq / s.factor + smooth * freq
+    return freq.astype(np.float32)
+
+
+def rotate(x, sin, cos):
+    """Rotary embedding in the half-split form, computed in float32. x: [B, T, N, H]; sin, cos: [B, T, 1, H/2]."""
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def rms_norm(x, scale, eps):
+    """RMSNorm over the last axis, computed in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _weights(std: float, *axes: str):
+    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+
+def _ones(*axes: str):
+    return nn.with_logical_partitioning(nn.initializers.ones, axes)
+
+
+def _zeros(*axes: str):
+    return nn.with_logical_partitioning(nn.initializers.zeros, axes)
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    implementation: str
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x, sin, cos, mask, segment_ids, layer_cache, end):
+        """x: [B, T, D] -> ([B, T, D], layer_cache). See Decoder.__call__ for the rest."""
+        c, (B, T, D) = self.config, x.shape
+        N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
+
+        def param(name, init, *shape):
+            return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+
+        if self.fused:
+            qkv = x @ param("qkv", _weights(c.init_std, "embed", "heads"), D, (N + 2 * K) * H)
+            if c.qkv_bias:
+                qkv += param("qkv_bias", _zeros("heads"), (N + 2 * K) * H)
+            q, k, v = jnp.split(qkv, [N * H, (N + K) * H], axis=-1)
+        else:
+            q = x @ param("q", _weights(c.init_std, "embed", "heads"), D, N * H)
+            k = x @ param("k", _weights(c.init_std, "embed", "kv_heads"), D, K * H)
+            v = x @ param("v", _weights(c.init_std, "embed", "kv_heads"), D, K * H)
+            if c.qkv_bias:
+                q += param("q_bias", _zeros("heads"), N * H)
+                k += param("k_bias", _zeros("kv_heads"), K * H)
+                v += param("v_bias", _zeros("kv_heads"), K * H)
+        q, k, v = (a.reshape(B, T, -1, H) for a in (q, k, v))
+        if c.qk_norm:
+            q = rms_norm(q, param("q_norm", _ones("norm"), H), c.rms_norm_eps)
+            k = rms_norm(k, param("k_norm", _ones("norm"), H), c.rms_norm_eps)
+        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+        if layer_cache is None:
+            out = attend_packed(q, k, v, segment_ids, self.implementation)
+        else:
+            at = (0, 0, end, 0)
+            keys = lax.dynamic_update_slice(
+                layer_cache[0], k.transpose(0, 2, 1, 3).astype(layer_cache[0].dtype), at
+            )
+            values = lax.dynamic_update_slice(
+                layer_cache[1], v.transpose(0, 2, 1, 3).astype(layer_cache[1].dtype), at
+            )
+            layer_cache = (keys, values)
+            out = attend(q, keys, values, mask)
+        return out.reshape(B, T, N * H) @ param(
+            "o", _weights(c.init_std, "heads", "embed"), N * H, D
+        ), layer_cache
+
+
+class MLP(nn.Module):
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x):
+        """SwiGLU. x: [..., D] -> [..., D]."""
+        c = self.config
+        D, F = c.hidden_size, c.intermediate_size
+
+        def param(name, axes, *shape):
+            return self.param(name, _weights(c.init_std, *axes), shape, self.param_dtype).astype(self.dtype)
+
+        if self.fused:
+            gate, up = jnp.split(x @ param("gate_up", ("embed", "mlp"), D, 2 * F), 2, axis=-1)
+        else:
+            gate = x @ param("gate", ("embed", "mlp"), D, F)
+            up = x @ param("up", ("embed", "mlp"), D, F)
+        return (nn.silu(gate) * up) @ param("down", ("mlp", "embed"), F, D)
+
+
+class Scale(nn.Module):
+    """RMSNorm with a learned scale."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return rms_norm(x, self.param("scale", _ones("norm"), (x.shape[-1],), self.param_dtype), self.eps)
+
+
+class Block(nn.Module):
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    implementation: str
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x, layer_cache, sin, cos, mask, segment_ids, end):
+        """Pre-norm residual block. x: [B, T, D]."""
+        c = self.config
+        h = Scale(c.rms_norm_eps, self.param_dtype, name="attn_norm")(x)
+        attention = Attention(c, self.dtype, self.param_dtype, self.implementation, self.fused, name="attn")
+        h, layer_cache = attention(h, sin, cos, mask, segment_ids, layer_cache, end)
+        x = nn.with_logical_constraint(x + h, ("batch", "seq", "act_embed"))
+        h = Scale(c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x)
+        h = MLP(c, self.dtype, self.param_dtype, self.fused, name="mlp")(h)
+        return nn.with_logical_constraint(x + h, ("batch", "seq", "act_embed")), layer_cache
+
+
+class Decoder(nn.Module):
+    """The transformer up to its final norm; `logits` and the fused log-probs apply the head.
+
+    dtype: compute dtype. param_dtype: dtype of newly initialised parameters. remat: key of REMAT_POLICIES,
+    what the backward pass recomputes per layer. attention: see models.attention. scan_layers and fused
+    choose the parameter layout (see `sampling_layout`).
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+    attention: str = "xla"
+    scan_layers: bool = True
+    fused: bool = False
+
+    @nn.compact
+    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | None = None):
+        """Hidden states of every position.
+
+        Args:
+          tokens: int32 [B, T]. positions: int32 [B, T], position of each token in its own sequence.
+          segment_ids: int32 [B, T] for packed rows without a cache; attention is causal within equal ids,
+            0 is padding. None means one sequence per row.
+          cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on.
+
+        Returns:
+          (hidden [B, T, D] in `dtype`, after the final norm; the updated cache or None).
+        """
+        c, (B, T) = self.config, tokens.shape
+        embedding = self.param(
+            "embed",
+            lambda key: {
+                "embedding": _weights(c.init_std, "vocab", "embed")(
+                    key, (c.vocab_size, c.hidden_size), self.param_dtype
+                )
+            },
+        )["embedding"]
+        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
+        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)
+        sin, cos = jnp.sin(angle), jnp.cos(angle)
+        mask = end = layers = None
+        if cache is None:
+            segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+        else:
+            end, layers = cache.end, (cache.k, cache.v)
+            column = jnp.arange(cache.k[0].shape[-2])
+            seen = column[None, None] <= end + jnp.arange(T)[None, :, None]
+            mask = seen & (column[None, None] >= cache.start[:, None, None])
+        block = Block
+        if REMAT_POLICIES[self.remat] is not None:
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        fields = (c, self.dtype, self.param_dtype, self.attention, self.fused)
+        if self.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, layers = scanned(*fields, name="layers")(x, layers, sin, cos, mask, segment_ids, end)
+        else:
+            updated = []
+            for i in range(c.num_layers):
+                layer_cache = None if cache is None else (cache.k[i], cache.v[i])
+                x, layer_cache = block(*fields, name=f"layer_{i}")(
+                    x, layer_cache, sin, cos, mask, segment_ids, end
+                )
+                updated.append(layer_cache)
+            layers = None if cache is None else tuple(zip(*updated, strict=True))
+        x = Scale(c.rms_norm_eps, self.param_dtype, name="final_norm")(x)
+        if not c.tie_embeddings:  # declared here so that init makes it; applied by logits() and the learner
+            self.param(
+                "lm_head",
+                lambda key: {
+                    "kernel": _weights(c.init_std, "embed", "vocab")(
+                        key, (c.hidden_size, c.vocab_size), self.param_dtype
+                    )
+                },
+            )
+        if cache is not None:
+            cache = cache.replace(k=layers[0], v=layers[1], end=end + T)
+        return x, cache
+
+
+def head_matrix(params):
+    """The output projection [D, V]; for tied embeddings a transposed view of the embedding."""
+    return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"].T
+
+
+def logits(params, hidden):
+    """float32 [..., V] next-token logits of hidden [..., D]."""
+    head = head_matrix(params).astype(hidden.dtype)
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def _init(config: DecoderConfig, dtype):
+    model = Decoder(config, param_dtype=dtype)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return lambda key: model.init(key, tokens, tokens)["params"]
+
+
+def init_params(config: DecoderConfig, key, dtype=jnp.float32):
+    """Random parameters (normal, std config.init_std; norms 1, biases 0), layers stacked on axis 0.
+
+    The tree: embed/embedding [V, D]; layers/{attn_norm, mlp_norm}/scale; layers/attn/{q, k, v, o, ...};
+    layers/mlp/{gate, up, down}; final_norm/scale; lm_head/kernel [D, V] unless tied.
+    """
+    return nn.unbox(_init(config, dtype)(key))
+
+
+def abstract_params(config: DecoderConfig, dtype=jnp.float32):
+    """(ShapeDtypeStruct tree, tree of logical PartitionSpecs), without allocating anything."""
+    boxed = jax.eval_shape(_init(config, dtype), jax.random.key(0))
+    return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def sampling_layout(params, config: DecoderConfig, dtype, fuse: bool = True):
+    """The same weights, unrolled by layer, cast once, with q/k/v and gate/up fused into one matrix each.
+
+    Unrolled, because a scanned decode step would copy every layer's cache in and out of the scan; fused,
+    because a decode step is bound by the number of small matrix products. Run it under jit with output
+    shardings: it is the one cast-and-reshard from training to sampling per rollout phase.
+
+    Returns: params for Decoder(config, dtype, scan_layers=False, fused=fuse).
+    """
+
+    def one(i):
+        p = jax.tree.map(lambda a: a[i].astype(dtype), params["layers"])
+        attn, mlp = dict(p["attn"]), dict(p["mlp"])
+        if fuse:
+            attn["qkv"] = jnp.concatenate([attn.pop("q"), attn.pop("k"), attn.pop("v")], axis=-1)
+            if config.qkv_bias:
+                bias = [attn.pop(f"{n}_bias") for n in "qkv"]
+                attn["qkv_bias"] = jnp.concatenate(bias, axis=-1)
+            mlp["gate_up"] = jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=-1)
+        return {**p, "attn": attn, "mlp": mlp}
+
+    rest = jax.tree.map(lambda a: a.astype(dtype), {k: v for k, v in params.items() if k != "layers"})
+    return {**rest, **{f"layer_{i}": one(i) for i in range(config.num_layers)}}
