@@ -4,12 +4,12 @@
     completion   a=9 b=3 c=0 => 0.             the value after each turn, the answer, the end token "."
     also good    => 0.     or    a=9 .. => 0.  turns may be left out; ".." is a token that says nothing
 
-One token per operand ("dial 7:", " a+5"), a label and a digit token per written turn (" a=", "9"): full working of
-a problem with n operands costs 2n+1 tokens, end token included, a direct answer 3. A length budget is one more
-token in front: "[15 tokens] " (about that many) or "[max 15 tokens] " (at most that many).
+One token per operand ("dial 7:", " a+5"), a label and a digit token per written turn (" a=", "9"): full
+working of a problem with n operands costs 2n+1 tokens, end token included, a direct answer 3. A length budget
+is one more token in front: "[15 tokens] " (about that many) or "[max 15 tokens] " (at most that many).
 
-Clamping gives every turn a strong marginal signal (its sign and size), which is why a small model learns it within
-a few hundred steps where sums modulo 10 stay at chance.
+Clamping gives every turn a strong marginal signal (its sign and size), which is why a small model learns it
+within a few hundred steps where sums modulo 10 stay at chance.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def solve(prompt: str) -> int:
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt (without budget token) is in the held-out tenth; a hash decides, so no list is kept."""
+    """Whether a prompt (without budget token) is in the held-out tenth; a hash decides, no list is kept."""
     return hashlib.sha256(prompt.encode()).digest()[0] < 26
 
 
@@ -145,7 +145,7 @@ def problems(
     mode: str = "none",
     max_budget: int = 22,
 ) -> list[Problem]:
-    """`count` problems of a split; the i-th depends on (split, seed, i) only: longer lists extend shorter ones.
+    """`count` problems of a split; the i-th depends on (split, seed, i) only: longer lists extend shorter.
 
     Short chains repeat (n = 2 has 120 distinct prompts); ids do not. The harder variant is n_max = 12.
     """
@@ -207,12 +207,12 @@ def demonstrations(
 ) -> Iterator[tuple[str, str]]:
     """Warm-start data: (prompt text, completion text without the end token) pairs, on training prompts only.
 
-    phase "full": correct working of every turn; it teaches the skill and sets the ceiling that RL can reach.
-    phase "sloppy": 55 % answer directly, 35 % leave out each turn with probability 1/2, 10 % write all; 5 % of
-        the written turns are wrong; 20 % hold one to three fillers. It sets where RL starts.
-    In both, half of the prompts carry a budget token U[4, max_budget] of one of `modes` (() for none at all), and
-    70 % of those are obeyed, sloppily: fillers before the answer bring the length up to budget x U(0.5, 1.5).
-    These budgets need not be feasible. Completions take at most max_tokens, end token included.
+    phase "full": correct working of every turn; it teaches the skill and sets the ceiling RL can reach.
+    phase "sloppy": 55 % answer directly, 35 % leave out each turn with probability 1/2, 10 % write all; 5 %
+        of the written turns are wrong; 20 % hold one to three fillers. It sets where RL starts.
+    In both, half of the prompts carry a budget token U[4, max_budget] of one of `modes` (() for none at all)
+    and 70 % of those are obeyed, sloppily: fillers before the answer bring the length up to budget times
+    U(0.5, 1.5). These budgets need not be feasible. Completions take at most max_tokens, end token included.
     Raises UserError for another phase, or when max_tokens cannot hold the full working of n_max operands.
     """
     if phase not in ("full", "sloppy"):
