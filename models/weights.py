@@ -1,0 +1,286 @@
+"""Safetensors in and out, under the Hugging Face names, one tensor at a time.
+
+Import reads only what each local device needs: every parameter is assembled from slices of the files, so no
+host ever holds the whole model. Export gathers one file's worth of tensors at a time. Hugging Face stores
+matrices as [out, in], this code as [in, out]; layers are separate tensors there and stacked on axis 0 here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import DecoderConfig, read_json, to_hf
+
+INDEX = "model.safetensors.index.json"
+# present in some checkpoints, derived from the config here
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+def hf_names(config: DecoderConfig) -> dict[tuple[str, ...], tuple[str, tuple[int, ...]]]:
+    """Path in the parameter tree -> (Hugging Face name, shape of our array).
+
+    "{}" in a name stands for the layer number, and then axis 0 of the shape is the layer. Arrays with two
+    axes besides the layer, other than the embedding, are transposed in the file.
+    """
+    c = config
+    D, F, V, L, H = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_layers, c.head_dim
+    Q, K = c.num_heads * H, c.num_kv_heads * H
+    layer = {
+        ("attn_norm", "scale"): ("input_layernorm", (D,)),
+        ("mlp_norm", "scale"): ("post_attention_layernorm", (D,)),
+        ("attn", "q"): ("self_attn.q_proj", (D, Q)),
+        ("attn", "k"): ("self_attn.k_proj", (D, K)),
+        ("attn", "v"): ("self_attn.v_proj", (D, K)),
+        ("attn", "o"): ("self_attn.o_proj", (Q, D)),
+        ("mlp", "gate"): ("mlp.gate_proj", (D, F)),
+        ("mlp", "up"): ("mlp.up_proj", (D, F)),
+        ("mlp", "down"): ("mlp.down_proj", (F, D)),
+    }
+    if c.qk_norm:
+        layer |= {("attn", f"{n}_norm"): (f"self_attn.{n}_norm", (H,)) for n in "qk"}
+    names = {("embed", "embedding"): ("model.embed_tokens.weight", (V, D))}
+    for path, (name, shape) in layer.items():
+        names["layers", *path] = f"model.layers.{{}}.{name}.weight", (L, *shape)
+    if c.qkv_bias:
+        for n, size in (("q", Q), ("k", K), ("v", K)):
+            names["layers", "attn", f"{n}_bias"] = f"model.layers.{{}}.self_attn.{n}_proj.bias", (L, size)
+    names["final_norm", "scale"] = "model.norm.weight", (D,)
+    if not c.tie_embeddings:
+        names["lm_head", "kernel"] = "lm_head.weight", (D, V)
+    return names
+
+
+def _is_transposed(path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    return len(shape) - (path[0] == "layers") == 2 and path[0] != "embed"
+
+
+def load_params(
+    directory: str | os.PathLike, config: DecoderConfig, shardings: Any = None, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """Parameters of a Hugging Face directory as the tree that Decoder(config) takes.
+
+    Args:
+      directory: holds model.safetensors, or model.safetensors.index.json and the files that it lists.
+      shardings: tree of jax.sharding.Sharding like the parameters; each process then reads only the slices of
+        its own devices. None puts everything on the default device.
+      dtype: of the returned arrays, whatever the file holds.
+
+    Raises ValueError, one line naming file and tensor: missing, unexpected or misshapen tensors, values that
+    are not finite in `dtype`, truncated or missing files.
+    """
+    root, dtype = pathlib.Path(directory), np.dtype(dtype)
+    names = hf_names(config)
+    with contextlib.ExitStack() as stack:
+        where = _open_tensors(root, stack)
+        _check(root, where, names, config)
+        params: dict = {}
+        for path, (name, shape) in names.items():
+
+            def read(index, path=path, name=name, shape=shape):
+                return _read(where, name, index, shape, _is_transposed(path, shape), dtype)
+
+            if shardings is None:
+                array = jnp.asarray(read((slice(None),) * len(shape)))
+            else:
+                sharding = shardings
+                for key in path:
+                    sharding = sharding[key]
+                array = jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
+            _set(params, path, array)
+    return params
+
+
+def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
+    """Tensor name -> (file, open safetensors handle); the files stay mapped until the stack closes."""
+    from safetensors import SafetensorError, safe_open
+
+    def open_file(path):
+        try:
+            return stack.enter_context(safe_open(path, "numpy"))
+        except SafetensorError as e:
+            raise ValueError(f"{path}: truncated or not a safetensors file ({e})") from None
+
+    single, index = root / "model.safetensors", root / INDEX
+    if single.exists():
+        handle = open_file(single)
+        return {name: (single, handle) for name in handle.keys()}
+    if not index.exists():
+        old = any(root.glob("pytorch_model*.bin"))
+        hint = "; pytorch_model.bin is not read, convert it to safetensors" if old else ""
+        raise ValueError(f"{root}: no model.safetensors and no {INDEX}{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: key 'weight_map' is missing or empty: need tensor name -> file name")
+    handles = {}
+    for file in sorted(set(weight_map.values())):
+        if not (root / file).exists():
+            tensor = min(n for n, f in weight_map.items() if f == file)
+            raise ValueError(f"{root / file}: no such file, but {INDEX} lists it (for {tensor} and others)")
+        handles[file] = open_file(root / file)
+    held = {file: set(handle.keys()) for file, handle in handles.items()}
+    for name, file in weight_map.items():
+        if name not in held[file]:
+            raise ValueError(f"{root / file}: does not hold tensor {name}, but {INDEX} says so")
+    return {name: (root / file, handles[file]) for name, file in weight_map.items()}
+
+
+def _check(root, where, names, config) -> None:
+    """All names, shapes and dtypes, from the file headers alone, so that errors come before any reading."""
+    expected = {}
+    for path, (name, shape) in names.items():
+        layers, shape = (shape[0], shape[1:]) if path[0] == "layers" else (1, shape)
+        shape = shape[::-1] if _is_transposed(path, names[path][1]) else shape
+        expected |= {name.format(i): shape for i in range(layers)}
+    hint = f"expected a {config.model_type} of {config.num_layers} layers"
+    if missing := [name for name in expected if name not in where]:
+        raise ValueError(f"{root}: tensor {missing[0]} is missing ({len(missing)} in all; {hint})")
+    # transformers too drops the head of a tied model, whether or not it was written
+    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
+    extra = sorted(n for n in where if n not in expected and n not in ignored and not _DERIVED.fullmatch(n))
+    if extra:
+        file = where[extra[0]][0]
+        raise ValueError(f"{file}: tensor {extra[0]} is unexpected ({len(extra)} in all; {hint})")
+    for name, shape in expected.items():
+        file, handle = where[name]
+        view = handle.get_slice(name)
+        if (found := view.get_shape()) != list(shape):
+            raise ValueError(f"{file}: tensor {name} has shape {found}, config needs {list(shape)}")
+        if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{file}: tensor {name} has dtype {view.get_dtype()}, need F32, F16 or BF16")
+
+
+def _read(where, name, index, shape, transposed, dtype) -> np.ndarray:
+    """The part `index` (a slice per axis) of one of our arrays, read from its files."""
+    spans = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+    if "{}" not in name:
+        return _read_tensor(where, name, spans, transposed, dtype)
+    out = np.empty([len(s) for s in spans], dtype)
+    for row, layer in enumerate(spans[0]):
+        out[row] = _read_tensor(where, name.format(layer), spans[1:], transposed, dtype)
+    return out
+
+
+def _read_tensor(where, name, spans, transposed, dtype) -> np.ndarray:
+    file, handle = where[name]
+    spans = spans[::-1] if transposed else spans
+    part = handle.get_slice(name)[tuple(slice(s.start, s.stop) for s in spans)]
+    with np.errstate(over="ignore"):  # an overflow of the cast is reported below, with its place
+        part = part.astype(dtype)
+    if not np.isfinite(part).all():
+        at = tuple(int(i[0]) for i in np.nonzero(~np.isfinite(part)))
+        place = [i + s.start for i, s in zip(at, spans, strict=True)]
+        raise ValueError(f"{file}: tensor {name} at {place} is {part[at]} as {dtype}: need finite values")
+    return np.ascontiguousarray(part.T) if transposed else part
+
+
+def _set(tree: dict, path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def save_params(
+    directory: str | os.PathLike,
+    params: Any,
+    config: DecoderConfig,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a directory that transformers, and load_params, read back as the same model, bit for bit.
+
+    Args:
+      params: the training tree (layers stacked), in the dtype to be written. May be sharded, also over
+        several processes; then all of them must call this, and process 0 writes.
+      tokenizer: a models.tokenizers.Tokenizer, saved alongside together with its EOS set, or None.
+      max_shard_bytes: above this the weights are split over files with an index; at most about this much
+        is held in host memory at a time.
+
+    config.json is written last, so that an interrupted export is not taken for a model.
+    Raises ValueError when params do not have the shapes of config.
+    """
+    from safetensors.numpy import save_file
+
+    root, writer = pathlib.Path(directory), jax.process_index() == 0
+    hf = to_hf(config) | {"torch_dtype": np.dtype(params["embed"]["embedding"].dtype).name}
+    if tokenizer is not None:
+        eos = list(tokenizer.eos_ids)
+        hf |= {"eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": tokenizer.pad_id}
+        hf |= {"bos_token_id": tokenizer.bos_id}
+    files = _plan(params, config, max_shard_bytes)
+    if writer:
+        root.mkdir(parents=True, exist_ok=True)
+        for old in (*root.glob("model*.safetensors"), root / INDEX, root / "config.json"):
+            old.unlink(missing_ok=True)
+    weight_map, total = {}, 0
+    for number, entries in enumerate(files, 1):
+        file = "model.safetensors"
+        if len(files) > 1:
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = {name: np.ascontiguousarray(_to_host(part())) for name, part in entries}
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(t.nbytes for t in tensors.values())
+        if writer:
+            save_file(tensors, root / file, metadata={"format": "pt"})
+    if not writer:
+        return
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (root / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(root)
+    (root / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan(params, config, max_shard_bytes) -> list[list[tuple[str, Any]]]:
+    """The (name, function giving the array) of every tensor, grouped into files, without reading any."""
+    files, used = [[]], 0
+    for name, part, nbytes in _tensors(params, config):
+        if files[-1] and used + nbytes > max_shard_bytes:
+            files.append([])
+            used = 0
+        files[-1].append((name, part))
+        used += nbytes
+    return files
+
+
+def _tensors(params, config) -> Iterator[tuple[str, Any, int]]:
+    names = hf_names(config)
+    arrays = {}
+    for path, (_, shape) in names.items():
+        array = params
+        for key in path:
+            array = array.get(key) if isinstance(array, dict) else None
+        if array is None or array.shape != shape:
+            found = "missing" if array is None else f"of shape {list(array.shape)}"
+            raise ValueError(f"parameter {'/'.join(path)} is {found}, config needs {list(shape)}")
+        arrays[path] = array
+    # layer by layer, so that a file of a sharded checkpoint holds whole layers as far as possible
+    order = [(path, None) for path in names if path[0] != "layers"]
+    order[1:1] = [(p, i) for i in range(config.num_layers) for p in names if p[0] == "layers"]
+    for path, layer in order:
+        name, shape = names[path]
+        array, flip = arrays[path], _is_transposed(path, shape)
+
+        def part(array=array, layer=layer, flip=flip):
+            x = array if layer is None else array[layer]
+            return x.T if flip else x
+
+        yield name.format(layer), part, array.nbytes // (1 if layer is None else shape[0])
+
+
+def _to_host(array) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
