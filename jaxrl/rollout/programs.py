@@ -1,0 +1,173 @@
+"""The jitted programs of the sampler, built by a function of (config, dtype, chunk); nothing runs here.
+
+All rows of the pool share one clock: column `end` of the cache is where every row writes next, and row b
+owns the columns [end - used[b], end). A decode step is then one contiguous write for the whole pool, and
+moving rows to another window is one uniform shift.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrl.rollout.sampling import draw, sample_keys, uniforms
+from models.config import DecoderConfig
+from models.decoder import Cache, Decoder, empty_cache, logits
+
+
+@flax.struct.dataclass
+class Rows:
+    """What a decode chunk needs to know of each row; [B] each.
+
+    token: int32, last token, not yet in the cache. used: int32, cached columns, also the position of
+    `token`. count: int32, response tokens so far. limit: int32, response tokens allowed. active: bool.
+    keys: uint32 [B, 2], from sample_keys. min_count: int32, tokens before an end token may be drawn.
+    """
+
+    token: Any
+    used: Any
+    count: Any
+    limit: Any
+    active: Any
+    keys: Any
+    min_count: Any
+
+
+@flax.struct.dataclass
+class Knobs:
+    """Sampling settings, traced: changing them compiles nothing (top_k etc. None or not is one switch).
+
+    temperature, top_p, min_p: float32 []. top_k: int32 []. eos: int32 [E], padded with -1.
+    bias: float32 [V] added to the logits, or None.
+    """
+
+    temperature: Any
+    eos: Any
+    top_k: Any = None
+    top_p: Any = None
+    min_p: Any = None
+    bias: Any = None
+
+
+class Programs(NamedTuple):
+    """prefill(params, tokens [n, P], lengths [n]) -> (k, v), prompt caches [n, K, P, H] a layer, right-aligned.
+    insert(cache, (k, v), source int32 [B], chosen bool [B]) -> cache with prompt rows copied before the clock.
+    rebase(cache, rows int32 [B'], new_end, window) -> cache of B' rows and another window, clock at new_end.
+    decode(params, cache, rows, knobs, steps, refill_at) -> (cache, tokens [chunk, B], logps, emitted [B]).
+    new_cache(rows, window) -> zeroed cache. keys(seed, step, problem [B], sample [B]) -> uint32 [B, 2].
+    """
+
+    prefill: Any
+    insert: Any
+    rebase: Any
+    decode: Any
+    new_cache: Any
+    keys: Any
+
+
+def build_programs(config: DecoderConfig, dtype, chunk: int, attention: str = "xla") -> Programs:
+    """Sampler programs for parameters in `models.decoder.sampling_layout`.
+
+    Args:
+      dtype: compute and cache dtype. chunk: most decode steps of one call (the width of its output).
+      attention: implementation for the prefill.
+    """
+    model = Decoder(config, dtype=dtype, scan_layers=False, fused=True, attention=attention)
+
+    def prefill(params, tokens, lengths):
+        n, P = tokens.shape
+        cache = empty_cache(config, n, P, dtype).replace(start=P - lengths)
+        positions = jnp.maximum(jnp.arange(P)[None] - (P - lengths)[:, None], 0)
+        cache = model.apply({"params": params}, tokens, positions, None, cache)[1]
+        return cache.k, cache.v
+
+    def insert(cache, prompt, source, chosen):
+        P = prompt[0][0].shape[2]
+
+        def put(pool, prompts):
+            at = (0, 0, cache.end - P, 0)
+            old = lax.dynamic_slice(pool, at, (pool.shape[0], pool.shape[1], P, pool.shape[3]))
+            new = jnp.where(chosen[:, None, None, None], prompts[source], old)
+            return lax.dynamic_update_slice(pool, new, at)
+
+        k, v = (tuple(map(put, pool, new)) for pool, new in ((cache.k, prompt[0]), (cache.v, prompt[1])))
+        return cache.replace(k=k, v=v)
+
+    def rebase(cache, rows, new_end, window):
+        shift = cache.end - new_end  # columns dropped at the front (added, when negative)
+
+        def move(pool):
+            padded = jnp.pad(pool[rows], ((0, 0), (0, 0), (window, window), (0, 0)))
+            return lax.dynamic_slice_in_dim(padded, window + shift, window, axis=2)
+
+        return Cache(
+            k=tuple(map(move, cache.k)), v=tuple(map(move, cache.v)), start=cache.start[rows], end=new_end
+        )
+
+    def decode(params, cache, rows, knobs, steps, refill_at):
+        B = rows.token.shape[0]
+        cache = cache.replace(start=cache.end - rows.used)
+        spread = functools.partial(jnp.broadcast_to, shape=(B,))
+        truncation = {}
+        if knobs.top_k is not None:
+            truncation = {n: spread(getattr(knobs, n)) for n in ("top_k", "top_p", "min_p")}
+        is_eos = lambda token: jnp.any(token[:, None] == knobs.eos[None], axis=-1)  # noqa: E731
+
+        def cond(carry):
+            i, _, _, done, *_ = carry
+            finished = jnp.sum(done & rows.active)
+            return (i < steps) & (finished < refill_at) & ~jnp.all(done)
+
+        def body(carry):
+            i, cache, token, done, emitted, tokens, logps = carry
+            position = (rows.used + i)[:, None]
+            hidden, cache = model.apply({"params": params}, token[:, None], position, None, cache)
+            z = logits(params, hidden[:, 0])
+            if knobs.bias is not None:
+                z = z + knobs.bias
+            z = _hold_back_eos(z, knobs.eos, rows.count + i < rows.min_count)
+            u = uniforms(rows.keys, rows.count + i)
+            token, logp = draw(z, u, spread(knobs.temperature), **truncation)
+            tokens = lax.dynamic_update_slice(tokens, token[None], (i, 0))
+            logps = lax.dynamic_update_slice(logps, logp[None], (i, 0))
+            emitted = jnp.where(done, emitted, i + 1)
+            done = done | is_eos(token) | (rows.count + i + 1 >= rows.limit)
+            return i + 1, cache, token, done, emitted, tokens, logps
+
+        start = (
+            jnp.zeros((), jnp.int32),
+            cache,
+            rows.token,
+            ~rows.active,
+            jnp.zeros((B,), jnp.int32),
+            jnp.zeros((chunk, B), jnp.int32),
+            jnp.zeros((chunk, B), jnp.float32),
+        )
+        _, cache, _, _, emitted, tokens, logps = lax.while_loop(cond, body, start)
+        return cache, tokens, logps, emitted
+
+    return Programs(
+        prefill=jax.jit(prefill),
+        insert=jax.jit(insert, donate_argnums=0),
+        rebase=jax.jit(rebase, static_argnames="window"),
+        decode=jax.jit(decode, donate_argnums=1),
+        new_cache=jax.jit(
+            lambda rows, window: empty_cache(config, rows, window, dtype), static_argnums=(0, 1)
+        ),
+        keys=jax.jit(sample_keys),
+    )
+
+
+def _hold_back_eos(z, eos, held):
+    """Set the end tokens' logits to -inf in the rows where `held`; z: [B, V], held: bool [B]."""
+
+    def mask(z):
+        column = jnp.any(jnp.arange(z.shape[-1])[:, None] == eos[None], axis=-1)
+        return jnp.where(held[:, None] & column[None], -jnp.inf, z)
+
+    return lax.cond(jnp.any(held), mask, lambda z: z, z)

@@ -1,0 +1,126 @@
+"""Drawing one token per row: temperature, truncation and a two-level inverse CDF.
+
+Random numbers: the key of a token depends on (seed, step, problem, sample, position) only, so a completion
+does not depend on which slot, batch or chunk it was decoded in.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128  # entries per block of the inverse CDF: a float32 sum of 128 blocks of 128 stays unbiased
+_BISECTIONS = 32
+
+
+def sample_keys(seed, step, problem, sample):
+    """uint32 [B, 2]: threefry key data of each row. seed, step: scalars; problem, sample: uint32 [B]."""
+
+    def one(problem, sample):
+        key = jax.random.key(seed, impl="threefry2x32")
+        for part in (step, problem, sample):
+            key = jax.random.fold_in(key, part)
+        return jax.random.key_data(key)
+
+    return jax.vmap(one)(problem, sample)
+
+
+def uniforms(keys, position):
+    """Two float32 uniforms in (0, 1] per row, [B, 2]. keys: uint32 [B, 2]; position: int32 [B]."""
+
+    def one(key, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
+        return jax.random.bits(key, (2,), jnp.uint32)
+
+    bits = jax.vmap(one)(keys, position)
+    return ((bits >> 8) + 1).astype(jnp.float32) * 2.0**-24
+
+
+def _first_at_least(weights, u):
+    """int32 [B]: first index whose running sum reaches u * total. weights >= 0 [B, n]; u in (0, 1] [B].
+
+    Running sums are only as monotone as their association; an index of weight zero is replaced by the
+    heaviest one, so that a token that was masked out can never be drawn.
+    """
+    total = jnp.cumsum(weights, axis=-1)
+    index = jnp.sum(total < u[:, None] * total[:, -1:], axis=-1)
+    index = jnp.minimum(index, weights.shape[-1] - 1).astype(jnp.int32)
+    drawn = jnp.take_along_axis(weights, index[:, None], axis=-1)[:, 0]
+    return jnp.where(drawn > 0, index, jnp.argmax(weights, axis=-1).astype(jnp.int32))
+
+
+def inverse_cdf(weights, u):
+    """Index drawn with probability proportional to weights; int32 [B].
+
+    Two levels, a block and then an entry within it, each with its own uniform: one float32 running sum
+    over 150k entries is biased, and one 24-bit uniform cannot reach small entries.
+
+    Args:
+      weights: float32 [B, V], not negative, not all zero in a row. u: float32 [B, 2] in (0, 1].
+    """
+    B, V = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    block = _first_at_least(blocks.sum(-1), u[:, 0])
+    row = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return jnp.minimum(block * BLOCK + _first_at_least(row, u[:, 1]), V - 1)
+
+
+def _threshold(z, reaches):
+    """Largest float32 threshold t [B, 1], up to bisection, with reaches(t) true; true at -inf, monotone."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        ok = reaches(middle)
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+    finite = jnp.where(jnp.isfinite(z), z, jnp.inf)
+    low = jnp.min(finite, axis=-1, keepdims=True)
+    high = jnp.nextafter(jnp.max(z, axis=-1, keepdims=True), jnp.float32(jnp.inf))
+    return jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))[0]
+
+
+def truncate(z, weights, top_k, top_p, min_p):
+    """Zero the weights outside top-k, then top-p, then min-p, in that order.
+
+    Thresholds are found by bisection instead of a sort, so the work is a few passes over the vocabulary
+    and shards over it. Ties at a threshold are all kept.
+
+    Args:
+      z: float32 [B, V] tempered logits. weights: float32 [B, V], exp(z - max z).
+      top_k: int32 [B], 0 = off. top_p: float32 [B], 1 = off. min_p: float32 [B], 0 = off.
+    """
+    V = z.shape[-1]
+    k = jnp.where(top_k > 0, top_k, V)[:, None]
+    keep = z >= _threshold(z, lambda t: jnp.sum(z >= t, axis=-1, keepdims=True) >= k)
+    weights = jnp.where(keep | (k >= V), weights, 0.0)
+    goal = top_p[:, None] * weights.sum(-1, keepdims=True)
+    mass = _threshold(z, lambda t: jnp.sum(jnp.where(z >= t, weights, 0.0), axis=-1, keepdims=True) >= goal)
+    weights = jnp.where((z >= mass) | (top_p[:, None] >= 1), weights, 0.0)
+    return jnp.where(weights >= min_p[:, None] * weights.max(-1, keepdims=True), weights, 0.0)
+
+
+def draw(logits, u, temperature, top_k=None, top_p=None, min_p=None):
+    """One token per row and its log-probability.
+
+    Args:
+      logits: float32 [B, V]. u: float32 [B, 2] from `uniforms`. temperature: float32 [B]; 0 is greedy.
+      top_k, top_p, min_p: see `truncate`; all None skips truncation altogether.
+
+    Returns:
+      token: int32 [B]. logp: float32 [B], under softmax(logits / temperature) *before* truncation, which is
+      what the learner recomputes; a greedy row reports temperature 1.
+    """
+    greedy = temperature <= 0
+    z = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    peak = jnp.max(z, axis=-1, keepdims=True)
+    weights = jnp.exp(z - peak)
+    log_total = jnp.log(jnp.sum(weights, axis=-1))
+    if top_k is not None:
+        weights = truncate(z, weights, top_k, top_p, min_p)
+    # an argmax by comparison vectorises on CPU; the (value, index) reduction does not
+    V = z.shape[-1]
+    best = jnp.min(jnp.where(z == peak, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
+    token = jnp.where(greedy, best, inverse_cdf(weights, u))
+    picked = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
+    return token, picked - peak[:, 0] - log_total
