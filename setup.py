@@ -22,6 +22,7 @@ setup(
         "transformers>=4.51",
         "tokenizers",
         "sentencepiece",
+        "jinja2",
         "protobuf",
         "safetensors",
         "math-verify>=0.8",
