@@ -1,0 +1,121 @@
+"""Weights for the mismatch between the sampler that drew the tokens and the learner that scores them.
+
+w_t = pi_old^learner / pi^sampler, always without gradient; the learner multiplies the token loss by the
+weight. Off ("none") by default: sampler and learner share one forward here. `mismatch_stats` is meant to be
+logged always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.algorithms.segments import Tokens, clean, sequence_mean, sequence_sum
+
+
+class Correction(NamedTuple):
+    fn: Callable
+    defaults: dict
+
+
+def _tokens(old_logp, sampler_logp, response_mask) -> Tokens:
+    return clean(jax.lax.stop_gradient(old_logp), sampler_logp, jnp.zeros_like(old_logp), response_mask)
+
+
+def _weight(log_weight, hyper):
+    return jnp.exp(jnp.clip(log_weight, -hyper["log_clamp"], hyper["log_clamp"]))
+
+
+def _finish(tokens, weights, changed):
+    weights = weights * tokens.mask
+    stats = {
+        "weight": jnp.sum(weights),
+        "weight_changed": jnp.sum(changed * tokens.mask),
+        "weight_zero": jnp.sum((weights == 0) * tokens.mask),
+    }
+    return weights, stats
+
+
+def none(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+    """Weight 1 for every response token."""
+    tokens = _tokens(old_logp, sampler_logp, response_mask)
+    return _finish(tokens, tokens.mask, jnp.zeros_like(tokens.mask))
+
+
+def token_tis(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+    """Token truncated importance sampling: min(w_t, cap)."""
+    tokens = _tokens(old_logp, sampler_logp, response_mask)
+    weight = _weight(tokens.log_ratio, hyper)
+    return _finish(tokens, jnp.minimum(weight, hyper["cap"]), weight > hyper["cap"])
+
+
+def sequence_tis(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+    """Sequence truncated importance sampling: min(prod_t w_t, cap) on every token of the sequence."""
+    tokens = _tokens(old_logp, sampler_logp, response_mask)
+    weight = _weight(sequence_sum(tokens.log_ratio, sequence_ids), hyper)
+    return _finish(tokens, jnp.minimum(weight, hyper["cap"]), weight > hyper["cap"])
+
+
+def sequence_mask(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+    """Masked importance sampling: prod_t w_t inside [low, high], else 0, on every token of the sequence."""
+    tokens = _tokens(old_logp, sampler_logp, response_mask)
+    weight = _weight(sequence_sum(tokens.log_ratio, sequence_ids), hyper)
+    outside = (weight < hyper["low"]) | (weight > hyper["high"])
+    return _finish(tokens, jnp.where(outside, 0, weight), outside)
+
+
+def geometric_mask(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+    """Geometric rejection: weight 1, but 0 for sequences with exp(mean_t log w_t) outside [low, high]."""
+    tokens = _tokens(old_logp, sampler_logp, response_mask)
+    weight = _weight(sequence_mean(tokens.log_ratio, tokens.mask, sequence_ids), hyper)
+    outside = (weight < hyper["low"]) | (weight > hyper["high"])
+    return _finish(tokens, jnp.where(outside, 0, jnp.ones_like(weight)), outside)
+
+
+def icepop(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+    """IcePop (Ring-1T, 2510.18855): w_t inside [low, high], else 0, token by token."""
+    tokens = _tokens(old_logp, sampler_logp, response_mask)
+    weight = _weight(tokens.log_ratio, hyper)
+    outside = (weight < hyper["low"]) | (weight > hyper["high"])
+    return _finish(tokens, jnp.where(outside, 0, weight), outside)
+
+
+# fn(old_logp, sampler_logp, response_mask, sequence_ids, hyper) -> (weights [R, T], sums over response
+# tokens: weight, weight_changed (truncated or zeroed), weight_zero). Shapes and packing as for losses.
+# Every entry has "drop_rejected": see `effective_mask`.
+CORRECTIONS: dict[str, Correction] = {
+    "none": Correction(none, {"drop_rejected": False}),
+    "token_tis": Correction(token_tis, {"cap": 2.0, "log_clamp": 20.0, "drop_rejected": False}),
+    "sequence_tis": Correction(sequence_tis, {"cap": 2.0, "log_clamp": 20.0, "drop_rejected": False}),
+    "sequence_mask": Correction(
+        sequence_mask, {"low": 0.0, "high": 3.0, "log_clamp": 20.0, "drop_rejected": False}
+    ),
+    "geometric_mask": Correction(
+        geometric_mask, {"low": 0.999, "high": 1.001, "log_clamp": 20.0, "drop_rejected": False}
+    ),
+    "icepop": Correction(icepop, {"low": 0.5, "high": 5.0, "log_clamp": 20.0, "drop_rejected": False}),
+}
+
+
+def effective_mask(response_mask: jax.Array, weights: jax.Array, hyper: dict) -> jax.Array:
+    """The mask that denominators count [R, T]: with hyper["drop_rejected"], tokens of weight 0 leave it.
+
+    False (default, as TRL): rejected tokens stay in the denominator, so rejection shrinks the step. True
+    (as slime argues): they leave it.
+    """
+    return response_mask * (weights > 0) if hyper["drop_rejected"] else response_mask
+
+
+def mismatch_stats(
+    old_logp: jax.Array, sampler_logp: jax.Array, response_mask: jax.Array
+) -> dict[str, jax.Array]:
+    """How far sampler and learner disagree, all [R, T]: {"logprob_diff": sum over response tokens of
+    |difference|, "logprob_diff_max": the largest (combine micro-batches by maximum, not by sum)}, in
+    nats.
+    """
+    tokens = _tokens(old_logp, sampler_logp, response_mask)
+    difference = jnp.abs(tokens.log_ratio) * tokens.mask
+    return {"logprob_diff": jnp.sum(difference), "logprob_diff_max": jnp.max(difference, initial=0.0)}

@@ -1,0 +1,72 @@
+"""Estimates of KL(pi || reference) from sampled tokens, as a loss term or as part of the reward.
+
+With x = log pi - log pi_ref of tokens sampled from pi:  k1 = x,  k2 = x^2 / 2,  k3 = exp(-x) + x - 1.
+Differentiated on on-policy samples, E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad
+KL(ref || pi). So as a loss use k2, k3, or "k1+" / "k3+": the value of k1 / k3 with the gradient of k2
+(straight-through).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.algorithms.segments import LOGP_FLOOR, clean, compute_dtype, sequence_sum
+
+KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")
+
+
+def kl_estimate(
+    logp: jax.Array,
+    ref_logp: jax.Array,
+    kind: str,
+    log_clamp: float = 20.0,
+    value_clamp: float = 10.0,
+    old_logp: jax.Array | None = None,
+) -> jax.Array:
+    """Token-wise KL estimate, same shape as logp, in the compute dtype; no gradient to ref_logp and old_logp.
+
+    log_clamp: k3 uses clip(-x, +-log_clamp) in the exponential. value_clamp: k3 is clipped to
+    +-value_clamp, with zero gradient beyond, as in verl; 0 switches it off (the plain formula, TRL). k1 and
+    k2 are not clamped. old_logp: multiplies the estimate by pi / pi_old, with gradient (TRL's
+    use_bias_correction_kl, DeepSeek-V3.2). Aggregate the result like a loss; positions outside the response
+    mask are not treated here. Raises ValueError for an unknown kind.
+    """
+    if kind not in KL_KINDS:
+        raise ValueError(f"unknown KL estimator {kind!r}; valid: {', '.join(KL_KINDS)}")
+    dtype = compute_dtype(logp)
+    logp = jnp.maximum(logp.astype(dtype), LOGP_FLOOR)
+    x = logp - jax.lax.stop_gradient(jnp.maximum(ref_logp.astype(dtype), LOGP_FLOOR))
+    value = x
+    if kind == "k2":
+        value = x**2 / 2
+    elif kind.startswith("k3"):
+        negative = jnp.clip(-x, -log_clamp, log_clamp)
+        value = jnp.maximum(jnp.expm1(negative) - negative, 0)
+        if value_clamp > 0:
+            value = jnp.minimum(value, value_clamp)
+    if kind.endswith("+"):
+        k2 = x**2 / 2
+        value = jax.lax.stop_gradient(value) + k2 - jax.lax.stop_gradient(k2)
+    if old_logp is None:
+        return value
+    old_logp = jax.lax.stop_gradient(jnp.maximum(old_logp.astype(dtype), LOGP_FLOOR))
+    return value * jnp.exp(jnp.clip(logp - old_logp, -20.0, 20.0))
+
+
+def sequence_kl(
+    old_logp: jax.Array,
+    ref_logp: jax.Array,
+    response_mask: jax.Array,
+    sequence_ids: jax.Array,
+    kind: str = "k1",
+) -> jax.Array:
+    """KL as a reward term: the estimate summed over each response, at every position of its sequence, no
+    gradient.
+
+    All [R, T]. The host subtracts coefficient * sum from the reward of the completion before advantages are
+    taken (as verl's use_kl_in_reward does for outcome rewards).
+    """
+    tokens = clean(old_logp, ref_logp, jnp.zeros_like(old_logp), response_mask)
+    estimate = kl_estimate(tokens.logp, tokens.old_logp, kind)
+    return jax.lax.stop_gradient(sequence_sum(estimate * tokens.mask, sequence_ids))
