@@ -1,0 +1,74 @@
+"""GRESO (2506.02177): skip prompts before sampling that have been giving groups without spread. NumPy, host.
+
+The state is a plain dict that JSON can hold, {"explore": {"easy": p, "hard": p}, "streaks": {problem id:
+[kind, n]}}, so it goes into a checkpoint as it is. A prompt whose last n groups were all correct ("easy")
+or all wrong ("hard") is sampled with probability max(p^n, floor), p the exploration probability of its
+kind; others always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl.algorithms.selection import mean_accuracy
+
+# Released constants: the target share of groups without spread is split 1 : 2 between easy and hard.
+GRESO_DEFAULTS = {
+    "start": 0.5,
+    "step": 0.01,
+    "low": 0.05,
+    "high": 0.95,
+    "floor": 0.01,
+    "target_easy": 0.25 / 3,
+    "target_hard": 0.5 / 3,
+}
+
+
+def greso_init(hyper: Mapping = GRESO_DEFAULTS) -> dict:
+    """State before the first step."""
+    return {"explore": {"easy": hyper["start"], "hard": hyper["start"]}, "streaks": {}}
+
+
+def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyper: Mapping = GRESO_DEFAULTS):
+    """Which of the prompts to sample, bool [len(ids)]. One random number is drawn per prompt, streak or
+    not, so that the stream does not depend on the state.
+    """
+    drawn = rng.random(len(ids))
+    probability = np.ones(len(ids))
+    for i, problem in enumerate(ids):
+        kind, n = state["streaks"].get(problem, ("", 0))
+        if n:
+            probability[i] = max(state["explore"][kind] ** n, hyper["floor"])
+    return drawn < probability
+
+
+def greso_update(state: Mapping, groups: Sequence[Any], hyper: Mapping = GRESO_DEFAULTS) -> dict:
+    """State after a step, from all groups it sampled (before any other selection); the argument is not
+    changed.
+
+    Streaks grow, or reset at a group with spread; groups without graded completions are ignored. Then each
+    kind's exploration probability goes one step down if its share of the groups is at or above its target
+    (explore less), else one step up, within [low, high].
+    """
+    streaks, explore = dict(state["streaks"]), dict(state["explore"])
+    counts, graded = {"easy": 0, "hard": 0}, 0
+    for group in groups:
+        accuracy = mean_accuracy(group)
+        if np.isnan(accuracy):
+            continue
+        graded += 1
+        kind = "easy" if accuracy == 1 else "hard" if accuracy == 0 else ""
+        if not kind:
+            streaks.pop(group.problem.id, None)
+            continue
+        counts[kind] += 1
+        before, n = streaks.get(group.problem.id, (kind, 0))
+        streaks[group.problem.id] = [kind, n + 1 if before == kind else 1]
+    if graded:
+        for kind, target in (("easy", hyper["target_easy"]), ("hard", hyper["target_hard"])):
+            step = -hyper["step"] if counts[kind] / graded >= target else hyper["step"]
+            explore[kind] = min(max(explore[kind] + step, hyper["low"]), hyper["high"])
+    return {"explore": explore, "streaks": streaks}

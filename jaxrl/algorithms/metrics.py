@@ -1,0 +1,82 @@
+"""Accuracy over several samples per problem, with intervals: pass@k, maj@k, Wilson and bootstrap. NumPy,
+host.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased pass@k of one problem (2107.03374 eq. 1): 1 - C(n - c, k) / C(n, k).
+
+    n samples, c of them correct, 0 <= c <= n. Raises ValueError unless 1 <= k <= n (there is no estimate
+    beyond n).
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= samples, not k {k} of {n} samples")
+    if not 0 <= c <= n:
+        raise ValueError(f"pass@k needs 0 <= correct <= samples, not {c} of {n}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def _majority(answers: Sequence[Hashable | None], correct: Sequence[float]) -> float:
+    votes = Counter(a for a in answers if a is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    winners = [a for a, v in votes.items() if v == most]
+    value = {a: c for a, c in zip(answers, correct, strict=True) if a is not None}
+    return float(np.mean([value[a] for a in winners]))
+
+
+def maj_at_k(
+    answers: Sequence[Hashable | None], correct: Sequence[float], k: int, draws: int = 1000, seed: int = 0
+) -> float:
+    """maj@k of one problem: the expected correctness of the most frequent answer among k of the n samples.
+
+    answers: n extracted answers in a normal form; None (nothing extracted) does not vote, and no vote at
+    all is wrong. correct: n of 0/1, the same for equal answers. A tie counts as its tied answers' mean
+    correctness. Averaged over all subsets of k samples if there are at most `draws`, else over `draws`
+    random ones (deterministic in seed). Raises ValueError unless 1 <= k <= n.
+    """
+    n = len(answers)
+    if not 1 <= k <= n:
+        raise ValueError(f"maj@k needs 1 <= k <= samples, not k {k} of {n} samples")
+    if math.comb(n, k) <= draws:
+        subsets = itertools.combinations(range(n), k)
+    else:
+        rng = np.random.default_rng(seed)
+        subsets = (rng.choice(n, k, replace=False) for _ in range(draws))
+    return float(np.mean([_majority([answers[i] for i in s], [correct[i] for i in s]) for s in subsets]))
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson score interval of a proportion (default 95 %); (0, 1) for n = 0. Trials must be independent."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+
+
+def bootstrap_interval(values, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, resampling problems. Deterministic in seed.
+
+    values: [problems], each the mean over its samples (samples of one problem are not independent, so the
+    problem is the unit). A single value gives (value, value). Raises ValueError if there are none.
+    """
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("bootstrap_interval needs at least one value")
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,354 @@
+"""Which graded groups are trained on. Pure functions on lists of groups; NumPy, on the host.
+
+Every entry of SELECTIONS is `fn(groups, hyper) -> (kept, dropped)`: kept is the list of groups to train on,
+in their order (for overlong, pods and gfpo with completions masked or removed), dropped counts by reason.
+Reasons that end in "completions" count completions, all others groups. `select` runs a chain of them. A
+group is anything with the fields of `jaxrl.types.Group`. Completions with valid False (grading failed) take
+no part in any decision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl.algorithms.hyper import resolve
+
+# The fields of Group that hold one entry per completion.
+PER_COMPLETION = ("completions", "texts", "correct", "rewards", "valid", "outcomes")
+
+
+class Selection(NamedTuple):
+    fn: Callable
+    defaults: dict
+
+
+def _valid(group) -> np.ndarray:
+    return np.asarray(group.valid, bool)
+
+
+def mean_length(group) -> float:
+    """Mean response length in tokens over the group's graded completions (LSPO's L(q)); NaN if there are
+    none.
+    """
+    lengths = np.asarray(group.lengths)[_valid(group)]
+    return float(np.mean(lengths)) if len(lengths) else float("nan")
+
+
+def mean_accuracy(group) -> float:
+    """Mean of `correct` over the group's graded completions; NaN if there are none."""
+    correct = np.asarray(group.correct, np.float64)[_valid(group)]
+    return float(np.mean(correct)) if len(correct) else float("nan")
+
+
+def _take(group, index):
+    """The group with only the completions `index`, in that order."""
+    changes = {}
+    for name in PER_COMPLETION:
+        value = getattr(group, name)
+        changes[name] = value[index] if isinstance(value, np.ndarray) else [value[i] for i in index]
+    return dataclasses.replace(group, **changes)
+
+
+def _partition(groups, reason: Callable[[Any], str | None]) -> tuple[list, dict[str, int]]:
+    """Keep the groups for which reason(group) is None; count the others by reason."""
+    kept, dropped = [], {}
+    for group in groups:
+        why = reason(group)
+        if why is None:
+            kept.append(group)
+        else:
+            dropped[why] = dropped.get(why, 0) + 1
+    return kept, dropped
+
+
+def none(groups, hyper):
+    """Keep everything."""
+    return list(groups), {}
+
+
+def accuracy(groups, hyper):
+    """DAPO's dynamic sampling (2503.14476 eq. 11): drop groups whose graded completions all score the same.
+
+    hyper: metric, "correct" (accuracy, as DAPO and LSPO) or "rewards" (the shaped reward). Equality is
+    exact. A group that was sampled with a single completion is kept (it has no spread to judge); one
+    without any graded completion is dropped. Reasons: all_correct, all_wrong, all_equal, ungraded.
+    """
+    if hyper["metric"] not in ("correct", "rewards"):
+        raise ValueError(f"metric must be 'correct' or 'rewards', not {hyper['metric']!r}")
+
+    def reason(group):
+        values = np.asarray(getattr(group, hyper["metric"]))[_valid(group)]
+        if not len(values):
+            return "ungraded"
+        if len(group.completions) == 1 or values.min() < values.max():
+            return None
+        if hyper["metric"] == "rewards":
+            return "all_equal"
+        return {1.0: "all_correct", 0.0: "all_wrong"}.get(float(values[0]), "all_equal")
+
+    return _partition(groups, reason)
+
+
+def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]:
+    """Quantiles of `values` [n >= 1] at the fractions, float64.
+
+    quantile "linear": NumPy's interpolated percentile, as LSPO's released code. "inf": inf{t : F(t) >= a}
+    with the empirical distribution F, as its paper defines it. They keep different groups in most small
+    batches.
+    """
+    method = {"linear": "linear", "inf": "inverted_cdf"}.get(quantile)
+    if method is None:
+        raise ValueError(f"quantile must be 'linear' or 'inf', not {quantile!r}")
+    values = np.asarray(values, np.float64)
+    return [float(np.percentile(values, 100 * a, method=method)) for a in fractions]
+
+
+def _two_ends(groups, statistic: Callable, hyper, names: tuple[str, str]):
+    """LSPO's rule on a statistic: keep m <= Q(low) or Q(high) <= m <= Q(max), after the accuracy filter."""
+    if not 0 <= hyper["low"] <= hyper["high"] <= hyper["max"] <= 1:
+        raise ValueError(
+            f"need 0 <= low <= high <= max <= 1, not {hyper['low']}, {hyper['high']}, {hyper['max']}"
+        )
+    survivors, dropped = accuracy(groups, _ACCURACY)
+    if not survivors:
+        return [], dropped
+    low, high, top = thresholds(
+        [statistic(g) for g in survivors], (hyper["low"], hyper["high"], hyper["max"]), hyper["quantile"]
+    )
+
+    def reason(group):
+        m = statistic(group)
+        if m <= low or high <= m <= top:
+            return None
+        return names[0] if m < high else names[1]
+
+    kept, more = _partition(survivors, reason)
+    return kept, {**dropped, **more}
+
+
+def lspo(groups, hyper):
+    """LSPO (2510.01459): accuracy filter, then keep the groups with short or long, but not the longest,
+    answers.
+
+        keep  L(q) <= Q(low)  or  Q(high) <= L(q) <= Q(max),   L(q) the mean response length
+
+    Thresholds are taken over the accuracy survivors of these groups (one generation batch), comparisons are
+    inclusive: no survivor keeps nothing, one survivor or equal lengths keep all. hyper: low, high, max as
+    fractions (0.30, 0.65, 0.95; the released script runs 0.30, 0.60, 0.90), quantile (see `thresholds`).
+    Reasons beyond accuracy's: middle, longest.
+    """
+    return _two_ends(groups, mean_length, hyper, ("middle", "longest"))
+
+
+def lspo_accuracy(groups, hyper):
+    """LSPO's ablation on accuracy: the same rule with the group's accuracy in place of its mean length.
+
+    hyper as lspo (released constants 0.30, 0.65, 0.95). Reasons beyond accuracy's: middle_accuracy,
+    top_accuracy.
+    """
+    return _two_ends(groups, mean_accuracy, hyper, ("middle_accuracy", "top_accuracy"))
+
+
+def _by_length(groups, hyper, reason_for: Callable):
+    """Accuracy filter, then drop by reason_for(survivors' mean lengths) -> (mean length -> reason or
+    None).
+    """
+    survivors, dropped = accuracy(groups, _ACCURACY)
+    if not survivors:
+        return [], dropped
+    reason = reason_for([mean_length(g) for g in survivors])
+    kept, more = _partition(survivors, lambda g: reason(mean_length(g)))
+    return kept, {**dropped, **more}
+
+
+def lspo_middle(groups, hyper):
+    """LSPO's ablation that keeps the middle: Q(low) <= L(q) <= Q(high). Reasons: shortest, longest."""
+
+    def reason_for(lengths):
+        low, high = thresholds(lengths, (hyper["low"], hyper["high"]), hyper["quantile"])
+        return lambda m: "shortest" if m < low else "longest" if m > high else None
+
+    return _by_length(groups, hyper, reason_for)
+
+
+def lspo_shortest(groups, hyper):
+    """Keep the shortest only: L(q) <= Q(fraction). Reason: longest."""
+
+    def reason_for(lengths):
+        (limit,) = thresholds(lengths, (hyper["fraction"],), hyper["quantile"])
+        return lambda m: "longest" if m > limit else None
+
+    return _by_length(groups, hyper, reason_for)
+
+
+def lspo_longest(groups, hyper):
+    """Keep the longest only: L(q) >= Q(1 - fraction). Reason: shortest."""
+
+    def reason_for(lengths):
+        (limit,) = thresholds(lengths, (1 - hyper["fraction"],), hyper["quantile"])
+        return lambda m: "shortest" if m < limit else None
+
+    return _by_length(groups, hyper, reason_for)
+
+
+def lspo_value(groups, hyper):
+    """LSPO's ablation with thresholds in tokens, at fractions of the range [min, max] of the mean lengths.
+
+        keep  L(q) <= min + low (max - min)  or  min + high (max - min) <= L(q) <= top
+
+    hyper: low 0.3, high 0.7, max 0.98, and upper: "released", top = max_fraction * max length (what the
+    released expression evaluates to), or "range", top = min + max_fraction (max - min), which it seems to
+    have meant. Reasons: middle, longest.
+    """
+    if hyper["upper"] not in ("released", "range"):
+        raise ValueError(f"upper must be 'released' or 'range', not {hyper['upper']!r}")
+
+    def reason_for(lengths):
+        least, most = min(lengths), max(lengths)
+        low, high = (least + hyper[k] * (most - least) for k in ("low", "high"))
+        top = hyper["max"] * most if hyper["upper"] == "released" else least + hyper["max"] * (most - least)
+
+        def reason(m):
+            if m <= low or high <= m <= top:
+                return None
+            return "middle" if m < high else "longest"
+
+        return reason
+
+    return _by_length(groups, hyper, reason_for)
+
+
+def overlong(groups, hyper):
+    """DAPO's overlong filtering (2503.14476 section 3.4): truncated completions are not trained on.
+
+    hyper: max_truncated, the largest share of truncated completions a group may have; above it (and always
+    when nothing graded is left) the whole group is dropped. Kept groups have valid False at truncated
+    completions, so they leave the advantage statistics as well. Reasons: overlong_completions (masked, in
+    kept groups), overlong.
+    """
+    kept, masked, gone = [], 0, 0
+    for group in groups:
+        cut = np.asarray(group.truncated, bool)
+        valid = _valid(group) & ~cut
+        if (len(cut) and cut.mean() > hyper["max_truncated"]) or (cut.any() and not valid.any()):
+            gone += 1
+            continue
+        masked += int((_valid(group) & cut).sum())
+        kept.append(dataclasses.replace(group, valid=valid) if cut.any() else group)
+    return kept, {k: v for k, v in (("overlong_completions", masked), ("overlong", gone)) if v}
+
+
+def max_variance_subset(rewards, keep: int) -> np.ndarray:
+    """Indices (ascending) of the `keep` entries of rewards [n] with the largest variance (PODS, 2504.13818).
+
+    An optimal subset takes the k smallest and keep - k largest for some k, so all keep + 1 candidates are
+    compared on prefix sums of the sorted rewards. Among equal variances the smallest k wins, among equal
+    rewards the order in the group.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    order = np.argsort(rewards, kind="stable")
+    n, centred = len(rewards), rewards[order] - rewards.mean()
+    s1, s2 = (np.concatenate([[0.0], np.cumsum(centred**p)]) for p in (1, 2))
+    k = np.arange(keep + 1)
+    total, squares = (s[k] + s[n] - s[n - keep + k] for s in (s1, s2))
+    best = int(np.argmax(np.round(squares / keep - (total / keep) ** 2, 12)))
+    return np.sort(np.concatenate([order[:best], order[n - keep + best :]]))
+
+
+def _reduce(groups, choose: Callable, keep: int):
+    """Cut each group with more than `keep` graded completions to those that choose(group, graded indices)
+    names.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    kept, removed = [], 0
+    for group in groups:
+        graded = np.flatnonzero(_valid(group))
+        if len(graded) > keep:
+            index = choose(group, graded)
+            removed += len(group.completions) - len(index)
+            group = _take(group, index)
+        kept.append(group)
+    return kept, {"unselected_completions": removed} if removed else {}
+
+
+def pods(groups, hyper):
+    """PODS (2504.13818): of each group's n completions keep the m = hyper["keep"] with the largest reward
+    variance.
+
+    Groups with at most m graded completions stay as they are. Reason: unselected_completions.
+    """
+
+    def choose(group, graded):
+        return graded[max_variance_subset(np.asarray(group.rewards)[graded], hyper["keep"])]
+
+    return _reduce(groups, choose, hyper["keep"])
+
+
+def gfpo(groups, hyper):
+    """GFPO (2508.09726): keep each group's k = hyper["keep"] shortest completions, or the most rewarding
+    per token.
+
+    hyper: metric, "length" or "efficiency" (reward / length). The rest gets no gradient and advantages are
+    normalised over the kept ones, which is what removing the rest does. Ties go by order. Reason:
+    unselected_completions.
+    """
+    if hyper["metric"] not in ("length", "efficiency"):
+        raise ValueError(f"metric must be 'length' or 'efficiency', not {hyper['metric']!r}")
+
+    def choose(group, graded):
+        lengths = np.asarray(group.lengths, np.float64)[graded]
+        cost = lengths
+        if hyper["metric"] == "efficiency":
+            cost = -np.asarray(group.rewards, np.float64)[graded] / np.maximum(lengths, 1)
+        return np.sort(graded[np.argsort(cost, kind="stable")[: hyper["keep"]]])
+
+    return _reduce(groups, choose, hyper["keep"])
+
+
+_ACCURACY = {"metric": "correct"}
+_LSPO = {"low": 0.30, "high": 0.65, "max": 0.95, "quantile": "linear"}
+
+SELECTIONS: dict[str, Selection] = {
+    "none": Selection(none, {}),
+    "accuracy": Selection(accuracy, _ACCURACY),
+    "lspo": Selection(lspo, _LSPO),
+    "lspo_middle": Selection(lspo_middle, {"low": 0.30, "high": 0.65, "quantile": "linear"}),
+    "lspo_shortest": Selection(lspo_shortest, {"fraction": 0.6, "quantile": "linear"}),
+    "lspo_longest": Selection(lspo_longest, {"fraction": 0.6, "quantile": "linear"}),
+    "lspo_value": Selection(lspo_value, {"low": 0.3, "high": 0.7, "max": 0.98, "upper": "released"}),
+    "lspo_accuracy": Selection(lspo_accuracy, _LSPO),
+    "overlong": Selection(overlong, {"max_truncated": 1.0}),
+    "pods": Selection(pods, {"keep": 16}),
+    "gfpo": Selection(gfpo, {"keep": 8, "metric": "length"}),
+}
+
+
+def parse_chain(chain: str | Sequence[str]) -> list[str]:
+    """ "accuracy+lspo" -> ["accuracy", "lspo"]. Raises ValueError for an unknown or empty name."""
+    names = [n.strip() for n in chain.split("+")] if isinstance(chain, str) else list(chain)
+    for name in names:
+        resolve(SELECTIONS, "selection", name)
+    return names
+
+
+def select(
+    groups: Sequence[Any], chain: str | Sequence[str], hyper: Mapping[str, Mapping] | None = None
+) -> tuple[list, dict[str, int]]:
+    """Run the selections of a chain such as "overlong+lspo" from left to right.
+
+    groups: of one generation batch (percentiles are over it). hyper: {selection name: constants that differ
+    from its defaults}. Returns the kept groups, in order, and {"name/reason": count} of what each dropped.
+    Raises ValueError for unknown names or constants.
+    """
+    kept, dropped = list(groups), {}
+    for name in parse_chain(chain):
+        entry, constants = resolve(SELECTIONS, "selection", name, (hyper or {}).get(name))
+        kept, reasons = entry.fn(kept, constants)
+        for reason, count in reasons.items():
+            dropped[f"{name}/{reason}"] = dropped.get(f"{name}/{reason}", 0) + count
+    return kept, dropped
