@@ -1,0 +1,94 @@
+"""Several processes that act as one: start-up, process 0, and decisions made from gathered values.
+
+Every function here but `initialize` must be called by all processes in the same order, from the main thread
+(they run device collectives).
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxrl.errors import UserError
+
+
+def initialize(coordinator: str | None = None, num_processes: int | None = None,
+               process_id: int | None = None, heartbeat_seconds: int = 100) -> None:
+    """Joins this process to the others. Call it before anything touches a device; a lone process needs
+    nothing.
+
+    Explicit arguments win, then JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; on TPU pods, Slurm and Open MPI jobs with more than one task, JAX finds all three by
+    itself.
+    heartbeat_seconds: when a process is silent for so long, the others are ended (each with an error).
+    Raises UserError if only some of the three are known.
+    """
+    env = os.environ
+    coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
+    if num_processes is None and "JAX_NUM_PROCESSES" in env:
+        num_processes = int(env["JAX_NUM_PROCESSES"])
+    if process_id is None and "JAX_PROCESS_ID" in env:
+        process_id = int(env["JAX_PROCESS_ID"])
+    given = [x is not None for x in (coordinator, num_processes, process_id)]
+    if jax.distributed.is_initialized() or not (any(given) or _in_cluster(env)):
+        return
+    if any(given) and not all(given) and not _in_cluster(env):
+        raise UserError("multi-process start needs all of JAX_COORDINATOR_ADDRESS=host:port, "
+                        "JAX_NUM_PROCESSES and JAX_PROCESS_ID; "
+                        f"got {coordinator}, {num_processes}, {process_id}")
+    jax.distributed.initialize(coordinator, num_processes, process_id,
+                               heartbeat_timeout_seconds=heartbeat_seconds)
+
+
+def _in_cluster(env) -> bool:
+    # Chips in this machine, not an installed libtpu: that is also used to compile for a pod from a laptop.
+    # A TPU VM of one host is a cluster of one to JAX, so there is no need to tell the two apart.
+    tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    on_tpu = bool(tpu) and importlib.util.find_spec("libtpu") and "tpu" in env.get("JAX_PLATFORMS", "tpu")
+    tasks = max(int(env.get(k, "1")) for k in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return (on_tpu and "TPU_SKIP_MDS_QUERY" not in env) or tasks > 1
+
+
+def is_main() -> bool:
+    """True in process 0, the only one that writes the run directory and talks to the console."""
+    return jax.process_index() == 0
+
+
+def allgather_bytes(data: bytes) -> list[bytes]:
+    """The bytes of every process (lengths may differ), in process order, on every process."""
+    if jax.process_count() == 1:
+        return [data]
+    sizes = multihost_utils.process_allgather(np.int32(len(data))).reshape(-1)
+    # The padded width is a power of two, so that only a few shapes are ever compiled.
+    padded = np.zeros(1 << max(10, int(sizes.max() - 1).bit_length()), np.uint8)
+    padded[:len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:n].tobytes() for row, n in zip(rows, sizes, strict=True)]
+
+
+def allgather(value: Any) -> list:
+    """The JSON-able value of every process, in process order. With one process too, tuples become lists."""
+    return [json.loads(x) for x in allgather_bytes(json.dumps(value).encode())]
+
+
+def broadcast(value: Any) -> Any:
+    """The JSON-able value of process 0, on every process; the others' argument is ignored."""
+    return allgather(value if is_main() else None)[0]
+
+
+def any_process(flag: bool) -> bool:
+    """True on every process if `flag` is true on at least one."""
+    return any(allgather(bool(flag)))
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here with the same name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

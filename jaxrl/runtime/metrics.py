@@ -1,0 +1,214 @@
+"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for.
+
+metrics.jsonl is strict JSON, one object a step, "step" first. NaN and infinities are written as null, and a
+last key "nonfinite" says what each null was ({"loss": "nan"}); `read_metrics` puts them back.
+
+Resume: `state()` goes into the checkpoint and comes back as `state=`; the file is then cut to the position it
+had, so that no step is missing or there twice. Everything before that position was on disk before the
+checkpoint was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pathlib
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl.errors import UserError
+from jaxrl.runtime.rundir import atomic_write
+
+log = logging.getLogger(__name__)
+TRACKERS = ("tensorboard", "wandb")
+
+
+class MetricsWriter:
+    """Appends records to the run's files.
+
+    run_dir: where metrics.jsonl and tensorboard/ are. trackers: any of "tensorboard", "wandb".
+    state: what `state()` returned at the checkpoint that the run continues from; None starts the files anew.
+    config: the resolved configuration, shown by Weights & Biases. wandb: further arguments of wandb.init
+        (project, name, ...). enabled: False in every process but 0; all methods are then no-ops.
+
+    A full disk does not stop the run: records wait in memory, with one warning, until they can be written. A
+    tracker that fails is switched off with a warning. Raises UserError for an unknown tracker or a missing
+    package.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, trackers: Sequence[str] = ("tensorboard",), *,
+                 state: Mapping | None = None, config: Mapping | None = None, wandb: Mapping | None = None,
+                 enabled: bool = True):
+        unknown = set(trackers) - set(TRACKERS)
+        if unknown:
+            raise UserError(f"config.trackers: unknown {min(unknown)!r}; valid are {', '.join(TRACKERS)}")
+        self._enabled = enabled
+        self._state = {"position": 0, "step": 0, "wandb_id": None, **(state or {})}
+        self._pending = self._state.pop("pending", "").encode()
+        self._disk_full = False
+        if not enabled:
+            return
+        root = pathlib.Path(run_dir)
+        self._fd = os.open(root / "metrics.jsonl", os.O_RDWR | os.O_CREAT, 0o644)
+        size, position = os.fstat(self._fd).st_size, self._state["position"]
+        if size < position:
+            log.warning("%s has %d bytes, but the checkpoint of step %d knew %d: earlier steps are missing "
+                        "from it", root / "metrics.jsonl", size, self._state["step"], position)
+            self._state["position"] = size
+        os.ftruncate(self._fd, self._state["position"])
+        self._sinks: dict[str, Any] = {}
+        if "tensorboard" in trackers:
+            self._sinks["tensorboard"] = _tensorboard(root, self._state["step"] + 1 if state else 0)
+        if "wandb" in trackers:
+            self._state["wandb_id"] = self._state["wandb_id"] or _stored_id(root / "wandb_id")
+            self._sinks["wandb"] = _wandb(root, self._state["wandb_id"], config, dict(wandb or {}))
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Adds the record of a step: scalars (Python, NumPy, jax; 0-d), strings, None, or lists and dicts of
+        them."""
+        if not self._enabled:
+            return
+        plain = {"step": int(step), **{k: _plain(v) for k, v in record.items() if k != "step"}}
+        self._pending += encode(plain)
+        self._state["step"] = int(step)
+        self._flush()
+        scalars = {k: v for k, v in plain.items() if isinstance(v, int | float) and k != "step"}
+        for name, sink in list(self._sinks.items()):
+            try:
+                _send(name, sink, scalars, int(step))
+            except Exception as e:
+                del self._sinks[name]
+                log.warning("%s failed at step %d and is switched off: %r", name, step, e)
+
+    def _flush(self) -> bool:
+        """Appends what is pending. False, with the file as it was, if the disk does not take it."""
+        data, done = self._pending, self._state["position"]
+        try:
+            while data:
+                n = os.pwrite(self._fd, data, done)
+                data, done = data[n:], done + n
+        except OSError as e:
+            os.ftruncate(self._fd, self._state["position"])  # no half line
+            if not self._disk_full:
+                log.warning("metrics.jsonl cannot be written (%s); records wait in memory until it can", e)
+            self._disk_full = True
+            return False
+        self._state["position"], self._pending, self._disk_full = done, b"", False
+        return True
+
+    def state(self) -> dict:
+        """JSON-able; call it when a checkpoint is made, after the record of that step was written.
+
+        When it returns, all records so far are on disk, or, if the disk does not take them, in the state.
+        """
+        if self._enabled:
+            self._flush()
+            try:
+                os.fsync(self._fd)
+            except OSError as e:
+                log.warning("metrics.jsonl cannot be flushed: %s", e)
+            if "tensorboard" in self._sinks:
+                self._sinks["tensorboard"].flush()
+        return {**self._state, "pending": self._pending.decode()}
+
+    def close(self) -> None:
+        """Flushes and closes everything; the writer cannot be used afterwards."""
+        if not self._enabled:
+            return
+        if not self._flush():
+            log.warning("metrics.jsonl: %d bytes of records could not be written", len(self._pending))
+        os.close(self._fd)
+        for name, sink in self._sinks.items():
+            sink.finish() if name == "wandb" else sink.close()
+        self._enabled = False
+
+
+def _tensorboard(root: pathlib.Path, first_step: int):
+    from tensorboardX import SummaryWriter  # here, since it takes a while to import
+
+    # purge_step makes TensorBoard forget what a killed run had written beyond the checkpoint.
+    return SummaryWriter(str(root / "tensorboard"), purge_step=first_step)
+
+
+def _send(name: str, sink, scalars: Mapping, step: int) -> None:
+    if name == "wandb":
+        sink.log(scalars, step=step)
+        return
+    for k, v in scalars.items():
+        sink.add_scalar(k, v, step)
+
+
+def _wandb(root: pathlib.Path, run_id: str, config: Mapping | None, options: dict):
+    try:
+        import wandb
+    except ImportError as e:
+        raise UserError("config.trackers: 'wandb' needs the package wandb (pip install jaxrl[wandb])") from e
+    # Steps that are logged again after a resume are ignored by W&B: they carry the values that it has
+    # already.
+    return wandb.init(dir=str(root), id=run_id, resume="allow", config=dict(config or {}), **options)
+
+
+def _stored_id(path: pathlib.Path) -> str:
+    """The tracker id of this run directory: also a run killed before its first checkpoint keeps its id."""
+    if not path.exists():
+        atomic_write(path, uuid.uuid4().hex[:12])
+    return path.read_text().strip()
+
+
+def _plain(value: Any) -> Any:
+    """Python numbers from NumPy and jax ones (float32 keeps its exact value); containers element by
+    element."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return float(value) if isinstance(value, float) else value
+    return np.asarray(value).tolist()
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """One line of metrics.jsonl. Raises TypeError for values that are not JSON."""
+    nonfinite = {k: str(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    out = {k: None if k in nonfinite else v for k, v in record.items()}
+    if nonfinite:
+        out["nonfinite"] = nonfinite
+    return json.dumps(_no_nan(out), allow_nan=False).encode() + b"\n"
+
+
+def _no_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, NaN and infinities restored. A torn last line (a run in progress) is
+    left out.
+
+    Raises UserError naming file and line if any other line is not JSON.
+    """
+    records = []
+    for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            record.update({k: float(v) for k, v in record.pop("nonfinite", {}).items()})
+        except (ValueError, AttributeError) as e:
+            raise UserError(f"{path}:{number}: not a metrics record: {e}") from None
+        records.append(record)
+    return records
+
+
+def deterministic_view(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what depends on the clock: keys under time/ and perf/, and tokens_per_second."""
+    return {k: v for k, v in record.items()
+            if not k.startswith(("time/", "perf/")) and k != "tokens_per_second"}
