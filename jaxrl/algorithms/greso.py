@@ -45,7 +45,9 @@ def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyp
     return drawn < probability
 
 
-def greso_update(state: Mapping, groups: Sequence[Any], hyper: Mapping = GRESO_DEFAULTS) -> dict:
+def greso_update(
+    state: Mapping, groups: Sequence[Any], hyper: Mapping = GRESO_DEFAULTS, adapt: bool = True
+) -> dict:
     """State after a step, from all groups it sampled (before any other selection); the argument is not
     changed.
 
@@ -67,7 +69,7 @@ def greso_update(state: Mapping, groups: Sequence[Any], hyper: Mapping = GRESO_D
         counts[kind] += 1
         before, n = streaks.get(group.problem.id, (kind, 0))
         streaks[group.problem.id] = [kind, n + 1 if before == kind else 1]
-    if graded:
+    if graded and adapt:
         for kind, target in (("easy", hyper["target_easy"]), ("hard", hyper["target_hard"])):
             step = -hyper["step"] if counts[kind] / graded >= target else hyper["step"]
             explore[kind] = min(max(explore[kind] + step, hyper["low"]), hyper["high"])

@@ -24,7 +24,7 @@ MASPO_DEFAULTS = {
 
 
 def maspo_gate(ratio: jax.Array, old_logp: jax.Array, advantages: jax.Array, hyper: dict):
-    """Gate F in (0, 1] and its width sigma, both of the common shape of the arguments.
+    """Gate F in [0, 1], its width sigma, and where it acts (bool), all of the common shape of the arguments.
 
         sigma = clip(sigma_base / pi_old^alpha, sigma_base, sigma_high) * risk
         risk  = clip(1 + beta_high A, risk_low, risk_high)        for A > 0
@@ -48,7 +48,7 @@ def maspo_gate(ratio: jax.Array, old_logp: jax.Array, advantages: jax.Array, hyp
     # Double where: outside the gated region the exponent is replaced before exp, so its gradient is exactly
     # 0.
     scaled = jnp.where(gated, (ratio - 1) / sigma, 0)
-    return jnp.exp(-0.5 * scaled**2), sigma
+    return jnp.exp(-0.5 * scaled**2), sigma, gated
 
 
 def maspo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
@@ -61,7 +61,7 @@ def maspo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
     """
     tokens = clean(logp, old_logp, advantages, response_mask)
     ratio = token_ratio(tokens, hyper)
-    gate, _ = maspo_gate(ratio, tokens.old_logp, tokens.advantages, hyper)
+    gate, _, gated = maspo_gate(ratio, tokens.old_logp, tokens.advantages, hyper)
     if not hyper["differentiable_gate"]:
         gate = jax.lax.stop_gradient(gate)
-    return -tokens.advantages * (gate * ratio), token_stats(tokens, ratio, gate=gate, gated=gate < 1)
+    return -tokens.advantages * (gate * ratio), token_stats(tokens, ratio, gate=gate, gated=gated)
