@@ -27,8 +27,11 @@ from jaxrl.types import Completion, Group, Problem
 
 @dataclasses.dataclass
 class Collected:
-    """One step's collection: the groups to train on, all that were sampled, which of those were kept (parallel
-    to sampled), and the metrics of the step's record."""
+    """One step's collection.
+
+    chosen: the groups to train on. sampled: all of this step's groups; kept: parallel to it, whether
+    selection kept the group. metrics: for the step's record.
+    """
 
     chosen: list[Group]
     sampled: list[Group]
@@ -39,8 +42,8 @@ class Collected:
 class Collector:
     """Draws problems, samples and grades them, and selects groups until a batch is full.
 
-    On several hosts each samples and grades its share of the prompts; all decisions are made from the gathered
-    groups, identically everywhere.
+    On several hosts each samples and grades its share of the prompts; all decisions are made from the
+    gathered groups, identically everywhere.
     """
 
     def __init__(self, config, task: Task, tokenizer, sampler: Sampler):
@@ -83,8 +86,8 @@ class Collector:
             if 0 < b.max_generation_batches <= batches:
                 if b.on_short == "error":
                     raise UserError(
-                        f"step {step}: {len(chosen)} of {b.prompts} groups after {batches} generation batches; raise "
-                        "config.batch.max_generation_batches or set config.batch.on_short=smaller"
+                        f"step {step}: {len(chosen)} of {b.prompts} groups after {batches} batches; "
+                        "raise config.batch.max_generation_batches or set config.batch.on_short=smaller"
                     )
                 break
             groups = self._generate(params, step, counts)
@@ -196,8 +199,8 @@ class Collector:
         total = sum(len(g.completions) for g in groups)
         if total and invalid / total > self.config.task.max_failures:
             raise UserError(
-                f"step {step}: {invalid} of {total} completions could not be graded "
-                f"(outcomes {outcome_counts(groups)}), more than config.task.max_failures={self.config.task.max_failures}"
+                f"step {step}: {invalid} of {total} completions could not be graded ({outcome_counts(groups)}), "
+                f"more than config.task.max_failures={self.config.task.max_failures}"
             )
 
 
