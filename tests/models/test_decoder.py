@@ -1,0 +1,319 @@
+"""The decoder against transformers, against itself in its other forms, and on a trained model.
+
+Parity is fp32 with max abs difference of logits below 1e-4 on random tiny models of every family.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.config import from_hf
+from models.decoder import (
+    Decoder,
+    abstract_params,
+    empty_cache,
+    head_matrix,
+    init_params,
+    logits,
+    sampling_layout,
+)
+from models.tokenizers import load_tokenizer
+from models.weights import load_params, save_params
+from tests.models import make_fixtures
+from tests.models.hf_cases import CASES, hf_tensors, write_model
+from tests.shared import shared_path
+
+TOLERANCE = 1e-4
+FORMS = {
+    "scanned": {"scan_layers": True, "fused": False},
+    "unrolled": {"scan_layers": False, "fused": False},
+    "fused": {"scan_layers": False, "fused": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_matmul():
+    """Accelerators round fp32 products by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """(name, directory, config, params) of one family."""
+    hf = CASES[request.param]
+    directory = write_model(tmp_path_factory.mktemp(request.param), hf, hf_tensors(hf))
+    config = from_hf(directory)
+    return request.param, directory, config, load_params(directory, config)
+
+
+def random_tokens(config, *shape, seed=0):
+    return np.random.RandomState(seed).randint(config.vocab_size, size=shape).astype(np.int32)
+
+
+def forward(model, params, tokens, positions=None, segment_ids=None):
+    """Logits float32 [B, T, V] without a cache; positions count from 0 unless given."""
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+
+    def run(params, tokens, positions, segment_ids):
+        return logits(params, model.apply({"params": params}, tokens, positions, segment_ids)[0])
+
+    return np.asarray(jax.jit(run)(params, tokens, positions, segment_ids))
+
+
+def in_form(form, config, params, dtype=jnp.float32):
+    """(model, params) of one of FORMS."""
+    options = FORMS[form]
+    if not options["scan_layers"]:
+        params = sampling_layout(params, config, dtype, fuse=options["fused"])
+    return Decoder(config, dtype, **options), params
+
+
+# --- against transformers
+
+
+def test_parity_without_torch(case):
+    name, _, config, params = case
+    expected = np.load(make_fixtures.PATH)[name]
+    got = forward(Decoder(config), params, make_fixtures.tokens(name).astype(np.int32))
+    assert np.abs(expected).max() > 1  # not a comparison of zeros
+    assert np.abs(got[0, list(make_fixtures.POSITIONS)] - expected).max() < TOLERANCE
+
+
+def hf_logits(directory, tokens):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["unexpected_keys"] and not info["mismatched_keys"] and not info["missing_keys"]
+    with torch.no_grad():
+        return model, model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+
+
+def test_parity_with_transformers_both_ways(case, tmp_path):
+    _, directory, config, params = case
+    tokens = random_tokens(config, 2, 40)
+    model, expected = hf_logits(directory, tokens)
+    got = forward(Decoder(config), params, tokens)
+    assert np.abs(got - expected).max() < TOLERANCE
+
+    # what transformers saves (its own spelling of the config), we load as the same model
+    model.save_pretrained(tmp_path / "theirs")
+    assert from_hf(tmp_path / "theirs") == config
+    theirs = load_params(tmp_path / "theirs", config)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), theirs, params))
+
+    # what we save, in one file or several, transformers loads as the same model
+    for max_shard_bytes in (10**9, 20_000):
+        save_params(tmp_path / "ours", params, config, max_shard_bytes=max_shard_bytes)
+        np.testing.assert_array_equal(hf_logits(tmp_path / "ours", tokens)[1], expected)
+
+
+# --- one model in its several forms
+
+
+def cached_logits(model, params, config, tokens, lengths, chunks, scan_layers):
+    """Logits of ragged rows through the cache: prompts right-aligned, then token by token.
+
+    tokens: int32 [B, n]. lengths [B]: prompt length of each row. chunks: widths in which the prompt columns
+    are prefilled. Returns per row the logits of its own positions, to compare with a full forward pass.
+    """
+    rows, prompt = len(lengths), sum(chunks)
+    steps = tokens.shape[1] - max(lengths)
+    start = prompt - np.array(lengths)
+    cache = empty_cache(config, rows, prompt + steps + 3, jnp.float32, scan_layers)
+    cache = cache.replace(start=jnp.asarray(start, jnp.int32))
+    column = np.arange(prompt + steps) - start[:, None]  # position of each column in its own row
+    # left padding holds arbitrary tokens: nobody may look at them
+    text = np.where(column < 0, 7, np.take_along_axis(tokens, np.maximum(column, 0), axis=1)).astype(np.int32)
+    column = np.maximum(column, 0).astype(np.int32)
+
+    @jax.jit
+    def run(params, tokens, positions, cache):
+        hidden, cache = model.apply({"params": params}, tokens, positions, None, cache)
+        return logits(params, hidden), cache
+
+    out, at = [], 0
+    for width in (*chunks, *[1] * steps):
+        part, cache = run(params, text[:, at : at + width], column[:, at : at + width], cache)
+        out.append(np.asarray(part))
+        at += width
+    assert int(cache.end) == at
+    out = np.concatenate(out, axis=1)
+    return [out[b, start[b] :] for b in range(rows)]
+
+
+@pytest.mark.parametrize("form", ["scanned", "fused"])
+def test_prefill_and_decode_match_the_full_forward(case, form):
+    _, _, config, params = case
+    tokens = random_tokens(config, 3, 16)
+    expected = forward(Decoder(config), params, tokens)
+    model, own = in_form(form, config, params)
+    lengths = [9, 4, 1]
+    got = cached_logits(model, own, config, tokens, lengths, (9,), FORMS[form]["scan_layers"])
+    for b, length in enumerate(lengths):
+        assert len(got[b]) == length + 7
+        assert np.abs(got[b] - expected[b, : len(got[b])]).max() < TOLERANCE
+
+
+def test_prefill_in_chunks(case):
+    _, _, config, params = case
+    tokens = random_tokens(config, 2, 14)
+    expected = forward(Decoder(config), params, tokens)
+    model, own = in_form("unrolled", config, params)
+    got = cached_logits(model, own, config, tokens, [12, 7], (6, 6), scan_layers=False)
+    for b in range(2):
+        assert np.abs(got[b] - expected[b, : len(got[b])]).max() < TOLERANCE
+
+
+def test_packed_segments_match_separate_rows(case):
+    _, _, config, params = case
+    lengths = [[7, 5, 9], [1, 17, 4]]
+    width = 24
+    tokens = random_tokens(config, 2, width)
+    segments, positions = np.zeros((2, width), np.int32), np.zeros((2, width), np.int32)
+    for row, parts in enumerate(lengths):
+        at = 0
+        for i, n in enumerate(parts):
+            segments[row, at : at + n], positions[row, at : at + n] = i + 1, np.arange(n)
+            at += n
+    packed = forward(Decoder(config), params, tokens, positions, segments)
+    assert np.isfinite(packed).all()
+    alone = np.zeros((6, 17), np.int32)  # right-padded: causal, so the tail is harmless
+    for i, (row, segment) in enumerate((r, s) for r in range(2) for s in (1, 2, 3)):
+        part = tokens[row][segments[row] == segment]
+        alone[i, : len(part)] = part
+    separate = forward(Decoder(config), params, alone)
+    for i, (row, segment) in enumerate((r, s) for r in range(2) for s in (1, 2, 3)):
+        got = packed[row][segments[row] == segment]
+        assert np.abs(got - separate[i, : len(got)]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["unrolled", "fused"])
+def test_layouts_agree(case, form):
+    _, _, config, params = case
+    tokens = random_tokens(config, 2, 12)
+    expected = forward(Decoder(config), params, tokens)
+    assert np.abs(forward(*in_form(form, config, params), tokens) - expected).max() < 1e-5
+
+
+def test_only_relative_position_matters(case):
+    """RoPE encodes distance: a sequence moved along the position axis has the same logits."""
+    _, _, config, params = case
+    tokens = random_tokens(config, 1, 12)
+    far = np.arange(12, dtype=np.int32)[None] + 100
+    moved, expected = forward(Decoder(config), params, tokens, far), forward(Decoder(config), params, tokens)
+    assert np.abs(moved - expected).max() < 2e-4
+
+
+def test_future_tokens_are_not_seen(case):
+    _, _, config, params = case
+    tokens = random_tokens(config, 1, 12)
+    changed = tokens.copy()
+    changed[0, 8] = (changed[0, 8] + 1) % config.vocab_size
+    a, b = forward(Decoder(config), params, tokens), forward(Decoder(config), params, changed)
+    np.testing.assert_array_equal(a[0, :8], b[0, :8])
+    assert np.abs(a[0, 8:] - b[0, 8:]).max(axis=-1).min() > 1e-3
+
+
+# --- gradients and initialisation
+
+
+def test_gradients_do_not_depend_on_remat_or_scan():
+    config = from_hf(CASES["qwen3"])
+    params = load_random(config)
+    tokens = random_tokens(config, 2, 10)
+    positions = np.broadcast_to(np.arange(10, dtype=np.int32), tokens.shape)
+
+    def gradient(**options):
+        model = Decoder(config, **options)
+
+        def loss(params):
+            own = params if model.scan_layers else sampling_layout(params, config, jnp.float32, fuse=False)
+            out = logits(own, model.apply({"params": own}, tokens, positions)[0])
+            return jnp.mean(jax.nn.logsumexp(out, axis=-1) - out[..., 0])
+
+        return jax.jit(jax.grad(loss))(params)
+
+    expected = gradient(remat="none")
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(expected))
+    for options in ({"remat": "dots"}, {"remat": "full"}, {"remat": "full", "scan_layers": False}):
+        got = gradient(**options)
+        difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), got, expected)
+        assert max(jax.tree.leaves(difference)) < 1e-6, options
+
+
+def load_random(config):
+    return init_params(config, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["llama3_tied", "qwen2", "qwen3"])
+def test_init_and_abstract_params_agree(name):
+    config = from_hf(CASES[name] | {"initializer_range": 0.05})
+    params = init_params(config, jax.random.key(1), jnp.bfloat16)
+    shapes, axes = abstract_params(config, jnp.bfloat16)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), shapes
+    )
+    named = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    for shape, spec in zip(jax.tree.leaves(shapes), named, strict=True):
+        assert len(spec) == shape.ndim and None not in spec
+    q = params["layers"]["attn"]["q"].astype(jnp.float32)
+    assert 0.04 < float(q.std()) < 0.06 and float(jnp.abs(q[0] - q[1]).max()) > 0.01
+    assert head_matrix(params).shape == (config.hidden_size, config.vocab_size)
+
+
+# --- a trained model
+
+
+@pytest.fixture(scope="module")
+def stories():
+    directory = shared_path("data", "models", "stories260K")
+    config = from_hf(directory)
+    reference = json.loads((directory / "reference.json").read_text())
+    return config, load_params(directory, config), reference, load_tokenizer(directory)
+
+
+def test_stories260k_greedy_text(stories):
+    config, params, reference, tokenizer = stories
+    model, own = in_form("fused", config, params)
+    count = len(reference["ids"]) - 1
+    cache = empty_cache(config, 1, count, jnp.float32)
+
+    @jax.jit
+    def decode(params, cache):
+        def step(carry, position):
+            token, cache = carry
+            hidden, cache = model.apply({"params": params}, token[:, None], position[None, None], None, cache)
+            out = jax.nn.log_softmax(logits(params, hidden[:, 0]))
+            best = jnp.argmax(out, axis=-1).astype(jnp.int32)
+            return (best, cache), (best[0], out[0, best[0]])
+
+        first = jnp.full((1,), tokenizer.bos_id, jnp.int32)
+        return jax.lax.scan(step, (first, cache), jnp.arange(count, dtype=jnp.int32))[1]
+
+    ids, logprobs = decode(own, cache)
+    assert [tokenizer.bos_id, *ids.tolist()] == reference["ids"]
+    assert " " + tokenizer.decode(ids) == reference["text"]
+    assert np.abs(np.asarray(logprobs) - reference["logprobs"]).max() < TOLERANCE
+    first = forward(Decoder(config), params, np.array([[tokenizer.bos_id]], np.int32))[0, 0]
+    assert np.abs(first - np.array(reference["first_logits"])).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["scanned", "fused"])
+def test_bfloat16_is_close_to_float32(stories, form):
+    config, params, reference, _ = stories
+    tokens = np.array([reference["ids"]], np.int32)
+    exact = jax.nn.log_softmax(forward(Decoder(config), params, tokens)[0])
+    model, own = in_form(form, config, params, jnp.bfloat16)
+    rounded = jax.nn.log_softmax(forward(model, own, tokens)[0])
+    taken = np.arange(len(reference["ids"]) - 1), np.array(reference["ids"][1:])
+    difference = np.abs(np.asarray(exact - rounded))
+    print(difference[taken].mean(), difference[taken].max(), difference.mean())
+    assert 1e-5 < difference[taken].mean() < 0.02 and difference[taken].max() < 0.25
+    agree = (exact.argmax(-1) == rounded.argmax(-1)).mean()
+    assert agree > 0.97
