@@ -1,0 +1,67 @@
+"""What known chips can do: one table, for FLOPs utilisation in the metrics and for preflight's rooflines.
+
+Figures are the makers' published peaks for dense bf16 (fp32 accumulation), per chip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """flops: peak bf16 FLOP/s. hbm: usable bytes of memory. bandwidth: of that memory, bytes/s.
+    link: bytes/s that one chip can send to its peers in all. clock: cycles/s of the matrix units, which turns
+    the TPU compiler's cycle estimates into seconds (0 where there are none)."""
+
+    name: str
+    flops: float
+    hbm: float
+    bandwidth: float
+    link: float
+    clock: float = 0.0
+
+
+# Part of `device.device_kind`, lower case -> chip. The first key that occurs wins, so longer keys come first.
+CHIPS = {
+    "tpu v4": Chip("v4", 275e12, 31.5 * GIB, 1228e9, 270e9, 1.05e9),
+    "tpu v5 lite": Chip("v5e", 197e12, 15.75 * GIB, 819e9, 180e9, 1.5e9),
+    "tpu v5e": Chip("v5e", 197e12, 15.75 * GIB, 819e9, 180e9, 1.5e9),
+    "tpu v5": Chip("v5p", 459e12, 95.73 * GIB, 2765e9, 540e9, 1.75e9),
+    "tpu v6": Chip("v6e", 918e12, 31.24 * GIB, 1640e9, 360e9, 1.75e9),
+    "tpu7x": Chip("v7x", 2307e12, 190 * GIB, 7380e9, 540e9),
+    "b200": Chip("B200", 2250e12, 178 * GIB, 8000e9, 900e9),
+    "h200": Chip("H200", 989e12, 139 * GIB, 4800e9, 450e9),
+    "h100 pcie": Chip("H100 PCIe", 756e12, 79 * GIB, 2000e9, 64e9),
+    "h100": Chip("H100", 989e12, 79 * GIB, 3350e9, 450e9),
+    "a100-sxm4-80gb": Chip("A100 80GB", 312e12, 79 * GIB, 2039e9, 300e9),
+    "a100 80gb": Chip("A100 80GB PCIe", 312e12, 79 * GIB, 1935e9, 64e9),
+    "a100": Chip("A100 40GB", 312e12, 39 * GIB, 1555e9, 300e9),
+    "l40s": Chip("L40S", 362e12, 44 * GIB, 864e9, 32e9),
+    "l4": Chip("L4", 121e12, 22 * GIB, 300e9, 32e9),
+    "4090": Chip("RTX 4090", 165e12, 24 * GIB, 1008e9, 32e9),
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The chip behind `jax.Device.device_kind`; None for a CPU and for what the table does not know."""
+    kind = device_kind.lower()
+    return next((c for key, c in CHIPS.items() if key in kind), None)
+
+
+def model_flops_per_token(config, context: float) -> float:
+    """Matrix FLOPs of a forward pass per token; a training token costs three times that.
+
+    Args:
+      config: models.config.DecoderConfig. context: mean number of tokens that a token attends to.
+
+    Recomputation (remat) is not counted: this is the work that the mathematics needs, which is what MFU
+    compares with the peak.
+    """
+    c = config
+    heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    layer = c.hidden_size * (heads + 3 * c.intermediate_size)
+    attention = 2 * context * c.num_heads * c.head_dim
+    return 2.0 * (c.num_layers * (layer + attention) + c.hidden_size * c.vocab_size)
