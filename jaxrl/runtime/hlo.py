@@ -44,7 +44,8 @@ class Counts:
     compiler's own estimates where it gives one (TPU). collectives: kind -> [times run, payload bytes]; the
     payload is the larger side, so the bytes after an all-gather and before a reduce-scatter.
     blocking_bytes: payload of the collectives that the compiler did not make asynchronous.
-    kernels: custom-call target -> times run (their FLOPs are not in the text).
+    kernels: name of a hand-written kernel -> times run. kernel_flops: theirs, as far as known here; the
+    compiler has no cycle estimate for them. Not part of `flops`.
     unknown_loops: names of loops whose count came from `loop_trips`.
     """
 
@@ -52,6 +53,7 @@ class Counts:
     cycles: float = 0.0
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     blocking_bytes: float = 0.0
+    kernel_flops: float = 0.0
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
     channels: set[str] = dataclasses.field(default_factory=set)  # collectives seen inside fusions
@@ -76,17 +78,21 @@ def count(text: str, loop_trips: float = 1) -> Counts:
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """(computation name -> instruction name -> Instruction, name of the entry computation)."""
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", None
+    entry, current, lines = "", None, []
     for line in text.splitlines():
         if current is None:
             match = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
             if match:
-                current = computations.setdefault(match[2], {})
+                current, lines = computations.setdefault(match[2], {}), []
                 entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("  "):
+            lines.append(line)
+        elif line == "}":
+            found = filter(None, map(_instruction, lines))
+            current.update((instruction.name, instruction) for instruction in found)
             current = None
-        elif (instruction := _instruction(line)) is not None:
-            current[instruction.name] = instruction
+        elif lines:  # attributes with a line break in them (kernel metadata)
+            lines[-1] += line
     return computations, entry
 
 
@@ -145,7 +151,9 @@ def _walk(computations, name, times, loop_trips, totals: Counts, fused: bool):
             totals.blocking_bytes += 0 if op.opcode.endswith("-start") or fused else times * payload
         elif op.opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
-            totals.kernels[target[1] if target else "?"] += times
+            if target and target[1] == "tpu_custom_call":
+                totals.kernels[op.name.split(".")[0]] += times
+                totals.kernel_flops += times * _kernel_flops(op, body)
         if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', op.attributes)):
             totals.cycles += times * int(cycles[1])
         trips = 1.0
@@ -162,8 +170,18 @@ def _walk(computations, name, times, loop_trips, totals: Counts, fused: bool):
             _walk(computations, c, times * trips, loop_trips, totals, fused or op.opcode == "fusion")
 
 
+def _kernel_flops(op: Instruction, body) -> float:
+    """Splash attention by its name and its operands q [..., T, H], k [..., S, H]: causal: half of T x S."""
+    match = re.match(r"splash\w*?_(fwd|dkv|dq)", op.name)
+    if not match:
+        return 0.0
+    products = {"fwd": 2, "dkv": 4, "dq": 3}[match[1]]
+    floats = [_dims(body[o].shape) for o in op.operands if o in body and body[o].shape[0] in "bf"]
+    return products * np.prod(floats[0], dtype=np.float64) * floats[1][-2]
+
+
 def _seen(op: Instruction, channels: set[str]) -> bool:
-    """TPU spreads one asynchronous collective over several fusions with its channel: only the first counts."""
+    """TPU spreads one asynchronous collective over several fusions with its channel: count it once."""
     channel = re.search(r"channel_id=(\d+)", op.attributes)
     known = channel is not None and channel[1] in channels
     channels |= {channel[1]} if channel else set()

@@ -93,7 +93,9 @@ ENTRY %main (x.1: bf16[4,8], q: bf16[3,5,7], k: bf16[3,6,7]) -> bf16[3,5,6] {
   %loop = (u32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) while(%init), condition=%cond, body=%body
   %q = bf16[3,5,7]{2,1,0} parameter(1)
   %k = bf16[3,6,7]{2,1,0} parameter(2)
-  %kernel = bf16[4,8]{1,0} custom-call(%x.1), custom_call_target="tpu_custom_call"
+  %splash_mqa_fwd.1 = bf16[3,5,7]{1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": "{128}"
+}}, metadata={op_name="attention"}
   ROOT %s = bf16[3,5,6]{2,1,0} convolution(%q, %k), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0oi->0bf
 }
 """
@@ -105,7 +107,8 @@ def test_tpu_text():
     assert counts.cycles == 400
     assert counts.collectives == {"all-gather": [8, 4 * (16 + 32) * 8 * 2], "all-reduce": [4, 4 * 4 * 8 * 2]}
     assert counts.blocking_bytes == 4 * 4 * 8 * 2 and counts.collective_count == 12
-    assert counts.kernels == {"tpu_custom_call": 1}
+    assert counts.kernels == {"splash_mqa_fwd": 1}
+    assert counts.kernel_flops == 2 * (2 * 3 * 5 * 6 * 7) / 2
     # a batch dimension of 3 as a dilated window: each output meets exactly one input
     assert counts.flops == 2 * 3 * 5 * 6 * 7
 
