@@ -133,6 +133,7 @@ def base_config() -> ConfigDict:
     c.sft.data = ""  # jsonl with problem and solution fields, when the task is not dial
 
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 = whatever is left
+    c.topology = ""  # TPU slice this is meant for, such as v5e:4x4: what preflight compiles for by default
     c.eval = ConfigDict(dict(every=20, problems=512, samples=1, temperature=1.0, max_tokens=0))
     c.checkpoint = ConfigDict(dict(every=20, keep=2, keep_best=""))
     c.log = ConfigDict(dict(tensorboard=True, wandb=False, wandb_project="jaxrl", samples=2))
