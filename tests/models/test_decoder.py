@@ -3,6 +3,7 @@
 Parity is fp32 with max abs difference of logits below 1e-4 on random tiny models of every family.
 """
 
+import functools
 import json
 
 import jax
@@ -27,6 +28,7 @@ from tests.models.hf_cases import CASES, hf_tensors, write_model
 from tests.shared import shared_path
 
 TOLERANCE = 1e-4
+ROWS, WIDTH = 3, 24
 FORMS = {
     "scanned": {"scan_layers": True, "fused": False},
     "unrolled": {"scan_layers": False, "fused": False},
@@ -54,15 +56,28 @@ def random_tokens(config, *shape, seed=0):
     return np.random.RandomState(seed).randint(config.vocab_size, size=shape).astype(np.int32)
 
 
+def padded(tokens):
+    """tokens [..., n] with zeros up to WIDTH, so that one compiled shape serves all tests."""
+    return np.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, WIDTH - tokens.shape[-1])])
+
+
 def forward(model, params, tokens, positions=None, segment_ids=None):
-    """Logits float32 [B, T, V] without a cache; positions count from 0 unless given."""
+    """Logits float32 [B, T, V] without a cache; by default one sequence per row, from position 0."""
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    segment_ids = np.ones_like(tokens) if segment_ids is None else segment_ids
+    return np.asarray(_forward(model, params, tokens, positions, segment_ids))
 
-    def run(params, tokens, positions, segment_ids):
-        return logits(params, model.apply({"params": params}, tokens, positions, segment_ids)[0])
 
-    return np.asarray(jax.jit(run)(params, tokens, positions, segment_ids))
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model, params, tokens, positions, segment_ids):
+    return logits(params, model.apply({"params": params}, tokens, positions, segment_ids)[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cached(model, params, tokens, positions, cache):
+    hidden, cache = model.apply({"params": params}, tokens, positions, None, cache)
+    return logits(params, hidden), cache
 
 
 def in_form(form, config, params, dtype=jnp.float32):
@@ -96,7 +111,7 @@ def hf_logits(directory, tokens):
 
 def test_parity_with_transformers_both_ways(case, tmp_path):
     _, directory, config, params = case
-    tokens = random_tokens(config, 2, 40)
+    tokens = random_tokens(config, ROWS, WIDTH)
     model, expected = hf_logits(directory, tokens)
     got = forward(Decoder(config), params, tokens)
     assert np.abs(got - expected).max() < TOLERANCE
@@ -132,14 +147,9 @@ def cached_logits(model, params, config, tokens, lengths, chunks, scan_layers):
     text = np.where(column < 0, 7, np.take_along_axis(tokens, np.maximum(column, 0), axis=1)).astype(np.int32)
     column = np.maximum(column, 0).astype(np.int32)
 
-    @jax.jit
-    def run(params, tokens, positions, cache):
-        hidden, cache = model.apply({"params": params}, tokens, positions, None, cache)
-        return logits(params, hidden), cache
-
     out, at = [], 0
     for width in (*chunks, *[1] * steps):
-        part, cache = run(params, text[:, at : at + width], column[:, at : at + width], cache)
+        part, cache = _cached(model, params, text[:, at : at + width], column[:, at : at + width], cache)
         out.append(np.asarray(part))
         at += width
     assert int(cache.end) == at
@@ -147,35 +157,24 @@ def cached_logits(model, params, config, tokens, lengths, chunks, scan_layers):
     return [out[b, start[b] :] for b in range(rows)]
 
 
-@pytest.mark.parametrize("form", ["scanned", "fused"])
-def test_prefill_and_decode_match_the_full_forward(case, form):
+@pytest.mark.parametrize("form, chunks", [("scanned", (5, 5)), ("fused", (9,))])
+def test_prefill_and_decode_match_the_full_forward(case, form, chunks):
     _, _, config, params = case
-    tokens = random_tokens(config, 3, 16)
-    expected = forward(Decoder(config), params, tokens)
+    tokens = random_tokens(config, ROWS, 16)
+    expected = forward(Decoder(config), params, padded(tokens))
     model, own = in_form(form, config, params)
     lengths = [9, 4, 1]
-    got = cached_logits(model, own, config, tokens, lengths, (9,), FORMS[form]["scan_layers"])
+    got = cached_logits(model, own, config, tokens, lengths, chunks, FORMS[form]["scan_layers"])
     for b, length in enumerate(lengths):
         assert len(got[b]) == length + 7
         assert np.abs(got[b] - expected[b, : len(got[b])]).max() < TOLERANCE
 
 
-def test_prefill_in_chunks(case):
-    _, _, config, params = case
-    tokens = random_tokens(config, 2, 14)
-    expected = forward(Decoder(config), params, tokens)
-    model, own = in_form("unrolled", config, params)
-    got = cached_logits(model, own, config, tokens, [12, 7], (6, 6), scan_layers=False)
-    for b in range(2):
-        assert np.abs(got[b] - expected[b, : len(got[b])]).max() < TOLERANCE
-
-
 def test_packed_segments_match_separate_rows(case):
     _, _, config, params = case
-    lengths = [[7, 5, 9], [1, 17, 4]]
-    width = 24
-    tokens = random_tokens(config, 2, width)
-    segments, positions = np.zeros((2, width), np.int32), np.zeros((2, width), np.int32)
+    lengths = [[7, 5, 9], [1, 17, 4], [24, 0, 0]]
+    tokens = random_tokens(config, ROWS, WIDTH)
+    segments, positions = np.zeros((ROWS, WIDTH), np.int32), np.zeros((ROWS, WIDTH), np.int32)
     for row, parts in enumerate(lengths):
         at = 0
         for i, n in enumerate(parts):
@@ -183,49 +182,49 @@ def test_packed_segments_match_separate_rows(case):
             at += n
     packed = forward(Decoder(config), params, tokens, positions, segments)
     assert np.isfinite(packed).all()
-    alone = np.zeros((6, 17), np.int32)  # right-padded: causal, so the tail is harmless
-    for i, (row, segment) in enumerate((r, s) for r in range(2) for s in (1, 2, 3)):
-        part = tokens[row][segments[row] == segment]
-        alone[i, : len(part)] = part
-    separate = forward(Decoder(config), params, alone)
-    for i, (row, segment) in enumerate((r, s) for r in range(2) for s in (1, 2, 3)):
-        got = packed[row][segments[row] == segment]
-        assert np.abs(got - separate[i, : len(got)]).max() < TOLERANCE
+    for segment in (1, 2, 3):
+        parts = [tokens[row][segments[row] == segment] for row in range(ROWS)]
+        alone = np.stack([padded(part) for part in parts])  # causal, so the tail is harmless
+        separate = forward(Decoder(config), params, alone)
+        for row, part in enumerate(parts):
+            if len(part):
+                got = packed[row][segments[row] == segment]
+                assert np.abs(got - separate[row, : len(part)]).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("form", ["unrolled", "fused"])
-def test_layouts_agree(case, form):
+def test_layouts_agree(case):
     _, _, config, params = case
-    tokens = random_tokens(config, 2, 12)
+    tokens = random_tokens(config, ROWS, WIDTH)
     expected = forward(Decoder(config), params, tokens)
-    assert np.abs(forward(*in_form(form, config, params), tokens) - expected).max() < 1e-5
+    for form in ("unrolled", "fused"):
+        assert np.abs(forward(*in_form(form, config, params), tokens) - expected).max() < 1e-5, form
 
 
 def test_only_relative_position_matters(case):
     """RoPE encodes distance: a sequence moved along the position axis has the same logits."""
     _, _, config, params = case
-    tokens = random_tokens(config, 1, 12)
-    far = np.arange(12, dtype=np.int32)[None] + 100
+    tokens = random_tokens(config, ROWS, WIDTH)
+    far = np.broadcast_to(np.arange(WIDTH, dtype=np.int32) + 100, tokens.shape)
     moved, expected = forward(Decoder(config), params, tokens, far), forward(Decoder(config), params, tokens)
     assert np.abs(moved - expected).max() < 2e-4
 
 
 def test_future_tokens_are_not_seen(case):
     _, _, config, params = case
-    tokens = random_tokens(config, 1, 12)
+    tokens = random_tokens(config, ROWS, WIDTH)
     changed = tokens.copy()
-    changed[0, 8] = (changed[0, 8] + 1) % config.vocab_size
+    changed[:, 8] = (changed[:, 8] + 1) % config.vocab_size
     a, b = forward(Decoder(config), params, tokens), forward(Decoder(config), params, changed)
-    np.testing.assert_array_equal(a[0, :8], b[0, :8])
-    assert np.abs(a[0, 8:] - b[0, 8:]).max(axis=-1).min() > 1e-3
+    np.testing.assert_array_equal(a[:, :8], b[:, :8])
+    assert np.abs(a[:, 8:] - b[:, 8:]).max(axis=-1).min() > 1e-4
 
 
 # --- gradients and initialisation
 
 
 def test_gradients_do_not_depend_on_remat_or_scan():
-    config = from_hf(CASES["qwen3"])
-    params = load_random(config)
+    config = from_hf(CASES["qwen3"] | {"num_hidden_layers": 2})
+    params = random_params(config)
     tokens = random_tokens(config, 2, 10)
     positions = np.broadcast_to(np.arange(10, dtype=np.int32), tokens.shape)
 
@@ -241,20 +240,21 @@ def test_gradients_do_not_depend_on_remat_or_scan():
 
     expected = gradient(remat="none")
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(expected))
-    for options in ({"remat": "dots"}, {"remat": "full"}, {"remat": "full", "scan_layers": False}):
+    for options in ({"remat": "dots"}, {"remat": "full", "scan_layers": False}):
         got = gradient(**options)
         difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), got, expected)
         assert max(jax.tree.leaves(difference)) < 1e-6, options
 
 
-def load_random(config):
-    return init_params(config, jax.random.key(0))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def random_params(config, dtype=jnp.float32):
+    return init_params(config, jax.random.key(1), dtype)
 
 
-@pytest.mark.parametrize("name", ["llama3_tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3_tied", "qwen2"])
 def test_init_and_abstract_params_agree(name):
     config = from_hf(CASES[name] | {"initializer_range": 0.05})
-    params = init_params(config, jax.random.key(1), jnp.bfloat16)
+    params = random_params(config, jnp.bfloat16)
     shapes, axes = abstract_params(config, jnp.bfloat16)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(
         lambda a: (a.shape, a.dtype), shapes
@@ -313,7 +313,6 @@ def test_bfloat16_is_close_to_float32(stories, form):
     rounded = jax.nn.log_softmax(forward(model, own, tokens)[0])
     taken = np.arange(len(reference["ids"]) - 1), np.array(reference["ids"][1:])
     difference = np.abs(np.asarray(exact - rounded))
-    print(difference[taken].mean(), difference[taken].max(), difference.mean())
     assert 1e-5 < difference[taken].mean() < 0.02 and difference[taken].max() < 0.25
     agree = (exact.argmax(-1) == rounded.argmax(-1)).mean()
     assert agree > 0.97
