@@ -246,8 +246,8 @@ def max_variance_subset(rewards, keep: int) -> np.ndarray:
     """Indices (ascending) of the `keep` entries of rewards [n] with the largest variance (PODS, 2504.13818).
 
     An optimal subset takes the k smallest and keep - k largest for some k, so all keep + 1 candidates are
-    compared on prefix sums of the sorted rewards. Among equal variances the smallest k wins, among equal
-    rewards the order in the group.
+    compared on prefix sums of the sorted rewards. Among equal variances the
+    smallest k wins; of equal rewards the low end takes the first in the group, the high end the last.
     """
     rewards = np.asarray(rewards, np.float64)
     order = np.argsort(rewards, kind="stable")

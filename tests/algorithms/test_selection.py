@@ -1,0 +1,261 @@
+"""Selection rules: what is kept, what is dropped and why, and the edges (none, one, ties, equal lengths,
+ungraded).
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl.algorithms.greso import GRESO_DEFAULTS, greso_init, greso_keep, greso_update
+from jaxrl.algorithms.selection import (
+    PER_COMPLETION,
+    SELECTIONS,
+    max_variance_subset,
+    mean_length,
+    parse_chain,
+    select,
+    thresholds,
+)
+from jaxrl.types import Group
+from tests.algorithms.harness import make_group
+
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+LSPO_LIKE = ["lspo", "lspo_middle", "lspo_shortest", "lspo_longest", "lspo_value", "lspo_accuracy"]
+
+
+def _mixed(lengths):
+    """One group of two completions, one of them right, per mean length."""
+    return [make_group([n, n], [1, 0], name=str(i)) for i, n in enumerate(lengths)]
+
+
+def _names(groups):
+    return [int(g.problem.id) for g in groups]
+
+
+def test_every_completion_field_of_group_is_cut_by_reducing_selections():
+    fields = {f.name for f in dataclasses.fields(Group)}
+    assert fields - {"problem", "prompt_tokens"} == set(PER_COMPLETION)
+
+
+def test_accuracy_keeps_spread_and_says_why_it_drops():
+    groups = [
+        make_group([3, 3], [1, 0], name="0"),
+        make_group([3, 3], [1, 1], name="1"),
+        make_group([3, 3], [0, 0], name="2"),
+        make_group([3, 3], [0.5, 0.5], name="3"),
+        make_group([3], [1], name="4"),
+        make_group([3, 3, 3], [1, 1, 0], valid=[True, True, False], name="5"),
+        make_group([3, 3], [1, 0], valid=[False, False], name="6"),
+    ]
+    kept, dropped = select(groups, "accuracy")
+    assert _names(kept) == [0, 4]
+    assert dropped == {
+        "accuracy/all_correct": 2,
+        "accuracy/all_wrong": 1,
+        "accuracy/all_equal": 1,
+        "accuracy/ungraded": 1,
+    }
+    shaped = [make_group([3, 3], [1, 1], rewards=[1.0, 0.9]), make_group([3, 3], [1, 0], rewards=[0.5, 0.5])]
+    kept, dropped = select(shaped, "accuracy", {"accuracy": {"metric": "rewards"}})
+    assert kept == shaped[:1] and dropped == {"accuracy/all_equal": 1}
+    assert select(groups, "none") == (groups, {})
+
+
+def test_lspo_keeps_both_ends_and_drops_the_longest():
+    """Means 1..21: linear percentiles fall on 7, 14 and 20, comparisons are inclusive."""
+    kept, dropped = select(_mixed(range(1, 22)), "lspo")
+    assert [i + 1 for i in _names(kept)] == [*range(1, 8), *range(14, 21)]
+    assert dropped == {"lspo/middle": 6, "lspo/longest": 1}
+    script = {"lspo": {"high": 0.60, "max": 0.90}}
+    assert [i + 1 for i in _names(select(_mixed(range(1, 22)), "lspo", script)[0])] == [
+        *range(1, 8),
+        *range(13, 20),
+    ]
+
+
+def test_the_two_quantiles_differ_on_small_batches():
+    values = [10.0, 20.0, 30.0, 40.0]
+    assert thresholds(values, (0.3, 0.65, 0.95), "linear") == pytest.approx([19.0, 29.5, 38.5])
+    assert thresholds(values, (0.3, 0.65, 0.95), "inf") == [20.0, 30.0, 40.0]
+    assert thresholds(values, (0.25, 0.5, 1.0), "inf") == [10.0, 20.0, 40.0]  # F(t) >= a is met with equality
+    assert _names(select(_mixed(values_int := [10, 20, 30, 40]), "lspo")[0]) == [0, 2]
+    assert _names(select(_mixed(values_int), "lspo", {"lspo": {"quantile": "inf"}})[0]) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="quantile must be 'linear' or 'inf'"):
+        thresholds(values, (0.3,), "nearest")
+
+
+@pytest.mark.parametrize("name", LSPO_LIKE)
+def test_lspo_and_its_ablations_at_the_edges(name):
+    solved = [make_group([4, 4], [1, 1]), make_group([4, 4], [0, 0])]
+    assert select([], name) == ([], {})
+    assert select(solved, name) == ([], {f"{name}/all_correct": 1, f"{name}/all_wrong": 1})
+    one = _mixed([7])
+    assert select(solved + one, name)[0] == one
+    kept, dropped = select(equal := _mixed([5] * 6), name)
+    assert _names(kept) == _names(equal) and dropped == {}
+    single = [make_group([n], [c], name=str(n)) for n, c in ((3, 1), (5, 0), (9, 1))]
+    assert {g.problem.id for g in select(single, name)[0]} <= {"3", "5", "9"} and select(single, name)[0]
+
+
+def test_ablations_keep_what_they_say():
+    groups = _mixed(range(0, 101, 5))  # 21 means from 0 to 100
+    means = {i: 5 * i for i in range(21)}
+    kept = lambda name, **h: [means[i] for i in _names(select(groups, name, {name: h})[0])]  # noqa: E731
+    assert kept("lspo_middle") == [*range(30, 70, 5)]
+    assert kept("lspo_shortest") == [*range(0, 61, 5)]
+    assert kept("lspo_longest") == [*range(40, 101, 5)]
+    assert kept("lspo_longest", fraction=0.2) == [80, 85, 90, 95, 100]
+    shifted = _mixed(range(100, 201, 5))
+    value = lambda **h: [100 + means[i] for i in _names(select(shifted, "lspo_value", {"lspo_value": h})[0])]  # noqa: E731
+    assert value() == [*range(100, 131, 5), *range(170, 196, 5)]  # 0.98 * 200 = 196
+    assert value(max=0.9) == [*range(100, 131, 5), *range(170, 181, 5)]  # 0.9 * 200 = 180
+    assert value(max=0.9, upper="range") == [*range(100, 131, 5), *range(170, 191, 5)]  # 100 + 0.9 * 100
+    _, dropped = select(shifted, "lspo_value")
+    assert dropped == {"lspo_value/middle": 7, "lspo_value/longest": 1}
+    _, dropped = select(groups, "lspo_middle")
+    assert dropped == {"lspo_middle/shortest": 6, "lspo_middle/longest": 7}
+
+
+def test_accuracy_percentiles():
+    groups = [make_group([5] * 20, [1] * c + [0] * (20 - c), name=str(c)) for c in range(1, 20)]
+    kept, dropped = select(groups, "lspo_accuracy")
+    low, high, top = np.percentile(np.arange(1, 20), [30, 65, 95])
+    assert _names(kept) == [c for c in range(1, 20) if c <= low or high <= c <= top]
+    assert set(dropped) == {"lspo_accuracy/middle_accuracy", "lspo_accuracy/top_accuracy"}
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 4)), max_size=25),
+    st.sampled_from(sorted(SELECTIONS)),
+)
+def test_selections_partition_keep_order_and_touch_nothing(spec, name):
+    """Kept and dropped groups add up, order is kept, the input is not changed, and the rule does not see
+    the order.
+    """
+    groups = [make_group([n] * 4, [1] * c + [0] * (4 - c), name=str(i)) for i, (n, c) in enumerate(spec)]
+    before = [(g.valid.copy(), len(g.completions)) for g in groups]
+    kept, dropped = select(groups, name)
+    whole = sum(n for reason, n in dropped.items() if not reason.endswith("completions"))
+    assert len(kept) + whole == len(groups)
+    assert _names(kept) == sorted(_names(kept))
+    assert all(
+        np.array_equal(g.valid, v) and len(g.completions) == n
+        for g, (v, n) in zip(groups, before, strict=True)
+    )
+    backwards, _ = select(groups[::-1], name)
+    assert sorted(_names(backwards)) == _names(kept)
+
+
+def test_chains_run_from_left_to_right():
+    groups = _mixed(range(1, 22)) + [make_group([1000, 1000], [1, 1], name="99")]
+    chained, dropped = select(groups, "accuracy+lspo", {"lspo": {"max": 1.0}})
+    assert 20 in _names(chained) and dropped == {"accuracy/all_correct": 1, "lspo/middle": 6}
+    assert _names(select(groups, ["lspo", "lspo"])[0]) != _names(select(groups, "lspo")[0])
+    assert parse_chain(" overlong + lspo ") == ["overlong", "lspo"]
+    for bad in ("lspo+", "lsp", ""):
+        with pytest.raises(ValueError, match="unknown selection .*; valid: .*lspo"):
+            select(groups, bad)
+    with pytest.raises(ValueError, match="unknown constant 'hi' of selection 'lspo'; valid: high, low, max"):
+        select(groups, "lspo", {"lspo": {"hi": 0.6}})
+    with pytest.raises(ValueError, match="low <= high <= max"):
+        select(groups, "lspo", {"lspo": {"high": 0.2}})
+
+
+def test_ungraded_completions_have_no_say():
+    """A crash on a very long answer must not make its group the longest."""
+    groups = _mixed(range(10, 31))
+    odd = make_group([10, 10, 9000], [1, 0, 1], valid=[True, True, False], name="0")
+    assert mean_length(odd) == 10
+    assert _names(select([odd, *groups[1:]], "lspo")[0]) == _names(select(groups, "lspo")[0])
+
+
+def test_overlong_masks_truncated_completions():
+    groups = [
+        make_group([9, 4, 4], [0, 1, 0], truncated=[1, 0, 0], name="0"),
+        make_group([9, 9], [0, 0], truncated=[1, 1], name="1"),
+        make_group([4, 4], [1, 0], name="2"),
+        make_group([9, 9, 4], [0, 0, 1], truncated=[1, 1, 0], valid=[True, False, True], name="3"),
+    ]
+    kept, dropped = select(groups, "overlong")
+    assert _names(kept) == [0, 2, 3] and dropped == {
+        "overlong/overlong_completions": 2,
+        "overlong/overlong": 1,
+    }
+    assert kept[0].valid.tolist() == [False, True, True] and kept[2].valid.tolist() == [False, False, True]
+    kept, dropped = select(groups, "overlong", {"overlong": {"max_truncated": 0.5}})
+    assert _names(kept) == [0, 2] and dropped == {"overlong/overlong_completions": 1, "overlong/overlong": 2}
+
+
+@quick
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.25, 1.0]), min_size=2, max_size=9), st.integers(1, 8))
+def test_pods_finds_the_largest_variance(rewards, keep):
+    keep = min(keep, len(rewards))
+    found = np.asarray(rewards)[max_variance_subset(rewards, keep)]
+    best = max(np.var(s) for s in itertools.combinations(rewards, keep))
+    assert len(found) == keep and np.var(found) == pytest.approx(best, abs=1e-12)
+
+
+def test_pods_and_gfpo_reduce_groups():
+    group = make_group([8, 3, 5, 6, 2], [1, 1, 0, 1, 0], rewards=[1, 0.9, 0, 1, -1], valid=[1, 1, 1, 1, 0])
+    (pods,), dropped = select([group], "pods", {"pods": {"keep": 2}})
+    assert pods.texts == ["p-2", "p-3"] and pods.rewards.tolist() == [0, 1] and len(pods.completions) == 2
+    assert dropped == {"pods/unselected_completions": 3}
+    (gfpo,), _ = select([group], "gfpo", {"gfpo": {"keep": 2}})
+    assert (
+        gfpo.texts == ["p-1", "p-2"]
+        and gfpo.lengths.tolist() == [3, 5]
+        and gfpo.outcomes == ["correct", "wrong"]
+    )
+    (gfpo,), _ = select([group], "gfpo", {"gfpo": {"keep": 2, "metric": "efficiency"}})
+    assert gfpo.texts == ["p-1", "p-3"]
+    for name in ("pods", "gfpo"):
+        kept, dropped = select([group], name, {name: {"keep": 4}})
+        assert kept[0] is group and dropped == {}
+        with pytest.raises(ValueError, match="keep must be at least 1"):
+            select([group], name, {name: {"keep": 0}})
+
+
+def test_greso_streaks_and_adaptation():
+    state = greso_init()
+    easy, hard, mixed = (
+        make_group([2, 2], c, name=n) for n, c in (("e", [1, 1]), ("h", [0, 0]), ("m", [1, 0]))
+    )
+    crashed = make_group([2, 2], [0, 0], valid=[False, False], name="c")
+    one = greso_update(state, [easy, hard, mixed, crashed])
+    assert state == greso_init()  # not changed in place
+    assert one["streaks"] == {"e": ["easy", 1], "h": ["hard", 1]}
+    # Each kind has 1/3 of the graded groups: above 1/12 and 1/6, so both explore less.
+    assert one["explore"] == pytest.approx({"easy": 0.49, "hard": 0.49})
+    two = greso_update(one, [easy, make_group([2, 2], [1, 1], name="h"), *[mixed] * 20])
+    assert two["streaks"] == {"e": ["easy", 2], "h": ["easy", 1]}
+    assert two["explore"] == pytest.approx({"easy": 0.48, "hard": 0.50})  # 2/22 >= 1/12, 0 < 1/6
+    assert greso_update(two, [make_group([2, 2], [1, 0], name="e")])["streaks"] == {"h": ["easy", 1]}
+    frozen = greso_update(one, [easy], adapt=False)
+    assert frozen["explore"] == one["explore"] and frozen["streaks"]["e"] == ["easy", 2]
+    low = {"explore": {"easy": 0.05, "hard": 0.95}, "streaks": {}}
+    assert greso_update(low, [easy])["explore"] == pytest.approx({"easy": 0.05, "hard": 0.95})
+    assert greso_update(state, [crashed]) == state
+
+
+def test_greso_samples_streaks_with_probability_p_to_the_n():
+    state = {
+        "explore": {"easy": 0.5, "hard": 0.8},
+        "streaks": {"e": ["easy", 3], "h": ["hard", 1], "x": ["easy", 50]},
+    }
+    rng = np.random.default_rng(0)
+    ids = ["new", "e", "h", "x"] * 4000
+    kept = greso_keep(state, ids, rng).reshape(-1, 4).mean(0)
+    np.testing.assert_allclose(kept, [1.0, 0.125, 0.8, GRESO_DEFAULTS["floor"]], atol=0.015)
+    again = greso_keep(greso_init(), ids, np.random.default_rng(0))
+    assert again.all() and rng.random() == _after(16000)
+
+
+def _after(n):
+    rng = np.random.default_rng(0)
+    rng.random(n)
+    return rng.random()
