@@ -1,0 +1,218 @@
+r"""Equality of two answers by algebra: math-verify behind guards. Runs as `python -m jaxrl.tasks.grader_worker MB`.
+
+math-verify answers "equal" to a few pairs that are not; the guards here are what it is kept from seeing, or what
+its verdict is checked against:
+
+- words are passed as \text{...}, or they would be products of letters and anagrams equal
+- units are removed here: its own pattern cuts 1+\frac{1}{\text{e}} after the first brace, and takes 2c for 2
+- "..." in a sequence stays in it as a symbol; a formula it cannot parse is compared as a string, never by a number
+  found inside
+- chains that contradict themselves (y=6=7) are wrong
+- two constants must agree to 20 significant digits, so that 1/2004! is not 1/2006!
+- and one "different" is checked: expressions that agree at a dozen random points are equal (sqrt(1/n), 1/sqrt(n))
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import re
+import sys
+
+from jaxrl.tasks import workers
+from jaxrl.tasks.answers import is_word
+from jaxrl.tasks.equality import clean, plain_number
+
+logging.disable(logging.CRITICAL)  # math-verify warns about every formula it cannot read
+
+_TEXT = r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit)\s*\{[^{}]*\}"
+_TOKEN = re.compile(rf"{_TEXT}|\\(?:begin|end|operatorname)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|_\{{[^{{}}]*\}}|[A-Za-z]+")
+_UNIT_WORDS = frozenset("mm cm dm km kg mg ft lb oz hr hrs yr cc mi mL ml mph kmh rad".split())
+_FUNCTION = re.compile(r"(?<![A-Za-z\\])([A-Za-z])\s*\(\s*([a-z])\s*\)\s*=")
+_EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)")
+
+
+@functools.cache
+def _library():
+    """math-verify and the way it is configured here (its own time limits off: the parent kills)."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+    )
+    config = (LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization),)
+
+    def read(latex: str):
+        found = parse(f"$${latex}$$", config, fallback_mode="no_fallback", parsing_timeout=None)
+        return found[0] if found else None
+
+    def equal(gold, answer) -> bool:
+        return verify(gold, answer, timeout_seconds=None)
+
+    return functools.lru_cache(256)(read), equal
+
+
+def _without_unit(latex: str) -> str:
+    """Cuts a unit off the end, if something is left: \\text{...} with an exponent, a unit name or a plain word."""
+    for _ in range(2):
+        rest = re.sub(rf"{_TEXT}\s*(?:\^\s*\{{?\s*\d\s*\}}?)?$", "", latex).strip()
+        word = re.search(r"(?<=[\d})\s])\s*([A-Za-z]+)(?:\^\{?[23]\}?|[²³])?$", rest)
+        if word and (word[1] in _UNIT_WORDS or is_word(word[1])) and not re.search(r"\\$", rest[: word.start(1)]):
+            rest = rest[: word.start()].strip()
+        if rest in ("", latex) or rest[-1] in "=<>+-,;:*/^_(" or rest.count("{") != rest.count("}"):
+            break
+        latex = rest
+    return latex
+
+
+def _protect_words(latex: str) -> str:
+    def protect(match: re.Match) -> str:
+        return rf"\text{{{match[0]}}}" if match[0][0].isalpha() and is_word(match[0]) else match[0]
+
+    return _TOKEN.sub(protect, latex)
+
+
+def _has_words(latex: str) -> bool:
+    return any(m[0][0].isalpha() and is_word(m[0]) for m in _TOKEN.finditer(latex))
+
+
+def _same_variable(gold: str, answer: str) -> str:
+    """The answer with the variable of its function named as in the reference: f(t)=t^2 is f(x)=x^2."""
+    g, a = _FUNCTION.search(gold), _FUNCTION.search(answer)
+    if not (g and a and g[1] == a[1]) or re.search(rf"(?<![A-Za-z\\]){g[2]}(?![A-Za-z])", answer):
+        return answer
+    return re.sub(rf"(?<![A-Za-z\\]){a[2]}(?![A-Za-z])", g[2], answer)
+
+
+def prepare(latex: str) -> str:
+    """Cleaned LaTeX in the form that math-verify reads as meant."""
+    latex = clean(latex)
+    latex = re.sub(r"\\[lc]?dots(?![A-Za-z])", r"\\text{dots}", latex)
+    latex = re.sub(r"(?<=[\d\w)}])\s*\^\s*\(([^()]*)\)", r"^{\1}", latex)
+    return _without_unit(latex)
+
+
+def _constant(latex: str):
+    """sympy number of one part of a chain, and the digits after its point; None if it is no constant."""
+    number = plain_number(clean(latex))
+    if number is not None:
+        point = re.search(r"\.(\d+)", latex)
+        return float(number.true_value), len(point[1]) if point else 0, True
+    read, _ = _library()
+    value = read(latex)
+    if value is None or not getattr(value, "is_number", False):
+        return None
+    try:
+        return float(value.evalf(20)), 0, False
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def contradicts_itself(latex: str, gold: str) -> bool:
+    """Whether a chain of equations gives two values: y=6=7.
+
+    Numbers written out must all agree; values of expressions only if the reference is not an equation itself
+    (math-verify's own suite accepts z=3+3=2 for z=1+1=2). A decimal may be a rounding of what it is set equal to.
+    """
+    if re.search(r"[,;&]|\\text|\\\\", latex):
+        return False
+    parts = [part.strip() for part in _EQUALS.split(re.split(r"\\approx|\\sim|\\simeq|≈", latex)[0])]
+    if len(parts) < 2 or not all(parts):
+        return False
+    values = [_constant(part) for part in parts]
+    if len(parts) == 2:
+        literal = all(v and v[2] for v in values) and not any("frac" in p or "/" in p for p in parts)
+        values = values if literal else []
+    elif "=" in gold and not all(v and v[2] for v in values[1:]):
+        return False
+    known = [v for v in values if v]
+    for i, (x, digits_x, _) in enumerate(known):
+        for y, digits_y, _ in known[i + 1 :]:
+            digits = max(digits_x, digits_y)
+            if abs(x - y) > (0.51 * 10.0**-digits if digits else 1e-9 * max(abs(x), abs(y))):
+                return True
+    return False
+
+
+def _right_side(value):
+    """The value of x = value; other things as they are."""
+    from sympy import Eq, Symbol
+
+    return value.rhs if isinstance(value, Eq) and isinstance(value.lhs, Symbol) else value
+
+
+def _really_equal(gold, answer) -> bool:
+    """For two exact constants that math-verify calls equal: whether 20 significant digits agree."""
+    from sympy import Expr, Float
+
+    gold, answer = _right_side(gold), _right_side(answer)
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr) and gold.is_number and answer.is_number):
+        return True
+    if gold.has(Float) or answer.has(Float) or gold == answer or gold.is_infinite or answer.is_infinite:
+        return True
+    gold, answer = gold.evalf(30), answer.evalf(30)
+    return bool(abs(gold - answer) <= 1e-20 * max(abs(gold), abs(answer))) or _is_percent_pair(gold, answer)
+
+
+def _is_percent_pair(gold, answer) -> bool:
+    """math-verify lets 9% pass for 9; the two differ by exactly a hundred."""
+    return bool(gold and answer and abs(abs(gold / answer) - 100) < 1e-20 or abs(abs(answer / gold) - 100) < 1e-20)
+
+
+def _agree_at_points(gold, answer) -> bool:
+    """Whether two expressions in the same variables agree wherever both are real, at random points."""
+    from sympy import Expr, Float
+
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or gold.has(Float) or answer.has(Float):
+        return False
+    symbols = sorted(gold.free_symbols, key=str)
+    if not symbols or set(symbols) != answer.free_symbols or gold.count_ops() + answer.count_ops() > 150:
+        return False
+    rng, agreed = random.Random(0), 0
+    for _ in range(16):
+        point = {s: rng.choice((-1, 1)) * rng.uniform(0.3, 3.0) for s in symbols}
+        try:
+            x, y = (complex(e.evalf(15, subs=point)) for e in (gold, answer))
+        except (TypeError, ValueError, ArithmeticError, AttributeError):
+            continue
+        if abs(x.imag) > 1e-9 or abs(y.imag) > 1e-9:
+            continue
+        if not abs(x - y) <= 1e-9 * max(abs(x), abs(y)):
+            return False
+        agreed += 1
+    return agreed >= 4
+
+
+def compare(gold: str, answer: str) -> str:
+    """ "correct", "wrong", or "unparsed" if the answer is no formula. Arguments: LaTeX without delimiters."""
+    gold, answer = prepare(gold), prepare(answer)
+    answer = _same_variable(gold, answer)
+    if re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer):
+        return "correct"
+    if contradicts_itself(answer, gold):
+        return "wrong"
+    if _has_words(gold) and _has_words(answer):
+        gold, answer = _protect_words(gold), _protect_words(answer)
+    read, equal = _library()
+    answer_value = read(answer)
+    if answer_value is None:
+        return "unparsed"
+    gold_value = read(gold)
+    if gold_value is None:
+        return "wrong"
+    if equal(gold_value, answer_value):
+        return "correct" if _really_equal(gold_value, answer_value) else "wrong"
+    return "correct" if _agree_at_points(gold_value, answer_value) else "wrong"
+
+
+def main() -> None:
+    compare("x+1", "1+x")  # imports the libraries and warms their parser, once for all workers
+    workers.serve(lambda job: compare(*job), memory_mb=int(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
+
+
