@@ -73,8 +73,9 @@ class Stats:
 
 def bucket(n: int, base: int, per_octave: int = 4) -> int:
     """Round n up to one of a few sizes: multiples of `base`, then `per_octave` sizes per power of two."""
-    step = max(base, 1 << max((max(n, 1) - 1).bit_length() - 1, 0) >> (per_octave.bit_length() - 1))
-    return -(-max(n, 1) // step) * step
+    n = max(int(n), 1)
+    step = max(base, 1 << max((n - 1).bit_length() - 1, 0) >> (per_octave.bit_length() - 1))
+    return -(-n // step) * step
 
 
 class _Slots:
