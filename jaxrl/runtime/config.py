@@ -177,15 +177,17 @@ def parse_config(argv: list[str]) -> ConfigDict:
 
     Raises UserError, in one line, for a missing file, an unknown key or a value of the wrong type.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
-    if not any(a.split("=")[0].lstrip("-") == "config" for a in argv[1:]):
+    named = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
+    if not named:
         raise UserError("--config is missing; for example --config=configs/quickstart.py")
+    path = named[-1].partition("=")[2].partition(":")[0]
+    if not os.path.isfile(path):
+        raise UserError(f"--config: no such file: {path}")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
     try:
         rest = values(argv)
         config = values["config"].value
-    except FileNotFoundError as e:
-        raise UserError(f"--config: no such file: {e.filename or e}") from e
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"--config: {_first_line(e)}") from e
     if len(rest) > 1:

@@ -1,0 +1,172 @@
+"""From the configuration to the parts of a run. Functions only; nothing here trains."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl.errors import UserError
+from jaxrl.rollout.engine import Sampler
+from jaxrl.runtime import distributed
+from jaxrl.runtime import mesh as meshes
+from jaxrl.runtime.checkpoint import Checkpointer
+from jaxrl.runtime.metrics import MetricsWriter
+from jaxrl.runtime.model_source import load_model
+from jaxrl.runtime.rundir import RunDir, atomic_write
+from jaxrl.runtime.watchdog import Watchdog
+from jaxrl.tasks import dial
+from models.attention import default_implementation
+from models.config import DecoderConfig, from_hf, to_hf
+from models.decoder import abstract_params, init_params
+from models.tokenizers import Tokenizer, load_tokenizer, vocab_tokenizer
+
+
+def mesh(config):
+    """The device mesh of config.mesh over all devices."""
+    return meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
+    """The decoder of config.model: of its directory, or of its shape (vocab_size 0 means the tokenizer's)."""
+    if config.model.path:
+        return model_config_of(config.model.path)
+    shape = dict(config.model.shape)
+    if shape["vocab_size"] == 0:
+        if tokenizer is None:
+            raise UserError("config.model.shape.vocab_size is 0 and there is no tokenizer to take it from")
+        shape["vocab_size"] = tokenizer.vocab_size
+    try:
+        return DecoderConfig(**shape)
+    except ValueError as e:
+        raise UserError(f"config.model.shape: {e}") from e
+
+
+def model_config_of(path: str) -> DecoderConfig:
+    """Decoder config of a Hugging Face or run directory; UserError naming the file if it does not fit."""
+    from jaxrl.runtime.model_source import is_run
+
+    try:
+        return from_hf(f"{path}/model" if is_run(path) else path)
+    except (ValueError, OSError) as e:
+        raise UserError(str(e)) from e
+
+
+def tokenizer(config) -> Tokenizer:
+    """The tokenizer of config.model.tokenizer ("dial", a path, or "" for the one beside the model)."""
+    source = config.model.tokenizer or config.model.path
+    if source == "dial":
+        return vocab_tokenizer(dial.PIECES, eos=dial.END, pad=dial.PAD, name="dial")
+    if not source:
+        raise UserError("config.model.tokenizer is empty and there is no config.model.path to take it from")
+    from jaxrl.runtime.model_source import is_run
+
+    try:
+        return load_tokenizer(f"{source}/model" if is_run(source) else source)
+    except (ValueError, OSError) as e:
+        raise UserError(f"config.model.tokenizer: {e}") from e
+
+
+def param_shardings(decoder: DecoderConfig, on) -> tuple[Any, Any]:
+    """(abstract fp32 parameters, their NamedShardings on the mesh `on`)."""
+    abstract, logical = abstract_params(decoder)
+    rules = meshes.logical_rules(on, decoder.num_kv_heads, decoder.vocab_size)
+    return abstract, meshes.shardings(on, logical, rules, abstract)
+
+
+def params_maker(config, decoder: DecoderConfig, on) -> Callable[[], Any]:
+    """A function that loads or initialises the parameters, straight into their shards."""
+    dtype = jnp.dtype(config.model.param_dtype)
+    _, where = param_shardings(decoder, on)
+    if config.model.path:
+        return lambda: load_model(config.model.path, dtype, where)[1]
+    key = jax.random.key(config.seed)
+    return lambda: jax.jit(lambda k: init_params(decoder, k, dtype), out_shardings=where)(key)
+
+
+def attention(config, on) -> str:
+    """The attention implementation: config.model.attention, or the best one for the mesh's platform."""
+    name = config.model.attention
+    return default_implementation(on.devices.flat[0].platform) if name == "auto" else name
+
+
+def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on, max_tokens: int = 0) -> Sampler:
+    """The sampler of config.sampling. On a mesh of several devices the slots are split over data x fsdp."""
+    s = config.sampling
+    if s.max_prompt + s.max_tokens > decoder.max_position_embeddings:
+        raise UserError(
+            f"config.sampling.max_prompt={s.max_prompt} + max_tokens={s.max_tokens} is above the model's context of "
+            f"{decoder.max_position_embeddings}"
+        )
+    return Sampler(
+        decoder,
+        tok.eos_ids,
+        max_prompt=s.max_prompt,
+        max_tokens=max(s.max_tokens, max_tokens),
+        slots=s.slots,
+        chunk=s.chunk,
+        window=s.window,
+        dtype=jnp.dtype(config.model.sampler_dtype or config.model.dtype),
+        mesh=on if on.size > 1 else None,
+    )
+
+
+def checkpointer(config, run: RunDir) -> Checkpointer:
+    c = config.checkpoint
+    best = {"keep_best": 1, "best_metric": c.keep_best} if c.keep_best else {}
+    return Checkpointer(run.checkpoints, keep_last=c.keep, **best)
+
+
+def writer(config, run: RunDir, state: dict | None) -> MetricsWriter:
+    trackers = [name for name in ("tensorboard", "wandb") if config.log[name]]
+    return MetricsWriter(
+        run.root,
+        trackers,
+        state=state,
+        config=config.to_dict(),
+        wandb={"project": config.log.wandb_project},
+        enabled=distributed.is_main(),
+    )
+
+
+def watchdog(config, run: RunDir):
+    """The watchdog, or a stand-in with the same `beat` when it is off."""
+    if config.watchdog.seconds > 0:
+        return Watchdog(run.root, config.watchdog.seconds)
+
+    return contextlib.nullcontext(types.SimpleNamespace(beat=lambda *_: None))
+
+
+def save_model_card(run: RunDir, decoder: DecoderConfig, tok: Tokenizer, config) -> None:
+    """What others need to read this run: the resolved config, the decoder's config.json and the tokenizer."""
+    if not distributed.is_main():
+        return
+    run.write_config(config.to_dict())
+    home = run.root / "model"
+    home.mkdir(exist_ok=True)
+    tok.save(home)
+    atomic_write(home / "config.json", json.dumps(to_hf(decoder), indent=2) + "\n")
+    atomic_write(home / "generation_config.json", json.dumps({"eos_token_id": list(tok.eos_ids)}) + "\n")
+
+
+def describe(config, decoder: DecoderConfig, on) -> str:
+    """One line: model size, method, devices."""
+    abstract, _ = abstract_params(decoder)
+    count = sum(a.size for a in jax.tree.leaves(abstract))
+    a = config.algorithm
+    return (
+        f"{decoder.model_type} with {count:,} parameters; loss {a.loss}, advantage {a.advantage}, selection "
+        f"{a.selection}, length {config.length.reward}; {on.size} {on.devices.flat[0].platform} device(s)"
+    )
+
+
+def row_sharding(on) -> NamedSharding:
+    """Rows of a batch over data x fsdp."""
+    return NamedSharding(on, P(meshes.BATCH))
