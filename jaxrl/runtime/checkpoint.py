@@ -23,6 +23,7 @@ import pathlib
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,6 +77,10 @@ class Checkpointer:
         self._committed: int | None = None
         self._saves = 0
         self.timings: dict[str, float] = {}
+        # A program that ends without `close` still finishes its save: executors, which orbax needs, are shut
+        # down in the reverse order of these registrations, before threads are joined and long before atexit.
+        me = weakref.ref(self)
+        threading._register_atexit(lambda: me() and me().wait())
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -115,7 +120,6 @@ class Checkpointer:
             self._give_up(step, tmp, e)
             return
         blocked = time.perf_counter() - start
-        # Not a daemon: a program that ends without `close` still finishes the save.
         self._thread = threading.Thread(target=self._finish, args=(step, tmp, files, meta, start, blocked))
         self._thread.start()
 

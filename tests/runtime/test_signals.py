@@ -1,0 +1,124 @@
+"""Stopping on request, and the watchdog: exit codes of real processes that get real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PRELUDE = """
+import ctypes, os, sys, threading
+from jaxrl.runtime.signals import StopRequest
+from jaxrl.runtime.watchdog import Watchdog
+
+def stuck_in_native_code():
+    # A mutex that is locked twice: signals do not wake it, and the interpreter runs no handler meanwhile.
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_init(mutex, None)
+    libc.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+def start(code, *args):
+    child = subprocess.Popen([sys.executable, "-c", PRELUDE + code, *map(str, args)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert child.stdout.readline() == "ready\n", child.stderr.read()
+    return child
+
+
+LOOP = """
+with StopRequest() as stop:
+    print("ready", flush=True)
+    step = 0
+    while not stop.agreed(step):
+        stop.received.wait(0.01)
+        step += 1
+    print(stop.requested)
+    sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_first_signal_is_a_request(number, code):
+    child = start(LOOP)
+    child.send_signal(number)
+    out, err = child.communicate()
+    assert (out, child.returncode) == (f"{number.name}\n", code)
+    assert f"{number.name}: saving after this step" in err
+
+
+def test_second_interrupt_leaves_at_once_from_native_code():
+    child = start("with StopRequest(): stuck_in_native_code()")
+    child.send_signal(signal.SIGTERM)
+    assert child.stderr.readline().startswith("SIGTERM: saving")
+    child.send_signal(signal.SIGINT)  # the first of its kind: still time to save
+    child.send_signal(signal.SIGTERM)
+    assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    assert "second SIGINT" in child.communicate()[1] and child.returncode == 130
+
+
+def test_a_step_that_never_ends_is_left_after_the_grace_time():
+    child = start("with StopRequest(grace_seconds=0.05): stuck_in_native_code()")
+    child.send_signal(signal.SIGTERM)
+    assert "did not end within 0.05 s" in child.communicate()[1] and child.returncode == 75
+
+
+def test_handlers_are_put_back():
+    child = start("""
+before = signal.getsignal(signal.SIGTERM)
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.received.wait()
+assert signal.getsignal(signal.SIGTERM) is before and signal.set_wakeup_fd(-1) == -1
+print("ready", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+""".replace("before", "import signal\nbefore", 1))
+    assert child.wait() == -signal.SIGTERM
+
+
+def test_watchdog_shows_where_it_hung(tmp_path):
+    child = start("""
+def stuck_here():
+    print("ready", flush=True)
+    threading.Event().wait()
+
+with Watchdog(sys.argv[1], 0.2) as dog:
+    dog.beat(7, {"loss": 0.25})
+    stuck_here()
+""", tmp_path)
+    err = child.communicate()[1]
+    assert child.returncode == 76
+    for text in (err, (tmp_path / "watchdog.txt").read_text()):
+        assert "no progress for 0.2 s after step 7; exit code 76" in text
+        assert '"loss": 0.25' in text and "in stuck_here" in text
+
+
+def test_watchdog_without_a_writable_directory_still_bites(tmp_path):
+    child = start("with Watchdog(sys.argv[1], 0.1): stuck_in_native_code()", tmp_path / "gone")
+    err = child.communicate()[1]
+    assert child.returncode == 76 and "stuck_in_native_code" in err
+
+
+def test_native_code_that_keeps_the_interpreter_is_ended_too(tmp_path):
+    child = start("""
+with Watchdog(sys.argv[1], 0.2):
+    print("ready", flush=True)
+    ctypes.PyDLL(None).pause()  # PyDLL: does not give the GIL back
+""", tmp_path)
+    err = child.communicate()[1]
+    assert child.returncode == 1 and "Timeout (" in err and "<string>" in err
+
+
+def test_watchdog_leaves_a_run_alone_that_makes_progress(tmp_path):
+    child = start("""
+with Watchdog(sys.argv[1], 60) as dog:
+    for step in range(1000):
+        dog.beat(step, {})
+    dog.beat(step)
+print("ready", flush=True)
+""", tmp_path)
+    assert child.wait() == 0 and os.listdir(tmp_path) == []
