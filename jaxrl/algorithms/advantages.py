@@ -119,7 +119,7 @@ def opo(rewards, group_ids, lengths, hyper):
 
 
 def gpg(rewards, group_ids, lengths, hyper):
-    """alpha (R - group mean) / f_norm (GPG, 2504.02546 eq. 6).
+    """alpha (R - group mean) / f_norm (GPG, 2504.02546).
 
     hyper: f_norm; alpha: "paper", B / (B - M) with M the completions of groups without gradient, or "verl",
     B / (number of nonzero rewards), which is what verl computes.

@@ -32,7 +32,7 @@ def adapt_coefficient(
 def entropy_advantages(
     advantages: jax.Array, entropy: jax.Array, alpha: float = 0.4, kappa: float = 2.0
 ) -> jax.Array:
-    """Entropy-Adv (2506.14758 eq. 6): A + min(alpha sg(H), |A| / kappa), so the sign of A never changes for
+    """Entropy-Adv (2506.14758): A + min(alpha sg(H), |A| / kappa), so the sign of A never changes for
     kappa > 1.
 
     advantages, entropy (nats): [R, T]. No gradient flows through the result.

@@ -25,7 +25,7 @@ def cispo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
 
 
 def sapo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
-    """SAPO (2511.20347 eq. 5-7): -A f(rho), f = sigmoid(tau (rho - 1)) 4 / tau, tau by the sign of A.
+    """SAPO (2511.20347): -A f(rho), f = sigmoid(tau (rho - 1)) 4 / tau, tau by the sign of A.
 
     All arrays [R, T]. hyper: tau_pos (A > 0), tau_neg (A <= 0), log_ratio_clamp. Extra sum gate: 4 p (1 -
     p) with p = sigmoid(tau (rho - 1)), the factor by which the gradient of rho A is damped.
@@ -38,7 +38,7 @@ def sapo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
 
 
 def gpg_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
-    """GPG (2504.02546 eq. 5): -A log pi, the plain policy gradient; pair it with the gpg advantage. All [R,
+    """GPG (2504.02546): -A log pi, the plain policy gradient; pair it with the gpg advantage. All [R,
     T].
     """
     tokens = clean(logp, old_logp, advantages, response_mask)
