@@ -1,0 +1,114 @@
+"""The device mesh and the one table that says how logical axes lie on it.
+
+    data    replicas: each holds all parameters of its fsdp x tensor block and sees its own rows
+    fsdp    also splits rows; parameters, gradients and optimizer state are split over it and gathered per layer
+    tensor  splits heads, MLP width and vocabulary inside a layer (and, as an option, tokens between layers)
+
+Models name their axes ("embed", "heads", ...); only this file knows what a name means on a mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the mesh axes that split rows
+
+RULES = {
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",  # replicated when the number of key-value heads does not divide
+    "mlp": "tensor",
+    "embed": "fsdp",
+    "norm": None,
+    # activations
+    "batch": BATCH,
+    "seq": None,  # "tensor" with sequence parallelism
+    "act_embed": None,
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A ("data", "fsdp", "tensor") mesh over `devices` (default: all of them); one size may be -1, "the rest".
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, count = [data, fsdp, tensor], len(devices)
+    named = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(f"{named}: sizes must be positive, and at most one may be -1 (the rest)")
+    known = math.prod(s for s in sizes if s != -1)
+    if count % known or (-1 not in sizes and count != known):
+        raise UserError(f"{named}: the product must be {'a divisor of ' if -1 in sizes else ''}{count}, "
+                        "the number of devices")
+    sizes = tuple(count // known if s == -1 else s for s in sizes)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def logical_rules(mesh: Mesh, num_kv_heads: int | None = None, vocab_size: int | None = None,
+                  sequence_parallel: bool = False) -> dict:
+    """RULES fitted to a model: key-value heads and vocabulary stay whole where `tensor` does not divide them."""
+    rules, tensor = dict(RULES), mesh.shape["tensor"]
+    if num_kv_heads is not None and num_kv_heads % tensor:
+        rules["kv_heads"] = None
+    if vocab_size is not None and vocab_size % tensor:
+        rules["vocab"] = None
+    if sequence_parallel:
+        rules["seq"] = "tensor"
+    return rules
+
+
+def to_spec(logical: P, rules: dict) -> P:
+    """PartitionSpec of mesh axes for a PartitionSpec of logical axes. Raises KeyError for an unknown name."""
+    return P(*(None if name is None else rules[name] for name in logical))
+
+
+def shardings(mesh: Mesh, logical_specs, rules: dict | None = None, abstract=None):
+    """Tree of NamedSharding for a tree of logical PartitionSpecs (see models.decoder.abstract_params).
+
+    rules: from `logical_rules`; default RULES. abstract: the matching tree of shapes; when given, every
+    dimension must divide. Raises UserError naming the parameter and the mesh axis otherwise.
+    """
+    rules = RULES if rules is None else rules
+    is_spec = lambda x: isinstance(x, P)  # noqa: E731
+    out = jax.tree.map(lambda s: NamedSharding(mesh, to_spec(s, rules)), logical_specs, is_leaf=is_spec)
+    if abstract is not None:
+        jax.tree_util.tree_map_with_path(_check_divides, abstract, out)
+    return out
+
+
+def _check_divides(path, leaf, sharding):
+    for size, axes in zip(leaf.shape, sharding.spec, strict=False):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(sharding.mesh.shape[a] for a in axes)
+        if size % parts:
+            raise UserError(f"mesh.{'*'.join(axes)}={parts} does not divide dimension {size} of parameter "
+                            f"{jax.tree_util.keystr(path, simple=True, separator='/')} {tuple(leaf.shape)}")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, P())
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split: data x fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: dict):
+    """Inside it, the model's logical activation constraints mean `rules` on `mesh`. Used while tracing a program."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(tuple(rules.items())):
+        yield
