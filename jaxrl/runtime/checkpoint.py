@@ -157,10 +157,12 @@ class Checkpointer:
         sync(key=f"jaxrl_digests_{self._saves}", timeout_ms=self._timeout * 1000)
         if distributed.is_main() and error is None:
             try:
-                for other in range(1, processes):
-                    digests |= json.loads((tmp / f"{other}.digests").read_text())
                 for other in range(processes if processes > 1 else 0):
-                    (tmp / f"{other}.digests").unlink()
+                    part = tmp / f"{other}.digests"
+                    if not part.exists():
+                        raise OSError(errno.EIO, f"process {other} could not write its part", str(tmp))
+                    digests |= json.loads(part.read_text())
+                    part.unlink()
                 meta["files"] = digests
                 manifest.commit(tmp, final, meta)
             except OSError as e:

@@ -1,0 +1,187 @@
+"""Two processes on this machine, four devices each: they gather, save, restore, stop and die together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.errors import UserError
+from jaxrl.runtime import distributed, manifest
+from jaxrl.runtime.checkpoint import restore
+
+PRELUDE = """
+import os, sys
+import numpy as np
+from jaxrl.runtime import distributed
+distributed.initialize(heartbeat_seconds=10)
+import jax, jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxrl.runtime.checkpoint import Checkpointer, restore
+from jaxrl.runtime.signals import StopRequest
+me, directory = jax.process_index(), sys.argv[1]
+assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
+
+def tree(mesh, spec):
+    w = np.arange(128, dtype=np.float32).reshape(16, 8)
+    put = lambda x, s: jax.make_array_from_callback(x.shape, NamedSharding(mesh, s), lambda i: x[i])
+    return {"w": put(w, spec), "b": put(w.astype(jnp.bfloat16), P()), "n": np.arange(3)}
+
+def show(text):
+    print(text, flush=True)
+"""
+
+
+def two(code, *args):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+           "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    return [subprocess.Popen([sys.executable, "-c", PRELUDE + code, *map(str, args)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, env={**env, "JAX_PROCESS_ID": str(i)})
+            for i in range(2)]
+
+
+def wait_until_ready(child):
+    """Reads on to the line "ready" (Gloo greets on stdout, too)."""
+    assert "ready\n" in iter(child.stdout.readline, ""), child.stderr.read()
+
+
+def finish(children, timeout=120):
+    try:
+        return [c.communicate(timeout=timeout) for c in children]
+    finally:
+        for c in children:
+            c.kill()
+
+
+def test_one_process_needs_no_partner(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.initialize()
+    assert distributed.is_main()
+    assert distributed.allgather({"a": (1, 2)}) == [{"a": [1, 2]}]  # the same types as with several
+    assert distributed.broadcast("x") == "x" and distributed.any_process(True)
+    assert not distributed.any_process(False)
+    distributed.barrier("alone")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match="needs all of JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES"):
+        distributed.initialize()
+
+
+GATHER_AND_SAVE = """
+texts = ["", "x" * 5000][me]
+assert distributed.allgather(texts) == ["", "x" * 5000]
+assert distributed.allgather_bytes(bytes([me]) * (me + 1)) == [b"\\0", b"\\1\\1"]
+assert distributed.broadcast({"from": me}) == {"from": 0}
+assert distributed.any_process(me == 1) and not distributed.any_process(False)
+assert distributed.is_main() == (me == 0)
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+a = tree(mesh, P("x", "y"))
+with Checkpointer(directory, keep_last=1) as saver:
+    assert saver.restore(a) is None
+    for step in (1, 2):
+        saver.save(step, a, {"step": step}, {"pending": np.arange(step)})
+    assert saver.wait() == 2
+    distributed.barrier("saved")
+    other = Mesh(np.array(jax.devices()).reshape(8), ("x",))
+    found = saver.restore(tree(other, P(None, "x")))
+    assert found.step == 2 and found.host == {"step": 2} and len(found.blobs["pending"]) == 2
+    assert found.arrays["w"].sharding.spec == P(None, "x")
+    for shard in found.arrays["w"].addressable_shards:
+        assert np.array_equal(shard.data, np.arange(128).reshape(16, 8)[shard.index])
+    # A fault of process 1's storage: both warn, neither hangs, and the checkpoint before stays.
+    from jaxrl.runtime import manifest
+    real = manifest.digest_files
+    def full(*_, **__): raise OSError(28, "No space left on device")
+    if me == 1:
+        manifest.digest_files = full
+    saver.save(3, a, {"step": 3})
+    assert saver.wait() == 2
+    manifest.digest_files = real
+    # Damage that only one of them reads is known to both.
+    saver.save(4, a, {"step": 4})
+    saver.wait()
+    distributed.barrier("saved 4")
+    if me == 0:
+        with open(f"{directory}/00000004/host.json", "a") as f: f.write(" ")
+    distributed.barrier("damaged")
+    try:
+        saver.restore(a)
+    except ValueError as e:
+        assert "no usable checkpoint" in str(e)
+    else:
+        raise AssertionError("damage was not seen")
+    with open(f"{directory}/00000004/host.json", "w") as f: f.write('{"step": 4}')
+show("done")
+"""
+
+
+@pytest.mark.slow
+def test_gather_save_and_restore_together(tmp_path):
+    for child, (out, err) in zip(children := two(GATHER_AND_SAVE, tmp_path), finish(children), strict=True):
+        assert child.returncode == 0 and out.endswith("done\n"), err[-3000:]
+        assert "NOT saved" in err
+    # What two processes saved, one can read, on its one device.
+    [found] = manifest.list_checkpoints(tmp_path)
+    meta = manifest.read_manifest(found.path)
+    assert found.step == 4 and manifest.find_damage(found.path, meta) is None
+    assert {n.split("/")[1] for n in meta["files"] if "process_" in n and "/d/" in n} == {
+        "ocdbt.process_0", "ocdbt.process_1"}
+    w = np.arange(128, dtype=np.float32).reshape(16, 8)
+    template = {"w": jnp.zeros((16, 8)), "b": jnp.zeros((16, 8), jnp.bfloat16), "n": np.zeros(3, int)}
+    back = restore(tmp_path, template).arrays
+    assert np.array_equal(back["w"], w) and np.array_equal(back["b"], w.astype(jnp.bfloat16))
+
+
+STOP = """
+with StopRequest() as stop:
+    show("ready")
+    step = 0
+    while not stop.agreed(step):
+        step += 1
+    show(f"{step} {stop.requested}")
+sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_after_the_same_step(tmp_path):
+    children = two(STOP, tmp_path)
+    try:
+        for c in children:
+            wait_until_ready(c)
+        children[1].send_signal(signal.SIGTERM)
+    finally:
+        (out0, err0), (out1, err1) = finish(children)
+    assert [c.returncode for c in children] == [75, 75], err0[-2000:] + err1[-2000:]
+    last0, last1 = out0.splitlines()[-1], out1.splitlines()[-1]
+    assert last0 == last1 and last0.endswith(" SIGTERM")
+
+
+DIE = """
+sharding = NamedSharding(Mesh(np.array(jax.devices()), "x"), P("x"))
+x = jax.make_array_from_callback((8,), sharding, lambda i: np.ones(1))
+total = jax.jit(jnp.sum)
+show("ready")
+while True:
+    total(x).block_until_ready()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_other(tmp_path, victim):
+    children = two(DIE, tmp_path)
+    try:
+        for c in children:
+            wait_until_ready(c)
+        children[victim].send_signal(signal.SIGKILL)
+    finally:
+        finish(children)  # raises TimeoutExpired if the other one hangs
+    assert children[1 - victim].returncode not in (0, -signal.SIGKILL)
