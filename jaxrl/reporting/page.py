@@ -1,0 +1,235 @@
+"""The HTML page around the figures: self-contained, light and dark, no script needed to read it."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+from jaxrl.reporting.runs import Run, Setting
+from jaxrl.reporting.style import SERIES, css_variables
+
+SAMPLES_SHOWN = 6
+
+_STYLE = """
+:root{color-scheme:light dark;%LIGHT%--page:#f6f4ef;--rule:#dedad2;--hot:#d97a2b;--good:#2a66b1;--bad:#c4561b}
+@media (prefers-color-scheme:dark){:root{%DARK%--page:#131518;--rule:#2c3036;--hot:#c46a1e;--good:#83b4ef;
+--bad:#f2a272}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 Inter,system-ui,-apple-system,"Segoe UI",
+"Helvetica Neue",Arial,sans-serif;-webkit-font-smoothing:antialiased}
+main{max-width:1180px;margin:0 auto;padding:56px 28px 96px}
+h1,h2,h3{font-family:"Iowan Old Style","Palatino Linotype",Palatino,"Source Serif 4",Charter,Georgia,serif;
+font-weight:600;letter-spacing:-.012em;margin:0;text-wrap:balance}
+h1{font-size:44px;line-height:1.12}
+h2{font-size:27px;margin:72px 0 18px;padding-top:22px;border-top:1px solid var(--rule)}
+h3{font-size:18.5px;line-height:1.3}
+.kicker{font-size:12.5px;letter-spacing:.09em;text-transform:uppercase;color:var(--muted);margin-bottom:12px}
+.lead{color:var(--muted);max-width:68ch;margin:14px 0 0;overflow-wrap:anywhere}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:1px;margin:36px 0 0;
+background:var(--rule);border:1px solid var(--rule);border-radius:10px;overflow:hidden}
+.tile{background:var(--paper);padding:16px 18px}
+.tile b{display:block;font:600 29px/1.15 "Iowan Old Style",Palatino,Charter,Georgia,serif;
+font-variant-numeric:lining-nums tabular-nums;white-space:nowrap}
+.tile span{font-size:13px;color:var(--muted)}
+.key{display:flex;flex-wrap:wrap;gap:8px 26px;margin:26px 0 0;padding:0;list-style:none;font-size:14.5px}
+.key i{display:inline-block;width:22px;height:3px;border-radius:2px;vertical-align:middle;margin-right:9px}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:22px}
+figure{margin:0;background:var(--paper);border:1px solid var(--rule);border-radius:10px;
+padding:20px 22px 16px;display:flex;flex-direction:column}
+figure svg{width:100%;height:auto;margin:10px 0 6px;display:block}
+figure svg text{font-family:Inter,system-ui,"Helvetica Neue",Arial,sans-serif;
+font-variant-numeric:tabular-nums}
+figcaption{font-size:13.5px;line-height:1.5;color:var(--muted);margin-top:auto}
+table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
+th,td{padding:8px 12px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th:first-child,td:first-child{text-align:left;white-space:normal}
+th{font-weight:500;color:var(--muted);font-size:13px}
+.scroll{overflow-x:auto;background:var(--paper);border:1px solid var(--rule);border-radius:10px;
+padding:6px 10px}
+.scroll tr:last-child td{border-bottom:0}
+.sample{background:var(--paper);border:1px solid var(--rule);border-radius:10px;padding:16px 20px;
+margin:0 0 14px}
+.meta{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--muted);
+margin-bottom:10px}
+.meta b{color:var(--ink);font-weight:600}
+.mark{font-weight:600}.right{color:var(--good)}.wrong{color:var(--bad)}
+.prompt{color:var(--muted);white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px;margin:0 0 10px}
+.text{font:14.5px/1.95 ui-monospace,"SF Mono","JetBrains Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
+white-space:pre-wrap;overflow-wrap:anywhere;border-left:4px solid var(--edge);padding-left:14px}
+.text span{border-radius:3px;padding:2px 0;
+background:color-mix(in srgb,var(--hot) calc(var(--s)*1%),transparent)}
+.scale{display:inline-block;width:120px;height:10px;border-radius:3px;vertical-align:middle;margin:0 8px;
+background:linear-gradient(90deg,transparent,var(--hot));border:1px solid var(--rule)}
+details{margin-top:18px}summary{cursor:pointer;color:var(--muted);font-size:14.5px}
+pre{font:13px/1.6 ui-monospace,Menlo,Consolas,monospace;overflow-x:auto}
+footer{margin-top:72px;font-size:13px;color:var(--muted)}
+@media print{body{background:#fff}.grid{grid-template-columns:1fr 1fr}figure,.sample{break-inside:avoid}}
+"""
+
+
+def render(settings: Sequence[Setting], figures: dict[str, list[tuple[str, str, str]]]) -> str:
+    """The page. figures: {section: [(title, caption, svg)]}, in order."""
+    runs = [run for s in settings for run in s.runs]
+    title = runs[0].path.resolve().name if len(runs) == 1 else f"{len(settings)} settings, {len(runs)} runs"
+    style = _STYLE.replace("%LIGHT%", css_variables(False)).replace("%DARK%", css_variables(True))
+    parts = [
+        "<!doctype html><html lang=en><head><meta charset=utf-8>",
+        "<meta name=viewport content='width=device-width,initial-scale=1'>",
+        f"<title>{_text(title)}</title><style>{style}</style></head><body><main>",
+        f"<header><div class=kicker>jaxrl report</div><h1>{_text(title)}</h1>",
+        _lead(runs) if len(runs) == 1 else _key(settings),
+        _tiles(runs[0]) if len(runs) == 1 else "",
+        "</header>",
+    ]
+    if len(runs) > 1:
+        parts.append(f"<h2>Summary</h2>{_summary(settings)}")
+    for section, panels in figures.items():
+        parts.append(f"<h2>{_text(section)}</h2><div class=grid>")
+        for name, caption, svg in panels:
+            parts.append(
+                f"<figure><h3>{_text(name)}</h3>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
+            )
+        parts.append("</div>")
+    for setting in settings:
+        label = f" — {setting.label}" if len(settings) > 1 else ""
+        parts.append(_samples(setting.runs[0], label))
+    parts += [_config(s) for s in settings]
+    parts.append("<footer>Made by python -m jaxrl.report from metrics.jsonl and samples/.</footer>")
+    return "".join(parts) + "</main></body></html>\n"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    config = runs[0].config
+    names = {"algorithm.loss": "loss", "algorithm.advantage": "advantage", "algorithm.selection": "selection"}
+    names |= {"length.reward": "length reward", "task.name": "task", "model.path": "model", "seed": "seed"}
+    said = [
+        f"{label} {config[key]}" for key, label in names.items() if config.get(key) not in (None, "", "none")
+    ]
+    return f"<p class=lead>{_text(' · '.join(said))}</p>"
+
+
+def _key(settings: Sequence[Setting]) -> str:
+    items = [
+        f"<li><i style='background:var(--c{i % len(SERIES)})'></i>{_text(s.label)} ({_seeds(s)})</li>"
+        for i, s in enumerate(settings)
+    ]
+    return f"<ul class=key>{''.join(items)}</ul>"
+
+
+def _seeds(setting: Setting) -> str:
+    n = len(setting.runs)
+    return f"{n} seeds" if n > 1 else f"seed {setting.runs[0].seed}"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, thousands as k and M."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {suffix}"
+    return f"{value:.3g}"
+
+
+def _tiles(run: Run) -> str:
+    tiles = []
+    steps, accuracy = run.series("eval/accuracy")
+    if len(accuracy):
+        tiles.append((f"{100 * accuracy[-1]:.1f} %", f"held-out accuracy at step {steps[-1]:.0f}"))
+    if len(accuracy) > 1:
+        tiles.append((f"{100 * (accuracy[-1] - accuracy[0]):+.1f}", f"points since step {steps[0]:.0f}"))
+    length = run.series("response_length/mean")[1]
+    if len(length):
+        tiles.append((f"{length[0]:.3g}\u2009→\u2009{length[-1]:.3g}", "mean response length, tokens"))
+    seconds, tokens = run.series("time/step")[1], run.series("generated_tokens")[1]
+    tiles.append((str(int(max((r["step"] for r in run.records), default=0))), "steps"))
+    if len(tokens):
+        tiles.append((_number(tokens.sum()), "tokens generated"))
+    if len(seconds):
+        tiles.append((_duration(seconds.sum()), "in training steps"))
+    cells = "".join(
+        f"<div class=tile><b>{_text(value)}</b><span>{_text(label)}</span></div>" for value, label in tiles
+    )
+    return f"<div class=tiles>{cells}</div>"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return (
+        f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
+    )
+
+
+def _summary(settings: Sequence[Setting]) -> str:
+    """Last held-out accuracy, length and cost of every setting, mean over seeds with its 95 % interval."""
+    head = ["setting", "seeds", "held-out accuracy", "mean tokens", "generated", "time"]
+    rows = []
+    for s in settings:
+        _, mean, half = s.band("eval/accuracy")
+        said = f"{100 * mean[-1]:.1f} ± {100 * half[-1]:.1f} %" if len(mean) else "-"
+        length = s.band("response_length/mean")[1]
+        tokens = [run.series("generated_tokens")[1].sum() for run in s.runs]
+        seconds = [run.series("time/step")[1].sum() for run in s.runs]
+        row = [s.label, len(s.runs), said, f"{length[-1]:.4g}" if len(length) else "-"]
+        rows.append([*row, _number(sum(tokens) / len(tokens)), _duration(sum(seconds) / len(seconds))])
+    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
+    header = "".join(f"<th>{_text(c)}</th>" for c in head)
+    return f"<div class=scroll><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _samples(run: Run, label: str) -> str:
+    if not run.samples:
+        return ""
+    parts = [
+        f"<h2>Completions{_text(label)}</h2><p class=lead>Tokens the policy found unlikely are shaded:"
+        "<span class=scale></span>from probability 1 to e<sup>−4</sup>. The bar at the left tells the advantage: "
+        "<span class='mark right'>encouraged</span> or <span class='mark wrong'>discouraged</span>.</p>"
+    ]
+    for step, rows in run.samples.items():
+        parts.append(f"<h3 style='margin:28px 0 12px'>Step {step}</h3>")
+        parts += [_sample(row) for row in rows[:SAMPLES_SHOWN]]
+    return "".join(parts)
+
+
+def _sample(row: dict) -> str:
+    advantage = row.get("advantage")
+    strength = min(100, round(60 * abs(advantage or 0) + 20)) if advantage else 0
+    colour = "var(--good)" if (advantage or 0) > 0 else "var(--bad)"
+    edge = f"color-mix(in srgb,{colour} {strength}%,var(--rule))"
+    right = bool(row.get("correct"))
+    verdict = f"<span class='mark {'right' if right else 'wrong'}'>{'correct' if right else 'wrong'}</span>"
+    facts = [("reward", row.get("reward")), ("advantage", advantage), ("tokens", row.get("length"))]
+    meta = "".join(f"<span>{k} <b>{v:.4g}</b></span>" for k, v in facts if v is not None)
+    finish = {"eos": "", "length": "<span>cut at the limit</span>"}.get(row.get("finish", ""), "")
+    selected = row.get("selected")
+    fate = "" if selected is None else "kept" if selected else f"dropped {row.get('reason') or ''}".strip()
+    fate = f"<span>{_text(fate)}</span>" if fate else ""
+    tokens, logprobs = row.get("tokens") or [row.get("text", "")], row.get("logprobs") or []
+    spans = "".join(
+        f"<span style='--s:{shade(logp)}' title='{_title(logp)}'>{_text(token)}</span>"
+        for token, logp in zip(tokens, [*logprobs, *[None] * (len(tokens) - len(logprobs))], strict=False)
+    )
+    return (
+        f"<div class=sample><div class=meta>{verdict}{meta}{finish}{fate}</div><p class=prompt>"
+        f"{_text(row.get('prompt', ''))}</p><div class=text style='--edge:{edge}'>{spans}</div></div>"
+    )
+
+
+def shade(logp: float | None) -> int:
+    """Strength of a token's shading in percent: 0 at log-probability 0, full (70) at -4 and below."""
+    return 0 if logp is None or not math.isfinite(logp) else round(70 * min(max(-logp, 0.0), 4.0) / 4)
+
+
+def _title(logp: float | None) -> str:
+    return "" if logp is None else f"p = {math.exp(min(logp, 0.0)):.3g}"
+
+
+def _config(setting: Setting) -> str:
+    lines = "\n".join(f"{k} = {v!r}" for k, v in sorted(setting.runs[0].config.items()))
+    if not lines:
+        return ""
+    paths = ", ".join(str(run.path) for run in setting.runs)
+    return f"<details><summary>Configuration of {_text(paths)}</summary><pre>{_text(lines)}</pre></details>"

@@ -1,0 +1,135 @@
+"""What a report is made of: the records of runs, grouped so that seeds of one setting belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl.errors import UserError
+from jaxrl.runtime.metrics import read_metrics
+
+# Settings that do not make a run another method.
+_NOT_METHOD = ("run_dir", "seed", "resume", "log.", "watchdog.", "checkpoint.", "compilation_cache", "eval.")
+# 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom; then the normal's.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    config: flat {dotted key: value}. records: of metrics.jsonl. budgets: results of evaluations with length
+    budgets found in it. samples: {step: rows} of the first and the last sampled step.
+    """
+
+    path: pathlib.Path
+    config: dict[str, Any]
+    records: list[dict[str, Any]]
+    budgets: list[dict[str, Any]]
+    samples: dict[int, list[dict[str, Any]]]
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed", 0)
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of a metric, where it was recorded as a finite number."""
+        pairs = [(r["step"], r[key]) for r in self.records if _is_number(r.get(key))]
+        steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+        return steps, values
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Runs that differ by seed only."""
+
+    label: str
+    runs: list[Run]
+
+    def band(self, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(steps, mean, half) over the seeds at the steps that all have.
+
+        half: half-width of the 95 % t interval of the mean; 0 for one seed.
+        """
+        tables = [dict(zip(*run.series(key), strict=True)) for run in self.runs]
+        tables = [t for t in tables if t]
+        steps = sorted(set.intersection(*map(set, tables))) if tables else []
+        values = np.array([[t[s] for s in steps] for t in tables]).reshape(len(tables), len(steps))
+        if not len(steps):
+            return np.zeros(0), np.zeros(0), np.zeros(0)
+        return np.array(steps), values.mean(axis=0), t_half_width(values)
+
+
+def t_half_width(values: np.ndarray) -> np.ndarray:
+    """[..] half-widths of the 95 % t interval of the mean over axis 0 of values [n, ..]; 0 for n = 1."""
+    n = len(values)
+    if n < 2:
+        return np.zeros(values.shape[1:])
+    t = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.4 / (n - 1)
+    return t * values.std(axis=0, ddof=1) / math.sqrt(n)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(path: str | os.PathLike) -> Run:
+    """Reads a run directory. Raises UserError if it has no metrics.jsonl or that is damaged."""
+    root = pathlib.Path(path)
+    if not (root / "metrics.jsonl").is_file():
+        raise UserError(f"{root}: no metrics.jsonl; need a run directory of jaxrl.train")
+    config = root / "config.json"
+    budgets = []
+    for result in sorted(root.glob("*/result.json")):
+        budgets += [row for row in json.loads(result.read_text())["results"] if row.get("budget")]
+    sampled = sorted((root / "samples").glob("*.jsonl"))
+    picked = dict.fromkeys([*sampled[:1], *sampled[-1:]])
+    samples = {}
+    for file in picked:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if rows:
+            samples[int(rows[0].get("step", 0))] = rows
+    flat = flatten(json.loads(config.read_text())) if config.exists() else {}
+    return Run(root, flat, read_metrics(root / "metrics.jsonl"), budgets, samples)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {dotted key: value}."""
+    out = {}
+    for key, value in tree.items():
+        out.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
+
+
+def group_runs(runs: Sequence[Run]) -> list[Setting]:
+    """Settings in order of first appearance, labelled by the settings in which they differ."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        method = {k: v for k, v in run.config.items() if not k.startswith(_NOT_METHOD)}
+        groups.setdefault(json.dumps(method, sort_keys=True, default=str), []).append(run)
+    configs = [members[0].config for members in groups.values()]
+    keys = sorted({k for c in configs for k in c if not k.startswith(_NOT_METHOD)})
+    differing = [k for k in keys if len({json.dumps(c.get(k), default=str) for c in configs}) > 1]
+    # hyperparameters follow from the method more often than not; name them only if nothing else differs
+    main = [k for k in differing if "hyper" not in k] or differing
+    main.sort(key=lambda k: (not k.startswith("algorithm."), k))
+    settings = []
+    for members in groups.values():
+        config = members[0].config
+        label = " · ".join(_name(k, config.get(k)) for k in main) or members[0].path.name
+        settings.append(Setting(label, members))
+    if len({s.label for s in settings}) < len(settings):
+        settings = [dataclasses.replace(s, label=f"{s.label} ({s.runs[0].path.name})") for s in settings]
+    return settings
+
+
+def _name(key: str, value: Any) -> str:
+    """A setting in a label: method names speak for themselves, numbers need their key."""
+    return str(value) if isinstance(value, str) and value else f"{key.rsplit('.', 1)[-1]} {value}"
