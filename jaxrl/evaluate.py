@@ -1,0 +1,287 @@
+"""Accuracy of a model on data sets, with intervals, and how well its lengths follow a budget.
+
+    python -m jaxrl.evaluate --model=DIR --data=gsm8k_test.jsonl,aime24,dial --samples=8 --out=DIR
+
+--model is a Hugging Face directory or a run directory (--step, --all_checkpoints choose its checkpoints).
+--data lists files (jsonl, jsonl.gz, parquet), names of benchmarks, or the embedded task with its settings
+("dial:n_max=12:seed=7"). --budgets=512,1024 --budget_mode=exact asks for each length in the prompt and
+measures what comes back. A killed evaluation continues when the same command is given again.
+
+Written to --out: result.json, table.md, and every completion under completions/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.collect import with_budget
+from jaxrl.errors import UserError
+from jaxrl.evaluation.benchmarks import EvalSet, load_set
+from jaxrl.evaluation.lengths import MODES, generation_cap, length_metrics, sweep_metrics
+from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
+from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
+from jaxrl.rollout.engine import Sampler, Sampling
+from jaxrl.runtime import cli
+from jaxrl.runtime.model_source import checkpoint_steps, load_model
+from jaxrl.runtime.rundir import atomic_write
+from jaxrl.tasks.grader import GRADER_VERSION, Grader
+from jaxrl.tasks.task import Task
+
+FLAGS = dict(
+    model=str, data=str, out=str, samples=1, limit=0, max_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0,
+    min_p=0.0, seed=0, template="", data_dir="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1,
+    all_checkpoints=False, batch=0, slots=64, dtype="float32", grader_workers=2, grader_timeout=5.0,
+)  # fmt: skip
+
+
+def evaluate_task(
+    config, sampler: Sampler, params: Any, tokenizer, task: Task, step: int
+) -> dict[str, float]:
+    """Metrics "eval/..." of the held-out problems of a training run, as config.eval says.
+
+    params: in the sampler's layout. With config.length.mode, problems without a budget of their own get one,
+    the same at every call, and the metrics tell how well it was obeyed.
+    """
+    e = config.eval
+    problems = [with_budget(p, config, i) for i, p in enumerate(task.held_out[: e.problems])]
+    records, summary = evaluate_problems(
+        sampler,
+        params,
+        tokenizer,
+        problems,
+        [task.encode(p) for p in problems],
+        task.grade,
+        samples=e.samples,
+        sampling=Sampling(e.temperature),
+        seed=config.seed,
+        max_tokens=e.max_tokens or config.sampling.max_tokens,
+    )
+    found = summary | length_metrics(records)
+    return {f"eval/{k}": v for k, v in found.items() if k not in ("problems", "samples")}
+
+
+def main(argv: list[str]) -> None:
+    flags = cli.parse_flags(argv, FLAGS, __doc__)
+    _check(flags)
+    cli.use_compilation_cache()
+    out = pathlib.Path(flags["out"])
+    (out / "completions").mkdir(parents=True, exist_ok=True)
+    steps: list[int | None] = checkpoint_steps(flags["model"])[-1:] or [None]
+    if flags["step"] >= 0:
+        steps = [flags["step"]]
+    if flags["all_checkpoints"]:
+        steps = list(checkpoint_steps(flags["model"]))
+        if not steps:
+            raise UserError(f"--all_checkpoints: {flags['model']} is not a run directory with checkpoints")
+    results, info = [], {}
+    with Grader(flags["grader_workers"], flags["grader_timeout"]) as grader:
+        for step in steps:
+            config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]), step=step)
+            sets = [load_set(spec, tokenizer, grader, flags) for spec in flags["data"].split(",")]
+            info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name}
+            results += evaluate_sets(config, params, tokenizer, sets, step, flags, out)
+    report = write_results(out, results, info, flags)
+    print(report)
+    print(f"written to {out}")
+
+
+def _check(flags: dict) -> None:
+    if flags["budget_mode"] not in MODES:
+        raise UserError(f"--budget_mode={flags['budget_mode']!r}: choose one of {', '.join(MODES)}")
+    if flags["dtype"] not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype={flags['dtype']!r}: choose float32 or bfloat16")
+    for name, low in dict(samples=1, limit=0, max_new_tokens=0, batch=0, slots=1, top_k=0).items():
+        if flags[name] < low:
+            raise UserError(f"--{name}={flags[name]} must be at least {low}")
+    if flags["temperature"] < 0 or not 0 < flags["top_p"] <= 1 or not 0 <= flags["min_p"] < 1:
+        raise UserError("need --temperature >= 0, --top_p in (0, 1] and --min_p in [0, 1)")
+    _budgets(flags)
+
+
+def _budgets(flags: dict) -> list[int]:
+    try:
+        budgets = [int(b) for b in flags["budgets"].split(",") if b]
+        if any(b < 1 for b in budgets) or len(set(budgets)) < len(budgets):
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"--budgets={flags['budgets']!r}: need distinct positive token counts, as in 512,1024"
+        ) from None
+    return budgets
+
+
+def evaluate_sets(config, params, tokenizer, sets: Sequence[EvalSet], step, flags, out) -> list[dict]:
+    """Every set, at every budget if there are any: one summary each. params: as load_model returns them."""
+    jobs = []  # (set, problems, prompts, limit, budget)
+    for data in sets:
+        for budget in _budgets(flags) or [None]:
+            problems = data.problems
+            if budget is not None:
+                mode = flags["budget_mode"]
+                problems = [dataclasses.replace(p, budget=budget, mode=mode) for p in problems]
+            limit = flags["max_new_tokens"] or data.max_tokens
+            if budget is not None:
+                limit = generation_cap(budget, flags["budget_mode"], flags["max_new_tokens"])
+            limit = min(limit, config.max_position_embeddings)
+            jobs.append((data, problems, [data.encode(p) for p in problems], limit, budget))
+    context = config.max_position_embeddings
+    longest = max((len(p) for job in jobs for p in job[2] if len(p) < context), default=1)
+    sampler = Sampler(
+        config,
+        tokenizer.eos_ids,
+        max_prompt=longest,
+        max_tokens=max(job[3] for job in jobs),
+        slots=flags["slots"],
+        dtype=jnp.dtype(flags["dtype"]),
+    )
+    layout = sampler.layout(params)
+    results = []
+    for data, problems, prompts, limit, budget in jobs:
+        name = data.name + (f" @ {budget}" if budget else "") + ("" if step is None else f" step {step}")
+        store = Store(out / "completions" / f"{_slug(name)}.jsonl", _settings(flags, limit, budget, data))
+        run_set(store, name, data, problems, prompts, limit, sampler, layout, tokenizer, flags)
+        records = store.read()
+        records = [records[p.id] for p in problems]
+        row = {"name": name, "data": data.name, "step": step, "budget": budget}
+        row |= {"mode": problems[0].mode, **summarize(records)}
+        results.append(row | length_metrics(records, flags["soft_tolerance"]))
+    return results
+
+
+def run_set(store, name, data, problems, prompts, limit, sampler, params, tokenizer, flags) -> None:
+    """Samples and grades what the store does not hold yet, some problems at a time."""
+    done = store.read()
+    todo = [i for i, p in enumerate(problems) if p.id not in done]
+    todo.sort(key=lambda i: len(prompts[i]))  # prompts of one prefill bucket together
+    size = flags["batch"] or max(1, math.ceil(4 * flags["slots"] / flags["samples"]))
+    sampling = Sampling(flags["temperature"], flags["top_k"], flags["top_p"], flags["min_p"])
+    begin, tokens = time.perf_counter(), 0
+    for first in range(0, len(todo), size):
+        part = todo[first : first + size]
+        records, _ = evaluate_problems(
+            sampler,
+            params,
+            tokenizer,
+            [problems[i] for i in part],
+            [prompts[i] for i in part],
+            data.grade,
+            samples=flags["samples"],
+            sampling=sampling,
+            seed=flags["seed"],
+            max_tokens=limit,
+            vote=data.vote,
+        )
+        for i, record in zip(part, records, strict=True):
+            record["prompt"] = tokenizer.decode(prompts[i])
+        store.append(records)
+        tokens += sum(s["tokens"] for r in records for s in r["samples"])
+        rate = tokens / (time.perf_counter() - begin)
+        count = len(problems) - len(todo) + first + len(part)
+        right = summarize(list(store.read().values()))["accuracy"]
+        print(
+            f"{name}: {count}/{len(problems)} problems, accuracy {100 * right:.1f} %, {rate:,.0f} tokens/s",
+            file=sys.stderr,
+        )
+
+
+class Store:
+    """The records of one set as jsonl, appended batch by batch: what is there need not be sampled again.
+
+    The first line holds the settings; other settings on the same file raise UserError. A last line torn by a
+    kill is cut off.
+    """
+
+    def __init__(self, path: pathlib.Path, settings: dict):
+        self.path = path
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:
+                os.truncate(path, len(whole))
+            before = json.loads(whole.splitlines()[0])["settings"] if whole else settings
+            changed = [k for k in settings if before.get(k) != settings[k]]
+            if changed:
+                key = changed[0]
+                raise UserError(
+                    f"{path}: made with {key}={before.get(key)!r}, now {settings[key]!r}; "
+                    "choose another --out"
+                )
+        if not path.exists() or not path.stat().st_size:
+            atomic_write(path, json.dumps({"settings": settings}) + "\n")
+
+    def append(self, records: Records) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            f.flush()
+            os.fsync(f.fileno())
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """{problem id: record}."""
+        with open(self.path, encoding="utf-8") as f:
+            next(f)
+            return {record["id"]: record for record in map(json.loads, f)}
+
+
+def _settings(flags: dict, limit: int, budget: int | None, data: EvalSet) -> dict:
+    """Everything that a completion or its grade depends on."""
+    keys = ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype")
+    model = str(pathlib.Path(flags["model"]).resolve())
+    mode = flags["budget_mode"] if budget else None
+    own = dict(data=data.spec, template=data.template, grader=data.grader_version, limit=limit, mode=mode)
+    return {"model": model, **own, **{k: flags[k] for k in keys}}
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+
+
+def write_results(out: pathlib.Path, results: list[dict], info: dict, flags: dict) -> str:
+    """result.json and table.md; returns the table. Sweeps over budgets also get their summary figures."""
+    swept = {}
+    for row in results:
+        if row["budget"]:
+            key = row["data"] + ("" if row["step"] is None else f" step {row['step']}")
+            swept.setdefault(key, []).append(row)
+    sweeps = {name: sweep_metrics(rows) for name, rows in swept.items()}
+    report = accuracy_table(results)
+    with_budget = [r for r in results if "mean_error" in r]
+    if with_budget:
+        report += "\n" + length_table(with_budget)
+    if sweeps:
+        report += "\n" + sweep_table(sweeps)
+    content = {
+        "flags": flags,
+        "model": info,
+        "grader_version": GRADER_VERSION,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "results": results,
+        "sweeps": sweeps,
+    }
+    atomic_write(out / "result.json", json.dumps(_null_for_nan(content), indent=1, allow_nan=False) + "\n")
+    atomic_write(out / "table.md", report)
+    return report
+
+
+def _null_for_nan(value):
+    """The same tree with None for NaN, which strict JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _null_for_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_null_for_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,63 @@
+"""Length control measured as L1 does (2503.04697 section 5), and accuracy as a function of tokens spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxrl.algorithms.length_metrics import budget_metrics, control, performance, scaling
+from jaxrl.evaluation.scoring import Records
+
+MODES = ("exact", "max")
+MAX_MODE_CAP = 8192  # L1's generation limit for "at most" budgets
+
+
+def generation_cap(budget: int, mode: str, max_tokens: int = 0) -> int:
+    """Response limit for a budget: twice the budget ("exact") or 8192 ("max"), unless given."""
+    return max_tokens or (2 * budget if mode == "exact" else MAX_MODE_CAP)
+
+
+def length_metrics(records: Records, tolerance: int = 500) -> dict[str, float]:
+    """Of all samples of records with a budget; {} if none has one. Fractions.
+
+    mean_error: (E[n] - n_gold) / n_gold, signed, so that too short and too long cancel (L1's figure).
+    mean_deviation: E|n - n_gold| / n_gold, in which they do not. rmse: of the relative deviation.
+    hard_violation: share above the budget; soft_violation: above it by more than `tolerance` tokens.
+    """
+    pairs = [(s["tokens"], r["budget"]) for r in records if r["budget"] for s in r["samples"]]
+    if not pairs:
+        return {}
+    lengths, budgets = np.array(pairs, np.float64).T
+    return {
+        "mean_error": budget_metrics(lengths, budgets)["mean_error"],
+        "mean_deviation": float(np.mean(np.abs(lengths - budgets) / budgets)),
+        **{k: v for k, v in budget_metrics(lengths, budgets, tolerance).items() if k != "mean_error"},
+    }
+
+
+def log_linear_slope(tokens: Sequence[float], accuracies: Sequence[float]) -> float:
+    """Least-squares slope of accuracy against ln(mean tokens): accuracy gained per e-fold of tokens.
+
+    Times ln 2 it is the gain per doubling. NaN for fewer than two distinct token counts.
+    """
+    x, y = np.log(np.maximum(np.asarray(tokens, np.float64), 1e-9)), np.asarray(accuracies, np.float64)
+    x = x - x.mean() if len(x) else x
+    return float(x @ (y - y.mean()) / (x @ x)) if len(x) > 1 and x @ x > 1e-12 else math.nan
+
+
+def sweep_metrics(rows: Sequence[dict]) -> dict[str, float]:
+    """What a sweep over budgets amounts to; rows: one summary per budget with budget, mean_tokens, accuracy.
+
+    mean_error: mean over budgets of |mean_error|. slope: see log_linear_slope. control, scaling (per 1000
+    tokens) and performance: s1's three figures (2501.19393 section 4), the budget being the upper limit.
+    """
+    tokens, accuracies = [r["mean_tokens"] for r in rows], [r["accuracy"] for r in rows]
+    return {
+        "mean_error": float(np.mean([abs(r["mean_error"]) for r in rows])),
+        "log_linear_slope": log_linear_slope(tokens, accuracies),
+        "control": control(tokens, [r["budget"] for r in rows]),
+        "scaling": 1000 * scaling(tokens, accuracies),
+        "performance": performance(accuracies),
+    }
