@@ -40,8 +40,9 @@ from jaxrl.tasks.task import Task
 
 FLAGS = dict(
     model=str, data=str, out=str, samples=1, limit=0, max_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0,
-    min_p=0.0, seed=0, template="", data_dir="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1,
-    all_checkpoints=False, batch=0, slots=64, dtype="float32", grader_workers=2, grader_timeout=5.0,
+    min_p=0.0, seed=0, template="", data_dir="", split="", problem_field="", answer_field="", id_field="",
+    skip_bad_rows=False, budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
+    batch=0, slots=64, dtype="float32", grader_workers=2, grader_timeout=5.0,
 )  # fmt: skip
 
 

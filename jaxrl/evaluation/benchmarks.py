@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import pathlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from jaxrl.errors import UserError
+from jaxrl.runtime.model_source import is_run
 from jaxrl.tasks import dial
+from jaxrl.tasks.answers import extract
+from jaxrl.tasks.data import load_problems
+from jaxrl.tasks.equality import clean
+from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.task import Grade
+from jaxrl.tasks.templates import TEMPLATES, encode_prompt
 from jaxrl.types import Problem
+
+log = logging.getLogger(__name__)
+MAX_TOKENS = 8192  # L1's limit; the model's context may end earlier
 
 
 class EvalSet(NamedTuple):
@@ -60,8 +72,66 @@ def _grade_dial(problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade
     return [Grade(float(o == "correct"), float(o == "correct"), True, o) for o in outcomes]
 
 
-def load_set(spec: str, tokenizer, grader, flags) -> EvalSet:
+def load_text(spec: str, tokenizer, grader: Grader, flags: dict) -> EvalSet:
+    """A data file or a named benchmark, asked and graded as in training.
+
+    Names and their fields: jaxrl/tasks/data.py. Multiple choice is asked and graded by letter. An empty
+    reference answer is matched by an empty response.
+    """
+    fields = {k: flags[f"{k}_field"] for k in ("problem", "answer", "id") if flags[f"{k}_field"]}
+    loaded = load_problems(
+        spec,
+        data_dir=flags["data_dir"],
+        split=flags["split"] or None,
+        fields=fields,
+        skip_bad_rows=flags["skip_bad_rows"],
+        allow_empty_answer=True,
+        limit=flags["limit"] or None,
+    )
+    if loaded.skipped:
+        log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])
+    template = flags["template"] or default_template(flags["model"], tokenizer)
+    if template not in TEMPLATES[:3]:
+        raise UserError(f"--template={template!r}: choose one of {', '.join(TEMPLATES[:3])}")
+    return EvalSet(
+        spec=spec,
+        name=pathlib.Path(spec).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet"),
+        problems=loaded.problems,
+        encode=lambda problem: encode_prompt(problem, tokenizer, template),
+        grade=lambda problems, texts: grade_text(grader, problems, texts),
+        vote=_vote,
+        template=template,
+        grader_version=GRADER_VERSION,
+        max_tokens=MAX_TOKENS,
+    )
+
+
+def default_template(model: str, tokenizer) -> str:
+    """What a run was trained with; for other models "chat" if the tokenizer has such a template, else "boxed"."""
+    config = pathlib.Path(model) / "config.json"
+    if is_run(model) and config.exists():
+        return json.loads(config.read_text())["task"]["template"]
+    return "chat" if tokenizer.chat_template else "boxed"
+
+
+def grade_text(grader: Grader, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]:
+    """Grades of mathematical and multiple-choice answers."""
+    outcomes = iter(grader.grade([(t, p.answer) for p, t in zip(problems, texts, strict=True) if p.answer]))
+    grades = []
+    for problem, text in zip(problems, texts, strict=True):
+        outcome = next(outcomes) if problem.answer else "wrong" if text.strip() else "correct"
+        right = float(outcome == "correct")
+        grades.append(Grade(right, right, outcome not in ("timeout", "crashed"), outcome))
+    return grades
+
+
+def _vote(problem: Problem, text: str) -> str | None:
+    answer = extract(text)
+    return None if answer is None else clean(answer.latex)[:200]
+
+
+def load_set(spec: str, tokenizer, grader: Grader, flags: dict) -> EvalSet:
     """The data set of one part of --data. Raises UserError for what is neither a file nor a known name."""
     if spec.split(":")[0] == "dial":
         return load_dial(spec, tokenizer, flags["limit"])
-    raise UserError(f"--data={spec}: no such file, and no known name")
+    return load_text(spec, tokenizer, grader, flags)

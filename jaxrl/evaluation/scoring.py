@@ -138,11 +138,12 @@ def sample_counts(n: int) -> list[int]:
 def summarize(records: Records) -> dict[str, float]:
     """Statistics of records (see evaluate_problems); {} for none.
 
-    accuracy: mean over problems of the share of correct samples (avg@k). pass@k: unbiased. maj@k: where votes
-    were recorded. Each with _low and _high, a 95 % interval over problems: Wilson's for one sample each
-    or if all problems agree, else bootstrap. Samples that could not be graded count in none of these, nor problems without any graded
-    sample; `ungraded` is their share. mean_tokens, median_tokens: of all samples. truncated: share that
-    ran into the limit. unparsed: share without an answer. problems, samples: counts.
+    accuracy: mean over problems of the share of correct samples (avg@k). pass@k: unbiased. maj@k: where
+    votes were recorded. Each with _low and _high, a 95 % interval over problems: Wilson's for one sample
+    each or if all problems agree, else bootstrap. Samples that could not be graded count in none of these,
+    nor problems without any graded sample; `ungraded` is their share. mean_tokens, median_tokens: of all
+    samples. truncated: share that ran into the limit, or had no room at all. unparsed: share without an answer. problems,
+    samples: counts.
     """
     if not records:
         return {}
@@ -164,7 +165,7 @@ def summarize(records: Records) -> dict[str, float]:
     out |= {
         "mean_tokens": float(tokens.mean()),
         "median_tokens": float(np.median(tokens)),
-        "truncated": float(np.mean([s["finish"] == "length" for s in every])),
+        "truncated": float(np.mean([s["finish"] in ("length", "no room") for s in every])),
         "unparsed": float(np.mean([s["outcome"] == "unparsed" for s in every])),
         "ungraded": float(np.mean([not s["valid"] for s in every])),
         "problems": len(records),

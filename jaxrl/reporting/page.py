@@ -185,7 +185,7 @@ def _samples(run: Run, label: str) -> str:
         return ""
     parts = [
         f"<h2>Completions{_text(label)}</h2><p class=lead>Tokens the policy found unlikely are shaded:"
-        "<span class=scale></span>from probability 1 to e<sup>−4</sup>. The bar at the left is the advantage: "
+        "<span class=scale></span>from probability 1 to e<sup>−4</sup>. The bar on the left: "
         "<span class='mark right'>encouraged</span> or <span class='mark wrong'>discouraged</span>.</p>"
     ]
     for step, rows in run.samples.items():
