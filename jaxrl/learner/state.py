@@ -1,0 +1,167 @@
+"""What an optimizer step carries, the optimizer itself, and their creation directly into shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxrl.errors import UserError
+from jaxrl.runtime.mesh import logical_rules, replicated, shardings
+from models.config import DecoderConfig
+from models.decoder import abstract_params, init_params
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32 [], optimizer updates applied. params: the master copy. opt_state: optax's. skipped: int32 [],
+    updates not applied because loss or gradient were not finite. skipped_in_a_row: int32 [], of these the latest."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    skipped: Any
+    skipped_in_a_row: Any
+
+
+class Optimizer(NamedTuple):
+    """transform: optax gradient transformation. schedule: updates applied so far -> learning rate."""
+
+    transform: optax.GradientTransformation
+    schedule: Callable
+
+
+def build_optimizer(
+    learning_rate: float,
+    warmup_steps: int = 0,
+    schedule: str = "constant",
+    total_steps: int = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_clip: float = 0.0,
+    state_dtype=jnp.float32,
+) -> Optimizer:
+    """AdamW (1711.05101) behind global-norm clipping.
+
+    learning_rate: the peak, reached after warmup_steps updates (the first update already moves: lr / warmup).
+    schedule: constant, or cosine / linear decay to 0 at total_steps updates. weight_decay: decoupled, not on
+    norms and biases. grad_clip: largest global gradient norm, 0 = off. state_dtype: of both moments; bfloat16
+    is written with stochastic rounding, because with b2 = 0.999 a second moment rounded to nearest never decays.
+
+    Raises UserError for an unknown schedule, or a decaying one whose total_steps is not above warmup_steps.
+    """
+    lr = _schedule(learning_rate, warmup_steps, schedule, total_steps)
+    adam = optax.scale_by_adam(b1, b2, eps)
+    if jnp.dtype(state_dtype) != jnp.float32:
+        adam = _adam_stored_as(adam, jnp.dtype(state_dtype))
+    chain = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
+    chain += [adam, optax.add_decayed_weights(weight_decay, mask=decays), optax.scale_by_learning_rate(lr)]
+    return Optimizer(optax.chain(*chain), lr)
+
+
+def _schedule(peak, warmup, kind, total):
+    if kind not in SCHEDULES:
+        raise UserError(f"config.optimizer.schedule={kind!r}: choose one of {', '.join(SCHEDULES)}")
+    if kind != "constant" and total <= warmup:
+        raise UserError(f"config.optimizer.schedule={kind!r} decays to zero at update {total}, which must be after "
+                        f"config.optimizer.warmup_steps={warmup}")
+
+    def lr(step):
+        rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+        done = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        fall = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done))}[kind]
+        return peak * rise * fall
+
+    return lr
+
+
+def decays(params):
+    """Tree of bools: whether weight decay applies; norm scales and biases are left alone."""
+
+    def one(path, _):
+        name = jax.tree_util.keystr(path)
+        return "norm" not in name and "bias" not in name
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _adam_stored_as(adam, dtype) -> optax.GradientTransformation:
+    """scale_by_adam whose moments rest in `dtype` (bfloat16); all arithmetic stays float32."""
+
+    def store(state, rounding_key):
+        def one(i, x):
+            bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+            noise = jax.random.bits(jax.random.fold_in(rounding_key, i), x.shape, jnp.uint16).astype(jnp.uint32)
+            return jax.lax.bitcast_convert_type((bits + noise) & 0xFFFF0000, jnp.float32).astype(dtype)
+
+        moments, tree = jax.tree.flatten((state.mu, state.nu))
+        mu, nu = jax.tree.unflatten(tree, [one(i, x) for i, x in enumerate(moments)])
+        return state._replace(mu=mu, nu=nu)
+
+    def init(params):
+        state = adam.init(params)
+        return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
+
+    def update(grads, state, params=None):
+        full = state._replace(mu=optax.tree.cast(state.mu, jnp.float32), nu=optax.tree.cast(state.nu, jnp.float32))
+        updates, new = adam.update(grads, full, params)
+        return updates, store(new, jax.random.fold_in(jax.random.key(0), state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+# --- creation ---------------------------------------------------------------------------------------------------
+
+
+def fresh_state(params, optimizer: Optimizer) -> TrainState:
+    """The state before the first update. params: float arrays, or shapes under jax.eval_shape."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.transform.init(params), zero, zero)
+
+
+def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rules: dict | None = None,
+                   param_dtype=jnp.float32) -> TrainState:
+    """TrainState of jax.ShapeDtypeStruct with shardings: what `preflight` lowers with and checkpoints restore to.
+
+    Moments lie as their parameters do. Raises UserError if a dimension does not divide by its mesh axis.
+    """
+    rules = rules or logical_rules(mesh, config.num_kv_heads, config.vocab_size)
+    params, specs = abstract_params(config, param_dtype)
+    placed = shardings(mesh, specs, rules, params)
+    by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(placed)}
+    state = jax.eval_shape(lambda p: fresh_state(p, optimizer), params)
+
+    def place(path, leaf):
+        tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+        sharding = next((by_path[t] for t in tails if t in by_path), replicated(mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def sharding_of(tree):
+    """The tree of shardings of a tree of (abstract) arrays."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def init_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, key=None, params=None,
+               rules: dict | None = None, param_dtype=jnp.float32) -> TrainState:
+    """A fresh TrainState, every array created where it lives: no host and no device ever holds all of it.
+
+    Give `key` for random parameters (the same on every mesh) or `params`, already in shards (see
+    models.weights.load_params); the caller must not use `params` afterwards.
+    """
+    target = sharding_of(abstract_state(config, optimizer, mesh, rules, param_dtype))
+    if params is None:
+        make = jax.jit(lambda key: fresh_state(init_params(config, key, param_dtype), optimizer), out_shardings=target)
+        return make(key)
+    return jax.jit(lambda p: fresh_state(p, optimizer), out_shardings=target, donate_argnums=0)(params)

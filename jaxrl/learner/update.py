@@ -1,0 +1,277 @@
+"""Where a token's gradient comes from: one optimizer step on one packed mini-batch.
+
+    hidden = decoder(tokens, positions, segment_ids)                     models/decoder.py
+    logp, entropy of the response tokens                                 learner/logprobs.py
+    old   = stop_gradient(logp) if this is the only update of the batch, else the scored old_logprobs
+    A     = advantages (+ entropy shaping)
+    token = loss(logp, old, A) x correction weight + kl_coef x KL(reference) - entropy_coef x H
+    loss  = aggregate(token) with the mini-batch's own counts as denominators
+
+Micro-batches are folded one after another and their float32 gradients added up; since every denominator is
+global, the sum is the gradient of the whole mini-batch however it was cut. Then one clipped AdamW step, or
+none at all if loss or gradient are not finite.
+
+`build_programs` makes the two programs (update, score) for a model, a mesh and an objective. They lower from
+abstract arguments (`abstract_state`, `abstract_batch`), so that `preflight` can compile them without data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl.algorithms.aggregation import aggregate
+from jaxrl.algorithms.correction import CORRECTIONS, effective_mask, mismatch_stats
+from jaxrl.algorithms.entropy import entropy_advantages, entropy_bonus
+from jaxrl.algorithms.hyper import resolve
+from jaxrl.algorithms.kl import kl_estimate
+from jaxrl.algorithms.losses import LOSSES
+from jaxrl.algorithms.segments import count_sequences
+from jaxrl.learner.logprobs import HeadSettings, response_logprobs
+from jaxrl.learner.packing import PackedBatch
+from jaxrl.learner.state import Optimizer, TrainState
+from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, shardings, use
+from models.attention import default_implementation
+from models.config import DecoderConfig
+from models.decoder import Decoder, abstract_params
+
+PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
+             "sampler_logprobs", "ref_logprobs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    loss, correction: names in LOSSES, CORRECTIONS; *_hyper: constants that differ from the method's defaults.
+    aggregation: "" = the loss's own. norm_length: tokens, for seq-mean-token-sum-norm. temperature: of
+    sampling; log-probs and entropy are those of the tempered distribution. on_policy: exactly one update per
+    batch, so old_logp = stop_gradient(logp) and no scoring pass is needed. kl_coef: weight of KL(pi || reference),
+    estimator kl_kind. entropy_coef: entropy bonus. entropy_advantage: (alpha, kappa) or None.
+    """
+
+    loss: str = "grpo"
+    loss_hyper: Mapping = dataclasses.field(default_factory=dict)
+    aggregation: str = ""
+    norm_length: float = 1.0
+    temperature: float = 1.0
+    on_policy: bool = False
+    kl_coef: float = 0.0
+    kl_kind: str = "k3"
+    entropy_coef: float = 0.0
+    entropy_advantage: tuple[float, float] | None = None
+    correction: str = "none"
+    correction_hyper: Mapping = dataclasses.field(default_factory=dict)
+
+
+class Programs(NamedTuple):
+    """update(state, batch) -> (state, metrics); state is donated. score(params, batch) -> (logp, entropy), float32
+    [M, R, T], no gradient. Both are jitted. metrics: dict of float32 scalars (see `_metrics`)."""
+
+    update: Callable
+    score: Callable
+
+
+def build_programs(
+    config: DecoderConfig,
+    mesh: Mesh,
+    optimizer: Optimizer,
+    objective: Objective,
+    dtype=jnp.float32,
+    remat: str = "none",
+    attention: str = "auto",
+    sequence_parallel: bool = False,
+) -> Programs:
+    """The learner's programs. dtype: compute dtype (sums, softmax and log-probs stay float32).
+
+    remat, attention: see models.decoder.Decoder; "auto" takes the backend's kernel. Raises ValueError for unknown
+    names of the objective.
+    """
+    loss, loss_hyper = resolve(LOSSES, "loss", objective.loss, objective.loss_hyper)
+    correction, correction_hyper = resolve(
+        CORRECTIONS, "correction", objective.correction, objective.correction_hyper)
+    platform = mesh.devices.flat[0].platform
+    attention = default_implementation(platform) if attention == "auto" else attention
+    model = Decoder(config, dtype=dtype, remat=remat, attention=attention)
+    rules = logical_rules(mesh, config.num_kv_heads, config.vocab_size, sequence_parallel)
+    abstract, specs = abstract_params(config)
+    param_shardings = shardings(mesh, specs, rules, abstract)
+    head = HeadSettings(
+        temperature=objective.temperature,
+        tied=config.tie_embeddings,
+        chunk=512 if platform == "cpu" else 4096,  # CPU: keep a chunk's logits in cache
+        saved_bytes=2**28 if platform == "cpu" else 0,
+        mesh=mesh,
+        shard_vocab=rules["vocab"] is not None,
+    )
+    aggregation = objective.aggregation or loss.aggregation
+
+    def forward(params, micro: PackedBatch):
+        """(logp, entropy) [R, T] of a micro-batch."""
+        with use(mesh, rules):
+            hidden, _ = model.apply({"params": params}, micro.tokens, micro.positions, micro.segment_ids)
+        matrix = params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]
+        return response_logprobs(hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, head)
+
+    def micro_loss(params, micro: PackedBatch, hyper, num_tokens, num_sequences):
+        """(share of the mini-batch's loss, (sums, maxima) of statistics) of one micro-batch."""
+        mask, ids = micro.response_mask, micro.segment_ids
+        logp, entropy = forward(params, micro)
+        old = lax.stop_gradient(logp) if objective.on_policy else micro.old_logprobs
+        advantages = micro.advantages
+        if objective.entropy_advantage is not None:
+            advantages = entropy_advantages(advantages, entropy, *objective.entropy_advantage) * mask
+        token_loss, sums = loss.fn(logp, old, advantages, mask, ids, hyper)
+        weights, weight_sums = correction.fn(old, micro.sampler_logprobs, mask, ids, correction_hyper)
+        if objective.correction != "none":
+            token_loss = token_loss * weights
+            sums |= {f"correction/{k}": v for k, v in weight_sums.items()}
+        if objective.kl_coef:
+            kl = kl_estimate(logp, micro.ref_logprobs, objective.kl_kind) * mask
+            token_loss += objective.kl_coef * kl
+            sums["kl"] = lax.stop_gradient(jnp.sum(kl))
+        if objective.entropy_coef:
+            token_loss += entropy_bonus(entropy, objective.entropy_coef)
+        kept = effective_mask(mask, weights, correction_hyper)
+        total = aggregate(token_loss, kept, ids, aggregation, num_tokens, num_sequences, objective.norm_length)
+        mismatch = mismatch_stats(old, micro.sampler_logprobs, mask)
+        sums |= {"entropy": lax.stop_gradient(jnp.sum(entropy * mask)), "logprob_diff": mismatch["logprob_diff"]}
+        log_ratio = lax.stop_gradient(logp - old) * mask
+        return total, (sums, {"logprob_diff/max": mismatch["logprob_diff_max"], "log_ratio": jnp.max(log_ratio)})
+
+    def score(params, batch: PackedBatch):
+        params = _cast(params, dtype)
+
+        def one(i, out):
+            pair = forward(params, _micro(batch, i))
+            return tuple(lax.dynamic_update_index_in_dim(o, x, i, 0) for o, x in zip(out, pair, strict=True))
+
+        zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
+        return lax.fori_loop(0, batch.num_micro, one, (zeros, zeros))
+
+    def update(state: TrainState, batch: PackedBatch):
+        hyper, num_tokens, num_sequences = loss_hyper, batch.num_tokens, batch.num_sequences
+        drops = correction_hyper["drop_rejected"]
+        if loss.prepare is not None or (drops and objective.on_policy):
+            now = score(state.params, batch)[0]
+        rows = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731  the whole mini-batch as rows
+        mask, ids = rows(batch.response_mask), rows(batch.segment_ids)
+        if loss.prepare is not None:
+            old = now if objective.on_policy else batch.old_logprobs
+            hyper = loss.prepare(rows(now), rows(old), rows(batch.advantages), mask, ids, hyper)
+        if drops:  # rejected tokens leave the denominators, which are those of the whole mini-batch
+            old = now if objective.on_policy else batch.old_logprobs
+            weights, _ = correction.fn(rows(old), rows(batch.sampler_logprobs), mask, ids, correction_hyper)
+            kept = effective_mask(mask, weights, correction_hyper)
+            num_tokens, num_sequences = jnp.sum(kept), count_sequences(kept, ids)
+
+        params = _cast(state.params, dtype)
+        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+        arguments = (hyper, num_tokens, num_sequences)
+        (_, (sums, maxima)), _ = jax.eval_shape(gradient, params, _micro(batch, 0), *arguments)
+
+        def one(i, carry):
+            total, grads, sums, maxima = carry
+            (value, (s, m)), g = gradient(params, _micro(batch, i), *arguments)
+            grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, g)
+            grads = lax.with_sharding_constraint(grads, param_shardings)
+            return total + value, grads, jax.tree.map(jnp.add, sums, s), jax.tree.map(jnp.maximum, maxima, m)
+
+        grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        grads = lax.with_sharding_constraint(grads, param_shardings)
+        lowest = jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), maxima)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
+        start = (jnp.zeros((), jnp.float32), grads, zeros, lowest)
+        total, grads, sums, maxima = lax.fori_loop(0, batch.num_micro, one, start)
+
+        grad_norm = optax.tree.norm(grads)
+        ok = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+        metrics = _metrics(total, grad_norm, sums, maxima, batch.num_tokens, optimizer.schedule(state.step), ok)
+        return _apply(state, grads, optimizer, ok), metrics
+
+    return Programs(update=_jit_update(update, mesh), score=jax.jit(score))
+
+
+def _jit_update(update, mesh):
+    """jit with the state donated and left where it is, the metrics on every device."""
+
+    def placed(state, batch):
+        new, metrics = update(state, batch)
+        return new, jax.tree.map(lambda x: lax.with_sharding_constraint(x, replicated(mesh)), metrics)
+
+    return jax.jit(placed, donate_argnums=0)
+
+
+def _apply(state: TrainState, grads, optimizer: Optimizer, ok) -> TrainState:
+    """The state after one optimizer step, or the same state with the skip counted where not ok."""
+    updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731
+    return TrainState(
+        step=state.step + ok,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + ~ok,
+        skipped_in_a_row=jnp.where(ok, 0, state.skipped_in_a_row + 1),
+    )
+
+
+def _metrics(loss, grad_norm, sums, maxima, num_tokens, lr, ok):
+    """Sums over response tokens become means; names as in metrics.jsonl. What a loss reports beyond the usual
+    goes under "policy/"."""
+    mean = {k: v / jnp.maximum(num_tokens, 1) for k, v in sums.items()}
+    names = {"clip_low": "clip_fraction/low", "clip_high": "clip_fraction/high", "ratio": "ratio/mean",
+             "logprob_diff": "logprob_diff/mean", "entropy": "entropy", "kl": "kl"}
+    out = {names.get(k, k if "/" in k else f"policy/{k}"): v for k, v in mean.items()}
+    out |= {"loss": loss, "grad_norm": grad_norm, "lr": lr, "nonfinite": 1 - ok.astype(jnp.float32)}
+    out |= {"logprob_diff/max": maxima["logprob_diff/max"], "ratio/max": jnp.exp(maxima["log_ratio"])}
+    return {k: jnp.asarray(v, jnp.float32) for k, v in out.items()}
+
+
+def _micro(batch: PackedBatch, i) -> PackedBatch:
+    """Micro-batch i: the same record with [R, T] arrays."""
+    return batch.replace(**{k: lax.dynamic_index_in_dim(getattr(batch, k), i, 0, keepdims=False) for k in PER_TOKEN})
+
+
+def _cast(params, dtype):
+    """Parameters in the compute dtype, once per program and before any gather over the mesh; norms stay."""
+
+    def one(path, x):
+        return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+# --- batches on the mesh ------------------------------------------------------------------------------------------
+
+
+def place_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
+    """The host batch (the same on every process) on the mesh, rows split over data and fsdp."""
+
+    def put(x):
+        x = np.asarray(x)
+        sharding = NamedSharding(mesh, P(None, BATCH) if x.ndim == 3 else P())
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
+def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int) -> PackedBatch:
+    """PackedBatch of jax.ShapeDtypeStruct for [M, R, T] = shape."""
+    rows = NamedSharding(mesh, P(None, BATCH))
+    fields: dict[str, Any] = {
+        k: jax.ShapeDtypeStruct(shape, jnp.int32 if i < 3 else jnp.float32, sharding=rows)
+        for i, k in enumerate(PER_TOKEN)
+    }
+    scalar = lambda d: jax.ShapeDtypeStruct((), d, sharding=replicated(mesh))  # noqa: E731
+    return PackedBatch(**fields, num_micro=scalar(jnp.int32), num_tokens=scalar(jnp.float32),
+                       num_sequences=scalar(jnp.float32), capacity=capacity)
