@@ -6,12 +6,14 @@ Where the answer is, in this order (a model that reasons in <think> tags is read
    naming two values in two boxes is a list of two values. An unclosed last box is no answer: it was cut off.
    A later "Final answer: ..." overrides the boxes.
 2. "#### x", then "the answer is x" / "Answer: x".
-3. otherwise the last formula, or the last number (or list of numbers: "41 or 42" is two values) of the last line.
+3. otherwise the last formula, or the last number (or list of numbers: "41 or 42" is two values) of the last
+   line.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 MAX_ANSWER = 2000  # characters of an answer; longer ones are not parsed
@@ -20,23 +22,29 @@ MAX_BOXES = 20
 
 # Letters that are not a word: functions and constants of mathematics, and the words that join lists.
 MATH_WORDS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt frac pi inf infinity max min gcd "
-    "lcm mod det deg dim lim sup ker and or percent percentage pct".split()
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt frac pi inf infinity max "
+    "min gcd lcm mod det deg dim lim sup ker and or percent percentage pct".split()
 )
 _PERCENT = re.compile(r"[\s$)\]\\]{0,8}?\\?(?:%|[Pp]ercent(?:age)?\b|[Pp]ct\b)")
 _FORMULA = re.compile(
-    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[(.+?)\\\]|(?<![\\\d])\$((?:\\\$|[^\n$])+?)(?<!\\)\$|\\\(([^\n]+?)\\\)", re.S
+    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[(.+?)\\\]|(?<![\\\d])\$((?:\\\$|[^\n$])+?)(?<!\\)\$|\\\(([^\n]+?)\\\)",
+    re.S,
 )
 _JOIN = r"\s*(?:,?\s*\b(?:and|or)\b|,|;)\s*"
 _VALUE = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)(?:\s*/\s*\d+)?"
-_NUMBERS = re.compile(rf"(?:(?<=[\s=$€£¥:(*])|^){_VALUE}(?:{_JOIN}{_VALUE}){{0,9}}(?:\s*(?:\\?%|percent\b|pct\b))?")
+_NUMBERS = re.compile(
+    rf"(?:(?<=[\s=$€£¥:(*])|^){_VALUE}(?:{_JOIN}{_VALUE}){{0,9}}(?:\s*(?:\\?%|percent\b|pct\b))?"
+)
 _MARKER = re.compile(r"(?i)\banswer\b\**\s*(?:is\b\s*:?|:|=)\s*")
 _FINAL = re.compile(r"(?i)\bfinal answer\b\**\s*(?:is\b\s*:?|:)\s*")
-_TEXT_COMMAND = re.compile(r"\\(?:text|mbox|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*")
+_TEXT_COMMAND = re.compile(
+    r"\\(?:text|mbox|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*"
+)
 
 
 class Answer(NamedTuple):
-    """An extracted answer. latex: without delimiters. bare: it stood in plain text, where 1,5 may be a decimal."""
+    """An extracted answer. latex: without delimiters. bare: it stood in plain text, where 1,5 may be a
+    decimal."""
 
     latex: str
     bare: bool
@@ -78,7 +86,9 @@ def _last_boxes(text: str) -> tuple[str, int] | None:
             last_end = end + 1
         else:
             between = text[end + 1 : first]
-            listed = len(between) < 70 and re.search(r"\b(?:and|or)\b|[,;]", between) and content != contents[-1]
+            listed = (
+                len(between) < 70 and re.search(r"\b(?:and|or)\b|[,;]", between) and content != contents[-1]
+            )
             if end < 0 or end > first or not (len(between) < 10 or listed):
                 break  # unclosed, around the one already found, or a result on the way
         if not contents or contents[-1] != content:
@@ -88,6 +98,13 @@ def _last_boxes(text: str) -> tuple[str, int] | None:
         return None
     percent = r"\%" if _PERCENT.match(text[last_end : last_end + 24]) else ""
     return ", ".join(reversed(contents)) + percent, last_end
+
+
+def _last(matches: Iterator[re.Match]) -> re.Match | None:
+    last = None
+    for match in matches:
+        last = match
+    return last
 
 
 def _last_formulas(text: str) -> tuple[str, int] | None:
@@ -119,21 +136,22 @@ def is_word(run: str) -> bool:
 def _reads_as_formula(text: str) -> bool:
     """Whether plain text without delimiters is itself a formula or a number with a unit, not prose."""
     text = re.sub(r"(?<=[\d)])(?:or|and)(?=[A-Za-z(\d-])", ",", text)
-    return len(text) <= 300 and not words(re.sub(r"^[^A-Za-z\\]*\d\s*[A-Za-z]+[.²³]?$", "", text)) and (
-        not re.search(r"(?<![\\{A-Za-z])[a-z]{2}\s+\S|[A-Za-z]\d+[A-Za-z]", text)
+    return (
+        len(text) <= 300
+        and not words(re.sub(r"^[^A-Za-z\\]*\d\s*[A-Za-z]+[.²³]?$", "", text))
+        and (not re.search(r"(?<![\\{A-Za-z])[a-z]{2}\s+\S|[A-Za-z]\d+[A-Za-z]", text))
     )
 
 
 def _from_plain(text: str, numbers_in: str) -> Answer | None:
-    """The answer of a text without boxes and markers; bare numbers are looked for in `numbers_in`, its end."""
+    """The answer of a text without boxes and markers; bare numbers are looked for in `numbers_in`, its
+    end."""
     stripped = text.strip().strip("*").strip()
     if stripped and not _FORMULA.search(stripped) and "\n" not in stripped and _reads_as_formula(stripped):
         return Answer(stripped, True)
     formulas = _last_formulas(text)
     start = max(0, (formulas[1] if formulas else 0) - (len(text) - len(numbers_in)))
-    numbers = None
-    for numbers in _NUMBERS.finditer(numbers_in, start):
-        pass
+    numbers = _last(_NUMBERS.finditer(numbers_in, start))
     if numbers:
         return Answer(re.sub(r"\s*(?:,\s*)?\b(?:and|or)\b\s*", ", ", numbers[0].strip()), True)
     return Answer(formulas[0], False) if formulas else None
@@ -165,9 +183,7 @@ def extract(text: str, need_marker: bool = False) -> Answer | None:
     boxes = _last_boxes(text)
     if boxes:
         after = text[boxes[1] :][-TAIL:]
-        final = None
-        for final in _FINAL.finditer(after):
-            pass
+        final = _last(_FINAL.finditer(after))
         answer = _from_marker(after[final.end() :]) if final else None
         if answer is None or not re.search(r"\d|\\|[=<>]", answer.latex):
             answer = Answer(boxes[0], False)
@@ -176,9 +192,7 @@ def extract(text: str, need_marker: bool = False) -> Answer | None:
     if "####" in tail:
         line = tail.rsplit("####", 1)[1].strip().split("\n", 1)[0]
         return Answer(line.strip(), True) if line.strip() else None
-    marker = None
-    for marker in _MARKER.finditer(tail):
-        pass
+    marker = _last(_MARKER.finditer(tail))
     if marker:
         return _from_marker(tail[marker.end() :])
     if need_marker:
@@ -188,12 +202,15 @@ def extract(text: str, need_marker: bool = False) -> Answer | None:
 
 
 def reference(gold: str) -> Answer:
-    """The reference answer of a data set row: a box if it has one, otherwise all of it, delimiters removed."""
+    """The reference answer of a data set row: a box if it has one, otherwise all of it, delimiters
+    removed."""
     boxes = _last_boxes(gold)
     if boxes and boxes[0]:
         return Answer(boxes[0], False)
     if boxes:  # never closed
-        return Answer(gold[gold.rfind("{") + 1 :] if gold.count("{") == 1 else gold[gold.find("{") + 1 :], False)
+        return Answer(
+            gold[gold.rfind("{") + 1 :] if gold.count("{") == 1 else gold[gold.find("{") + 1 :], False
+        )
     if not _FORMULA.search(gold):
         return Answer(gold.strip().rstrip("."), True)
     outside = _FORMULA.sub(" ", gold)
@@ -207,6 +224,24 @@ def reference(gold: str) -> Answer:
 
 
 def _outside(text: str) -> str:
-    """Words between formulas as LaTeX text, so that "$125$ miles" keeps its unit and "$1$ and $2$" its "and"."""
+    """Words between formulas as LaTeX text, so that "$125$ miles" keeps its unit and "$1$ and $2$" its
+    "and"."""
     text = text.strip().strip(".").strip()
-    return re.sub(r"[A-Za-z]+", lambda m: rf"\text{{ {m[0]} }}", text.replace("%", r"\%").replace(r"\\%", r"\%"))
+    return re.sub(
+        r"[A-Za-z]+", lambda m: rf"\text{{ {m[0]} }}", text.replace("%", r"\%").replace(r"\\%", r"\%")
+    )
+
+
+def choice_letter(text: str) -> str | None:
+    """The letter of the option a completion settles on: "\\boxed{\\text{(C)}}", "Answer: C. 42", a last
+    line "(C)"."""
+    answer = extract(text)
+    candidate = answer.latex if answer else text[-TAIL:].strip().rsplit("\n", 1)[-1]
+    plain = re.sub(r"[{}$*]", "", _TEXT_COMMAND.sub("", candidate)).strip()
+    if re.fullmatch(r"\(?[a-z]\)?\.?", plain):
+        plain = plain.upper()
+    match = re.match(
+        r"(?i:the |correct |option |choice |answer |is )*[(\[]?([A-Z])(?:[)\]]|[.:,]?(?:\s*$|\s+\d)|[.:] )",
+        plain,
+    )
+    return match[1] if match else None

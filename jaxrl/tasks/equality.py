@@ -1,18 +1,23 @@
 r"""Decide the equality of two answers without a computer algebra system, where that is possible, and exactly.
 
-`decide(gold, answer)` reads plain numbers (fractions.Fraction), words, and numbers with a base; everything else is
-math-verify's business (grader_worker). Policies:
+`decide(gold, answer)` reads plain numbers (fractions.Fraction), words, and numbers with a base; everything
+else is math-verify's business (grader_worker). Policies:
 
-- Numbers: an integer reference needs exactly its value; a decimal on either side of a non-integer reference is
-  compared as math-verify does, to 6 decimals (and 5 significant digits). No data-set tolerance: 33.3 is not 100/3.
-- Thousands: 1,000  1\,000  1{,}000  1 000  are 1000; "32, 349" is a list of two. 1,5 is 1.5 in plain text only.
+- Numbers: an integer reference needs exactly its value; a decimal on either side of a non-integer reference
+  is compared as math-verify does, to 6 decimals (and 5 significant digits). No data-set tolerance: 33.3 is
+  not 100/3.
+- Thousands: 1,000  1\,000  1{,}000  1 000  are 1000; "32, 349" is a list of two. 1,5 is 1.5 in plain text
+  only.
 - 1e3 and 1 \times 10^3 are 1000; 1\frac{1}{2} is 3/2.
-- An unreduced fraction is wrong where the reference is a fraction (prm800k's rule); 3/3 for the reference 1 is not.
-- A percent sign may be missing, or the value given instead: 28\% is matched by 28, 28\%, 0.28; but 0.28 not by 28.
+- An unreduced fraction is wrong where the reference is a fraction (prm800k's rule); 3/3 for the reference 1
+  is not.
+- A percent sign may be missing, or the value given instead: 28\% is matched by 28, 28\%, 0.28; but 0.28 not
+  by 28.
 - Units and currency may be missing; units of another scale (5 m for 5 cm) are wrong. Degrees count as a unit.
-- Words are compared letter by letter, case ignored: never as a product of letters, so that Clara is not Carla.
-- Bases: 2516_8 is matched by 2516_8 and 2516; 2516_{10} and 1358 are wrong. For a reference without a base the
-  value counts.
+- Words are compared letter by letter, case ignored: never as a product of letters, so that Clara is not
+  Carla.
+- Bases: 2516_8 is matched by 2516_8 and 2516; 2516_{10} and 1358 are wrong. For a reference without a base
+  the value counts.
 """
 
 from __future__ import annotations
@@ -29,15 +34,21 @@ _DECIMALS = Fraction(1, 2_000_000)  # half a unit of the sixth decimal
 _RELATIVE = Fraction(1, 100_000)
 
 _WRAPPER = r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm)\s*"
-_UNIT = rf"(?:{_WRAPPER}\{{[^{{}}\d]*\}}|°|\^\s*\{{?\s*\\circ\s*\}}?|\\degree|[^\W\d_]+\.?|[²³/€£¥]|\^\{{?[23]\}}?|\s)*"
+_DEGREE = r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree"
+_UNIT = (
+    rf"(?:{_WRAPPER}\{{[^{{}}\d]*\}}|{_DEGREE}|[^\W\d_]+\.?|[²³/€£¥]|(?<=[\w}}])(?<!\d)\^\{{?[23]\}}?|\s)*"
+)
 _PERCENT = rf"(?:\\?%|(?:{_WRAPPER}\{{\s*)?(?:percent(?:age)?|pct)\s*\}}?)"
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"
-_POWER = r"\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*(?:\{\s*([+-]?\d{1,3})\s*\}|\(\s*([+-]?\d{1,3})\s*\)|([+-]?\d{1,3}))"
+_POWER = r"\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*[{(]?\s*([+-]?\d{1,3})\s*[})]?"
 _DECIMAL = rf"({_INTEGER}|(?=\.\d))(\.\d*)?(?:[eE]([+-]?\d{{1,3}})|{_POWER})?"
-_FRACTION = r"(?:(\d+)\s*)?\\frac\s*(?:\{\s*([+-]?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d+))|(\d+)\s*/\s*(\d+)"
+_FRACTION = (
+    r"(?:(\d+)\s*)?\\frac\s*(?:\{\s*([+-]?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d+))|(\d+)\s*/\s*(\d+)"
+)
 _END = rf"\s*(?P<percent>{_PERCENT})?\s*(?P<unit>{_UNIT})"
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<body>{_DECIMAL}){_END}")
 _RATIO = re.compile(rf"(?P<sign>[+-]?)\s*(?:{_FRACTION}){_END}")
+_REPEATING = re.compile(rf"(?P<sign>[+-]?)\s*(\d*)\.(\d*)\\overline\s*\{{\s*(\d+)\s*\}}{_END}")
 _SCALES = {
     name: unit
     for unit, names in {
@@ -58,11 +69,13 @@ _SCALES = {
     }.items()
     for name in names.split()
 }
+_ASCII = str.maketrans("−–，；：（）．％", "--,;:().%")
 _BASE_NAMES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 class Number(NamedTuple):
-    """A plain number as written. value: before the percent sign. exact: integer or fraction, no decimal point."""
+    """A plain number as written. value: before the percent sign. exact: integer or fraction, no decimal
+    point."""
 
     value: Fraction
     exact: bool
@@ -76,18 +89,22 @@ class Number(NamedTuple):
 
 
 def clean(latex: str) -> str:
-    """The same LaTeX without what only concerns layout: spacing, sizes, dollar signs, markdown, final stop."""
-    text = latex.replace("−", "-").replace("–", "-").replace("\\$", "").replace("$", "")
+    """The same LaTeX without what only concerns layout: spacing, sizes, dollar signs, markdown, final
+    stop."""
+    text = latex.translate(_ASCII).replace("\\$", "").replace("$", "")
     text = re.sub(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^", text).replace("**", "")
     text = re.sub(r"(?<!\\)\\[()\[\]]", "", text)
     text = re.sub(r"(?<!\\)\\!\s*", "", text).replace("{,}", ",").replace("{ , }", ",")
     text = re.sub(r"(?<=\d)(?:\\[,;:]|\\ |~)\s*(?=\d{3}(?!\d))", ",", text)
     if not re.search("matrix|array|cases", text):
-        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # a doubled backslash: LaTeX that went through JSON once more
+        text = re.sub(
+            r"\\\\(?=[A-Za-z])", r"\\", text
+        )  # a doubled backslash: LaTeX that went through JSON once more
     text = re.sub(r"(?<=[\d)])(?:or|and)(?=[A-Za-z(\d-])", ", ", text)
     text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z])", "", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s", " ", text)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r",?\s*\\(?:text|mbox)\s*\{\s*(?:and|or|AND|OR)\s*\}", ", ", text)
     text = re.sub(r"\\(?:mathrm|text|rm)\s*\{\s*([ei])\s*\}", r"\1", text)
     return _close_roots(text).strip().rstrip(".,;: ").strip()
 
@@ -105,7 +122,7 @@ def _close_roots(text: str) -> str:
 def _unit(text: str) -> str | None:
     """Plain unit word of a number, "" for none; None if what follows the digits is not a unit but algebra."""
     wrapped = re.search(_WRAPPER, text) is not None
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degree ", text)
+    text = re.sub(_DEGREE, " degree ", text)
     text = re.sub(r"\s+", " ", re.sub(rf"{_WRAPPER}|[{{}}]", " ", text)).strip().lower()
     name = text.split("^")[0].rstrip(" .²³")
     name = name if name in _SCALES else name.removesuffix("s")
@@ -115,7 +132,8 @@ def _unit(text: str) -> str | None:
 
 
 def plain_number(latex: str, bare: bool = False) -> Number | None:
-    """Reads cleaned LaTeX as one number, or returns None. bare: the text stood outside formulas (decimal commas)."""
+    """Reads cleaned LaTeX as one number, or returns None. bare: the text stood outside formulas (decimal
+    commas)."""
     if len(latex) > MAX_DIGITS:
         return None
     text = re.sub(r"^\s*[$€£¥]", "", latex).strip()
@@ -125,7 +143,12 @@ def plain_number(latex: str, bare: bool = False) -> Number | None:
         text = text[1:-1].strip()
     if bare and re.fullmatch(r"[+-]?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))(?!\d).{0,30}", text):
         text = text.replace(",", ".", 1)
-    if match := _RATIO.fullmatch(text):
+    if match := _REPEATING.fullmatch(text):
+        integer, fixed, repeated = match.groups()[1:4]
+        value = Fraction(f"{integer or 0}.{fixed or 0}")
+        value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
+        exact, fraction = True, None
+    elif match := _RATIO.fullmatch(text):
         whole, a1, a2, b1, b2, a3, b3 = match.groups()[1:8]
         top, bottom = int((a1 or a2 or a3).replace(" ", "")), int(b1 or b2 or b3)
         if bottom == 0 or (whole and top < 0):
@@ -133,16 +156,18 @@ def plain_number(latex: str, bare: bool = False) -> Number | None:
         value, exact = Fraction(top, bottom) + int(whole or 0), True
         fraction = (top, bottom) if whole is None else None
     elif match := _NUMBER.fullmatch(text):
-        integer, decimals, *powers = match.groups()[2:8]
-        power = int(next((p for p in powers if p), 0))
+        integer, decimals, *powers = match.groups()[2:6]
+        power = int(powers[0] or powers[1] or 0)
         digits = (integer or "0").replace(",", "").replace(" ", "")
         value = Fraction(digits + (decimals or "")) * Fraction(10) ** power
         exact, fraction = decimals in (None, ".") and power >= 0, None
     else:
         return None
     unit = _unit(match["unit"])
-    if unit is None:
-        return None
+    if unit is None or (
+        re.fullmatch("[A-Za-z]", match["unit"]) and not text[match.start("unit") - 1].isspace()
+    ):
+        return None  # "5 m" is a length, "5m" a product
     if match["sign"] == "-":
         value = -value
         fraction = fraction and (-fraction[0], fraction[1])
@@ -183,34 +208,35 @@ def as_words(latex: str) -> list[str] | None:
     if not re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[ ,;.'’!?-])*", text) or not words(text):
         return None
     parts = re.split(r"\s*(?:,\s*and|,\s*or|\band\b|\bor\b|,|;)\s*", text.casefold())
-    return sorted(re.sub(r"^(?:the|an?) |[.'’!?]", "", part).replace("-", " ").strip() for part in parts if part)
+    return sorted(
+        re.sub(r"^(?:the|an?) |[.'’!?]", "", part).replace("-", " ").strip() for part in parts if part
+    )
 
 
 def _based(latex: str) -> tuple[str, int] | None:
     """(digits, base) of a number with a base as subscript: 2516_8, (101)_{2}, 12_{\\text{seven}}."""
-    match = re.fullmatch(
-        rf"\(?\s*([0-9A-Fa-f ,]+?)\s*\)?\s*_\s*\{{?\s*(?:{_WRAPPER}\{{)?(?:base )?\s*(\d{{1,2}}|[a-z]+)\s*\}}{{0,2}}", latex
-    )
+    plain = re.sub(rf"{_WRAPPER}(?=\{{)|[(){{}}\s,]", "", latex)
+    match = re.fullmatch(r"([0-9A-Fa-f]+)_(?:base)?(\d{1,2}|[a-z]+)", plain)
     if match is None:
         return None
-    base = int(match[2]) if match[2].isdigit() else _BASE_NAMES.index(match[2]) if match[2] in _BASE_NAMES else 0
-    digits = re.sub(r"[ ,]", "", match[1]).upper().lstrip("0") or "0"
+    named = _BASE_NAMES.index(match[2]) if match[2] in _BASE_NAMES else 0
+    base = int(match[2]) if match[2].isdigit() else named
+    digits = match[1].upper().lstrip("0") or "0"
     if not 2 <= base <= 16 or any(int(d, 16) >= base for d in digits):
         return None
     return digits, base
 
 
 def _bases_equal(gold: str, answer: str) -> bool | None:
-    """Equality where at least one side has a base; None where neither has or the other side is no integer."""
+    """Equality where at least one side has a base; None where neither has."""
     gold_based, answer_based = _based(gold), _based(answer)
     if gold_based and answer_based:
         return gold_based == answer_based
     if gold_based:
-        digits = re.sub(r"[ ,]", "", answer).upper().lstrip("0") or "0"
-        return digits == gold_based[0] if re.fullmatch(r"[0-9A-F]+", digits) else None
-    number = plain_number(gold)
-    if answer_based and number:
-        return number.value == int(*answer_based)
+        return gold_based[0] == (re.sub(r"[ ,]", "", answer).upper().lstrip("0") or "0")
+    if answer_based:
+        number = plain_number(gold)
+        return number is not None and number.value == int(*answer_based)
     return None
 
 
@@ -256,14 +282,16 @@ def too_costly(latex: str) -> str:
         return "deep"
     if re.search(rf"\d{{{MAX_DIGITS},}}", latex):
         return "digits"
-    text = re.sub(r"[\s{}()]|(?<!\\)\\[,;:! ]", "", latex.replace("**", "^"))
+    text = re.sub(r"\s|(?<!\\)\\[,;:! ]", "", latex.replace("**", "^"))
+    text = re.sub(r"[{}()]", " ", re.sub(r"\^[{(]+", "^", text))
     if re.search(r"\d{5,}!|!{2,}", text) or any(map(_is_huge, re.findall(r"\w*(?:\^-?\w+)+", text))):
         return "magnitude"
     return ""
 
 
 def _is_huge(power: str) -> bool:
-    """Whether a tower like 9^9^9 has an exponent beyond 10^4 somewhere, or more storeys than mathematics needs."""
+    """Whether a tower like 9^9^9 has an exponent beyond 10^4 somewhere, or more storeys than mathematics
+    needs."""
     storeys = power.split("^")
     if len(storeys) > 4:
         return True

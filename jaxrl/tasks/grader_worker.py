@@ -1,15 +1,17 @@
-r"""Equality of two answers by algebra: math-verify behind guards. Runs as `python -m jaxrl.tasks.grader_worker MB`.
+r"""Equality of two answers by algebra: math-verify behind guards. Runs as `python -m
+jaxrl.tasks.grader_worker MB`.
 
-math-verify answers "equal" to a few pairs that are not; the guards here are what it is kept from seeing, or what
-its verdict is checked against:
+math-verify answers "equal" to a few pairs that are not; the guards here are what it is kept from seeing, or
+what its verdict is checked against:
 
 - words are passed as \text{...}, or they would be products of letters and anagrams equal
 - units are removed here: its own pattern cuts 1+\frac{1}{\text{e}} after the first brace, and takes 2c for 2
-- "..." in a sequence stays in it as a symbol; a formula it cannot parse is compared as a string, never by a number
-  found inside
+- "..." in a sequence stays in it as a symbol; a formula it cannot parse is compared as a string, never by a
+  number found inside
 - chains that contradict themselves (y=6=7) are wrong
 - two constants must agree to 20 significant digits, so that 1/2004! is not 1/2006!
-- and one "different" is checked: expressions that agree at a dozen random points are equal (sqrt(1/n), 1/sqrt(n))
+- and one "different" is checked: expressions that agree at a dozen random points are equal (sqrt(1/n),
+  1/sqrt(n))
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from jaxrl.tasks.equality import clean, plain_number
 logging.disable(logging.CRITICAL)  # math-verify warns about every formula it cannot read
 
 _TEXT = r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit)\s*\{[^{}]*\}"
-_TOKEN = re.compile(rf"{_TEXT}|\\(?:begin|end|operatorname)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|_\{{[^{{}}]*\}}|[A-Za-z]+")
+_TOKEN = re.compile(
+    rf"{_TEXT}|\\(?:begin|end|operatorname)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|_\{{[^{{}}]*\}}|[A-Za-z]+"
+)
 _UNIT_WORDS = frozenset("mm cm dm km kg mg ft lb oz hr hrs yr cc mi mL ml mph kmh rad".split())
 _FUNCTION = re.compile(r"(?<![A-Za-z\\])([A-Za-z])\s*\(\s*([a-z])\s*\)\s*=")
 _EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)")
@@ -55,11 +59,16 @@ def _library():
 
 
 def _without_unit(latex: str) -> str:
-    """Cuts a unit off the end, if something is left: \\text{...} with an exponent, a unit name or a plain word."""
+    """Cuts a unit off the end, if something is left: \\text{...} with an exponent, a unit name or a plain
+    word."""
     for _ in range(2):
         rest = re.sub(rf"{_TEXT}\s*(?:\^\s*\{{?\s*\d\s*\}}?)?$", "", latex).strip()
         word = re.search(r"(?<=[\d})\s])\s*([A-Za-z]+)(?:\^\{?[23]\}?|[²³])?$", rest)
-        if word and (word[1] in _UNIT_WORDS or is_word(word[1])) and not re.search(r"\\$", rest[: word.start(1)]):
+        if (
+            word
+            and (word[1] in _UNIT_WORDS or is_word(word[1]))
+            and not re.search(r"\\$", rest[: word.start(1)])
+        ):
             rest = rest[: word.start()].strip()
         if rest in ("", latex) or rest[-1] in "=<>+-,;:*/^_(" or rest.count("{") != rest.count("}"):
             break
@@ -90,6 +99,7 @@ def prepare(latex: str) -> str:
     """Cleaned LaTeX in the form that math-verify reads as meant."""
     latex = clean(latex)
     latex = re.sub(r"\\[lc]?dots(?![A-Za-z])", r"\\text{dots}", latex)
+    latex = re.sub(r"\{\d{1,3}(?:,\d{3})+\}", lambda m: m[0].replace(",", ""), latex)
     latex = re.sub(r"(?<=[\d\w)}])\s*\^\s*\(([^()]*)\)", r"^{\1}", latex)
     return _without_unit(latex)
 
@@ -113,8 +123,9 @@ def _constant(latex: str):
 def contradicts_itself(latex: str, gold: str) -> bool:
     """Whether a chain of equations gives two values: y=6=7.
 
-    Numbers written out must all agree; values of expressions only if the reference is not an equation itself
-    (math-verify's own suite accepts z=3+3=2 for z=1+1=2). A decimal may be a rounding of what it is set equal to.
+    Numbers written out must all agree; values of expressions only if the reference is not an equation
+    itself (math-verify's own suite accepts z=3+3=2 for z=1+1=2). A decimal may be a rounding of what it is
+    set equal to.
     """
     if re.search(r"[,;&]|\\text|\\\\", latex):
         return False
@@ -158,7 +169,9 @@ def _really_equal(gold, answer) -> bool:
 
 def _is_percent_pair(gold, answer) -> bool:
     """math-verify lets 9% pass for 9; the two differ by exactly a hundred."""
-    return bool(gold and answer and abs(abs(gold / answer) - 100) < 1e-20 or abs(abs(answer / gold) - 100) < 1e-20)
+    return bool(
+        gold and answer and abs(abs(gold / answer) - 100) < 1e-20 or abs(abs(answer / gold) - 100) < 1e-20
+    )
 
 
 def _agree_at_points(gold, answer) -> bool:
@@ -214,5 +227,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-

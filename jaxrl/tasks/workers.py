@@ -1,14 +1,15 @@
 """Worker processes that can be killed: for grading code that may hang, crash or eat memory.
 
-A pool member is a *supervisor* process, started with `python -m MODULE` (it never imports the caller's __main__,
-nor jax), which loads the slow libraries once and then forks the *worker* that does the jobs. The parent kills a
-worker that exceeds its time with SIGKILL; the supervisor forks the next one in milliseconds, slower and slower if
-workers keep dying young. Messages are JSON, one line each, over the standard pipes:
+A pool member is a *supervisor* process, started with `python -m MODULE` (it never imports the caller's
+__main__, nor jax), which loads the slow libraries once and then forks the *worker* that does the jobs. The
+parent kills a worker that exceeds its time with SIGKILL; the supervisor forks the next one in milliseconds,
+slower and slower if workers keep dying young. Messages are JSON, one line each, over the standard pipes:
 
-    worker -> {"ready": pid}      parent -> {"id": 7, "limit": 5.0, "job": ...}      worker -> {"id": 7, "value": ...}
+    worker -> {"ready": pid}      parent -> {"id": 7, "limit": 5.0, "job": ...}      worker -> {"id": 7,
+    "value": ...}
 
-A "ready" where an answer was due means that the worker died. Workers end by themselves: on end of file if they
-are idle, by an alarm that no library can mask if the parent is gone and the job never returns.
+A "ready" where an answer was due means that the worker died. Workers end by themselves: on end of file if
+they are idle, by an alarm that no library can mask if the parent is gone and the job never returns.
 """
 
 from __future__ import annotations
@@ -186,8 +187,9 @@ class Pool:
 def serve(handle: Callable[[Any], Any], memory_mb: int, begin: Callable[[], None] | None = None) -> None:
     """A supervisor's main: forks workers that answer jobs with handle(job), until the parent closes the pipe.
 
-    memory_mb: address-space limit of a worker. begin: run in each new worker before it says that it is ready.
-    Exceptions of `handle` are answered as {"error": "Type: message"}; whatever it prints goes to standard error.
+    memory_mb: address-space limit of a worker, 0 for none. begin: run in each new worker before it says
+    that it is ready. Exceptions of `handle` are answered as {"error": "Type: message"}; whatever it prints
+    goes to standard error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     deaths = 0
@@ -222,12 +224,12 @@ def _work(handle: Callable[[Any], Any], memory_mb: int, begin: Callable[[], None
             signal.alarm(int(message["limit"]) + _GRACE)
             try:
                 answer = {"value": handle(message["job"])}
-            except Exception as e:
+            except BaseException as e:  # sys.exit() in a reward function, too
                 answer = {"error": f"{type(e).__name__}: {e}"[:1000]}
             signal.alarm(0)
             _say(pipe, {"id": message["id"], **answer})
         code = 0
-    except Exception as e:
+    except BaseException as e:
         _say(pipe, {"fatal": f"{type(e).__name__}: {e}"[:1000]})
     finally:
         os._exit(code)
@@ -238,8 +240,11 @@ def _say(pipe: int, message: dict) -> None:
 
 
 def limit_memory(memory_mb: int) -> None:
-    """Caps this process's address space, where the system can."""
+    """Caps this process's address space, where the system can; 0 leaves it as it is."""
     import resource
+
+    if not memory_mb:
+        return
 
     try:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
