@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pathlib
 import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Sampler
-from jaxrl.runtime import distributed
+from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.metrics import MetricsWriter
-from jaxrl.runtime.model_source import load_model
-from jaxrl.runtime.rundir import RunDir, atomic_write
+from jaxrl.runtime.model_source import is_run, load_model
+from jaxrl.runtime.rundir import RunDir, atomic_write, open_run_dir
 from jaxrl.runtime.watchdog import Watchdog
 from jaxrl.tasks import dial
 from models.attention import default_implementation
 from models.config import DecoderConfig, from_hf, to_hf
 from models.decoder import abstract_params, init_params
 from models.tokenizers import Tokenizer, load_tokenizer, vocab_tokenizer
+
+
+def start_backend(config) -> None:
+    """Join the other hosts, if any, and point jax at the compilation cache; before anything touches a device."""
+    if config.distributed:
+        distributed.initialize()
+    if config.compilation_cache:
+        cli.use_compilation_cache()
 
 
 def mesh(config):
@@ -37,7 +44,7 @@ def mesh(config):
 def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
     """The decoder of config.model: of its directory, or of its shape (vocab_size 0 means the tokenizer's)."""
     if config.model.path:
-        return model_config_of(config.model.path)
+        return _model_config(config.model.path)
     shape = dict(config.model.shape)
     if shape["vocab_size"] == 0:
         if tokenizer is None:
@@ -49,10 +56,8 @@ def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
         raise UserError(f"config.model.shape: {e}") from e
 
 
-def model_config_of(path: str) -> DecoderConfig:
+def _model_config(path: str) -> DecoderConfig:
     """Decoder config of a Hugging Face or run directory; UserError naming the file if it does not fit."""
-    from jaxrl.runtime.model_source import is_run
-
     try:
         return from_hf(f"{path}/model" if is_run(path) else path)
     except (ValueError, OSError) as e:
@@ -66,8 +71,6 @@ def tokenizer(config) -> Tokenizer:
         return vocab_tokenizer(dial.PIECES, eos=dial.END, pad=dial.PAD, name="dial")
     if not source:
         raise UserError("config.model.tokenizer is empty and there is no config.model.path to take it from")
-    from jaxrl.runtime.model_source import is_run
-
     try:
         return load_tokenizer(f"{source}/model" if is_run(source) else source)
     except (ValueError, OSError) as e:
@@ -114,7 +117,6 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on, max_tokens: int 
         chunk=s.chunk,
         window=s.window,
         dtype=jnp.dtype(config.model.sampler_dtype or config.model.dtype),
-        mesh=on if on.size > 1 else None,
     )
 
 
@@ -144,16 +146,37 @@ def watchdog(config, run: RunDir):
     return contextlib.nullcontext(types.SimpleNamespace(beat=lambda *_: None))
 
 
-def save_model_card(run: RunDir, decoder: DecoderConfig, tok: Tokenizer, config) -> None:
-    """What others need to read this run: the resolved config, the decoder's config.json and the tokenizer."""
+def run_dir(config, decoder: DecoderConfig, tok: Tokenizer) -> RunDir:
+    """The run directory, locked, with what others need to read it: the resolved config, the decoder's
+    config.json and the tokenizer. Only process 0 writes there."""
     if not distributed.is_main():
-        return
+        return RunDir(pathlib.Path(config.run_dir))
+    run = open_run_dir(config.run_dir, config.resume)
     run.write_config(config.to_dict())
     home = run.root / "model"
     home.mkdir(exist_ok=True)
     tok.save(home)
     atomic_write(home / "config.json", json.dumps(to_hf(decoder), indent=2) + "\n")
     atomic_write(home / "generation_config.json", json.dumps({"eos_token_id": list(tok.eos_ids)}) + "\n")
+    return run
+
+
+def reference(config, run: RunDir, learner, params, fresh: bool):
+    """Parameters of the frozen reference model (those at step 0), or None if the config has no KL term.
+
+    They are kept in run_dir/reference, so that a resumed run compares with the same model.
+    """
+    if not config.algorithm.kl_coef:
+        return None
+    with Checkpointer(run.root / "reference", keep_last=1) as store:
+        if fresh:
+            copy = jax.tree.map(jnp.copy, params)
+            store.save(0, {"params": copy}, {})
+            return copy
+        found = store.restore({"params": learner.abstract_state().params})
+        if found is None:
+            raise UserError(f"{run.root}/reference is missing: config.algorithm.kl_coef was 0 when this run began")
+        return found.arrays["params"]
 
 
 def describe(config, decoder: DecoderConfig, on) -> str:
@@ -165,8 +188,3 @@ def describe(config, decoder: DecoderConfig, on) -> str:
         f"{decoder.model_type} with {count:,} parameters; loss {a.loss}, advantage {a.advantage}, selection "
         f"{a.selection}, length {config.length.reward}; {on.size} {on.devices.flat[0].platform} device(s)"
     )
-
-
-def row_sharding(on) -> NamedSharding:
-    """Rows of a batch over data x fsdp."""
-    return NamedSharding(on, P(meshes.BATCH))

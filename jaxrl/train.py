@@ -2,112 +2,125 @@
 
     python -m jaxrl.train --config=configs/quickstart.py --config.algorithm.loss=maspo
 
-One step: prompts -> completions -> grades -> selected groups -> advantages -> packed batch -> updates.
+One step: prompts -> completions -> grades -> selected groups -> advantages -> packed mini-batches -> updates.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 
-import jax
-
 from jaxrl import build, sft
-from jaxrl.batch import make_batches, sample_rows
+from jaxrl.batch import kl_in_reward, make_batches, sample_rows
 from jaxrl.collect import Collector
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
 from jaxrl.runtime import cli, distributed
-from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.config import parse_config, validate
 from jaxrl.runtime.console import Console, before_after
-from jaxrl.runtime.metrics import MetricsWriter, read_metrics
-from jaxrl.runtime.rundir import RunDir, open_run_dir
+from jaxrl.runtime.mesh import num_batch_shards
+from jaxrl.runtime.metrics import read_metrics
+from jaxrl.runtime.rundir import RunDir
 from jaxrl.runtime.signals import StopRequest
-from jaxrl.runtime.watchdog import Watchdog
-
-log = logging.getLogger(__name__)
+from jaxrl.tasks.load import open_task
 
 
 def train(config) -> int:
-    """Run (or continue) the training that `config` describes; returns the process's exit code.
+    """Run (or continue) the training that `config` describes; returns the exit code of the process.
 
     Raises UserError, before anything is compiled, when the configuration cannot run.
     """
     validate(config)
-    if config.distributed:
-        distributed.initialize()
-    if config.compilation_cache:
-        cli.use_compilation_cache()
+    build.start_backend(config)
+    main = distributed.is_main()
     with contextlib.ExitStack() as stack:
-        # ------------------------------------------------------------------ model, task, programs
-        mesh = build.mesh(config)
-        decoder, tokenizer, make_params = build.model(config, mesh)
-        task = stack.enter_context(build.task(config, tokenizer))
-        run = open_run_dir(config.run_dir, config.resume) if distributed.is_main() else RunDir(config.run_dir)
-        build.save_model_card(run, decoder, tokenizer, config)
+        # ---- the parts
+        mesh, tokenizer = build.mesh(config), build.tokenizer(config)
+        decoder = build.decoder_config(config, tokenizer)
+        task = stack.enter_context(open_task(config, tokenizer))
         sampler = build.sampler(config, decoder, tokenizer, mesh)
         learner = Learner(config, decoder, mesh)
         collector = Collector(config, task, tokenizer, sampler)
 
-        # ------------------------------------------------------------------ start or resume
+        # ---- the run directory: a new run, or the newest checkpoint of this one
+        run = build.run_dir(config, decoder, tokenizer)
         checkpoints = stack.enter_context(build.checkpointer(config, run))
         found = checkpoints.restore(learner.abstract_state())
-        host = found.host if found else {}
+        step, host = (found.step, found.host) if found else (0, {})
         writer = stack.enter_context(contextlib.closing(build.writer(config, run, host.get("writer"))))
-        console = stack.enter_context(Console(config.steps, host.get("step", 0), enabled=distributed.is_main()))
+        console = stack.enter_context(Console(config.steps, step, enabled=main))
         stop = stack.enter_context(StopRequest())
         watchdog = stack.enter_context(build.watchdog(config, run))
-        evaluate = lambda state, step: evaluate_task(config, sampler, sampler.layout(state.params), tokenizer, task, step)
-        if found:
-            console.note(f"continuing {run.root} after step {found.step}")
-            state, step = found.arrays, found.step
-            collector.restore(host["collector"])
-            run.drop_samples_after(step)
-        else:
-            console.note(f"{build.describe(config, decoder, mesh)}; run directory {run.root}")
-            state, step = learner.init(make_params()), 0
-            state = sft.warm_start(config, learner, state, tokenizer, task, console)
-            writer.write(0, evaluate(state, 0))
-            checkpoints.save(0, state, {"step": 0, "collector": collector.state(), "writer": writer.state()})
-        reference = learner.reference(run, state, fresh=not found)
 
-        # ------------------------------------------------------------------ the loop
+        def evaluate(state):
+            return evaluate_task(config, sampler, sampler.layout(state.params), tokenizer, task)
+
+        def save(state, step, record):
+            host = {"collector": collector.state(), "writer": writer.state() if main else {}}
+            checkpoints.save(step, state, distributed.broadcast(host), metrics=record)
+
+        if found:
+            console.note(f"continuing {run.root} after step {step}")
+            state = found.arrays
+            collector.restore(host["collector"])
+        else:
+            console.note(f"{build.describe(config, decoder, mesh)}\nrun directory: {run.root}")
+            params = build.params_maker(config, decoder, mesh)()
+            state = learner.init(sft.warm_start(config, decoder, mesh, params, tokenizer, console.note))
+            record = evaluate(state)
+            writer.write(0, record)
+            console.note(f"before RL: accuracy {record['eval/accuracy']:.3f}" if "eval/accuracy" in record else "")
+            save(state, 0, record)
+        reference = build.reference(config, run, learner, state.params, fresh=not found)
+
+        # ---- the loop
         while step < config.steps:
             begin = time.perf_counter()
             collected = collector.collect(sampler.layout(state.params), step)
-            batches = make_batches(collected.chosen, config, learner, step)
-            start_update = time.perf_counter()
-            state, learned = learner.update(state, batches, reference)
+            groups = kl_in_reward(config, collected.chosen, learner, state.params, reference)
+            batches = make_batches(groups, config, step, num_batch_shards(mesh))
+            begin_update = time.perf_counter()
+            state, learned = learner.update(state, [b.data for b in batches], reference)
             step += 1
-            record = {**collected.metrics, **learned, "time/update": time.perf_counter() - start_update}
-            record["time/step"] = time.perf_counter() - begin
+            now = time.perf_counter()
+            record = {**collected.metrics, **packing_metrics(batches), **learned}
+            record |= {"time/update": now - begin_update, "time/step": now - begin}
             record["tokens_per_second"] = record["generated_tokens"] / record["time/step"]
+            last = step == config.steps
+            if step % config.eval.every == 0 or last:
+                record |= evaluate(state)
             stopping = stop.agreed(step)
-            if step % config.eval.every == 0 or step == config.steps:
-                record |= evaluate(state, step)
             writer.write(step, record)
             console.step({"step": step, **record})
-            run.write_samples(step, sample_rows(collected, batches, tokenizer, config.log.samples))
             watchdog.beat(step, record)
-            if step % config.checkpoint.every == 0 or step == config.steps or stopping:
-                host = {"step": step, "collector": collector.state(), "writer": writer.state()}
-                checkpoints.save(step, state, host, metrics=record)
-            if stopping:
-                checkpoints.wait()
+            if main and config.log.samples:
+                run.write_samples(step, sample_rows(collected, config, tokenizer, config.log.samples))
+            if step % config.checkpoint.every == 0 or last or stopping:
+                save(state, step, record)
+            if stopping and not last:
                 return stop.exit_code
-        checkpoints.wait()
-    if distributed.is_main():
-        report(run)
+    if main:
+        closing_table(run)
     return 0
 
 
-def report(run: RunDir) -> None:
-    """Print the table of held-out results before and after, and where everything is."""
+def packing_metrics(batches) -> dict[str, float]:
+    """How much of the update went into padding, and how much it would have been without packing."""
+    if not batches:
+        return {}
+    return {
+        "perf/padding_waste": sum(b.packing.waste for b in batches) / len(batches),
+        "perf/padding_waste_unpacked": sum(b.packing.waste_to_longest for b in batches) / len(batches),
+    }
+
+
+def closing_table(run: RunDir) -> None:
+    """Print held-out results before and after, and where everything is."""
     records = [r for r in read_metrics(run.metrics) if "eval/accuracy" in r]
-    keys = [k for k in records[-1] if k.startswith("eval/") and isinstance(records[-1][k], int | float)]
-    before_after([(k.removeprefix("eval/"), records[0].get(k), records[-1].get(k)) for k in keys])
+    if records:
+        first, last = records[0], records[-1]
+        keys = [k for k, v in last.items() if k.startswith("eval/") and isinstance(v, int | float)]
+        before_after([(k.removeprefix("eval/"), first.get(k), last[k]) for k in keys])
     print(f"run directory: {run.root}")
 
 

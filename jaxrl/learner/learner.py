@@ -1,0 +1,117 @@
+"""The learner as the training loop sees it: batches in, a new state and one record of metrics out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.learner.packing import PackedBatch
+from jaxrl.learner.state import TrainState, abstract_state, build_optimizer, init_state
+from jaxrl.learner.update import Objective, build_programs, place_batch
+from models.config import DecoderConfig
+
+
+def objective(config) -> Objective:
+    """What config.algorithm minimises."""
+    a = config.algorithm
+    shaping = (a.entropy_advantage_alpha, a.entropy_advantage_kappa) if a.entropy_advantage else None
+    return Objective(
+        loss=a.loss,
+        loss_hyper=_given(a.loss_hyper[a.loss]),
+        aggregation=a.aggregation,
+        norm_length=float(a.norm_length or config.sampling.max_tokens),
+        temperature=config.sampling.temperature,
+        on_policy=config.batch.updates * config.batch.epochs == 1,
+        kl_coef=0.0 if a.kl_in_reward else a.kl_coef,
+        kl_kind=a.kl_kind,
+        entropy_coef=a.entropy_coef,
+        entropy_advantage=shaping,
+        correction=a.correction,
+        correction_hyper=_given(a.correction_hyper[a.correction]),
+    )
+
+
+def _given(hyper) -> dict:
+    return {k: v for k, v in hyper.items() if v is not None}
+
+
+def optimizer(config):
+    """The optimizer of config.optimizer; decaying schedules end with the last update of the run."""
+    o = config.optimizer
+    return build_optimizer(
+        o.learning_rate,
+        warmup_steps=o.warmup_steps,
+        schedule=o.schedule,
+        total_steps=config.steps * config.batch.updates * config.batch.epochs,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        grad_clip=o.grad_clip,
+        state_dtype=jnp.dtype(o.state_dtype),
+    )
+
+
+class Learner:
+    """Builds the programs of a configuration once and runs them on the mini-batches of each step."""
+
+    def __init__(self, config, decoder: DecoderConfig, mesh):
+        self.decoder, self.mesh = decoder, mesh
+        self.param_dtype = jnp.dtype(config.model.param_dtype)
+        self.objective, self.optimizer = objective(config), optimizer(config)
+        self.programs = build_programs(
+            decoder,
+            mesh,
+            self.optimizer,
+            self.objective,
+            dtype=jnp.dtype(config.model.dtype),
+            remat=config.model.remat,
+            attention=config.model.attention,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state, for restoring a checkpoint onto this mesh."""
+        return abstract_state(self.decoder, self.optimizer, self.mesh, param_dtype=self.param_dtype)
+
+    def init(self, params) -> TrainState:
+        """A fresh state around params, which must not be used afterwards."""
+        return init_state(
+            self.decoder, self.optimizer, self.mesh, params=params, param_dtype=self.param_dtype
+        )
+
+    def score(self, params, batch: PackedBatch):
+        """Log-probs of every response token under params: float32 [M, R, T], zero elsewhere."""
+        return self.programs.score(params, place_batch(batch, self.mesh))[0]
+
+    def update(self, state: TrainState, batches: list[PackedBatch], reference: Any = None):
+        """Apply one optimizer update per mini-batch, in order.
+
+        Unless the step has exactly one update, old log-probs are scored before the first of them. reference:
+        parameters of the frozen reference model, when the objective has a KL term.
+
+        Returns:
+          (state, metrics): means over the updates, maxima for names ending in /max, a sum for "nonfinite".
+        """
+        placed = [place_batch(b, self.mesh) for b in batches]
+        if not self.objective.on_policy:
+            placed = [b.replace(old_logprobs=self.programs.score(state.params, b)[0]) for b in placed]
+        if self.objective.kl_coef:
+            placed = [b.replace(ref_logprobs=self.programs.score(reference, b)[0]) for b in placed]
+        records = []
+        for batch in placed:
+            state, metrics = self.programs.update(state, batch)
+            records.append(metrics)
+        return state, combine(jax.device_get(records))
+
+
+def combine(records: list[dict]) -> dict[str, float]:
+    """Metrics of several updates as one record of Python floats."""
+    out = {}
+    for name in records[0] if records else ():
+        values = np.array([r[name] for r in records], np.float64)
+        how = np.max if name.endswith("/max") else np.sum if name == "nonfinite" else np.mean
+        out[name] = float(how(values))
+    return out

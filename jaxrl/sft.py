@@ -1,0 +1,136 @@
+"""Supervised warm start: maximise the log-probability of demonstrations.
+
+    python -m jaxrl.sft --config=configs/quickstart.py --config.run_dir=runs/sft
+
+The same learner as RL, with the loss -log pi and advantage 1 on every token. `jaxrl.train` runs it before step
+0 when config.sft.steps > 0; by itself it writes a Hugging Face directory to run_dir/model.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl import build
+from jaxrl.batch import row_lengths
+from jaxrl.errors import UserError
+from jaxrl.learner.learner import combine
+from jaxrl.learner.packing import pack
+from jaxrl.learner.state import build_optimizer, init_state
+from jaxrl.learner.update import Objective, build_programs, place_batch
+from jaxrl.runtime import cli
+from jaxrl.runtime.config import parse_config, validate
+from jaxrl.runtime.mesh import num_batch_shards
+from jaxrl.tasks import dial
+from jaxrl.tasks.data import load_problems
+from jaxrl.tasks.templates import encode_prompt
+from models.weights import save_params
+
+Pair = tuple[Sequence[int], Sequence[int]]  # prompt tokens, response tokens
+
+
+def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
+    """Demonstrations as (prompt, response) tokens, end token included: (first phase, second phase).
+
+    The dial task has two phases, full working and then sloppy; a jsonl file (config.sft.data, fields problem and
+    solution) is one phase. Raises UserError naming the file for missing solutions.
+    """
+    eos = [tokenizer.eos_ids[0]]
+    if config.task.name == "dial" and not config.sft.data:
+        d, s = config.task.dial, config.sft
+
+        def phase(name, steps):
+            rows = dial.demonstrations(
+                name,
+                config.seed,
+                min(20000, steps * s.batch),
+                d.n_min,
+                d.n_max,
+                modes=tuple(s.modes),
+                max_tokens=config.sampling.max_tokens,
+                max_budget=d.max_budget,
+            )
+            return [(tokenizer.encode(prompt), tokenizer.encode(text) + eos) for prompt, text in rows]
+
+        return phase("full", s.full_steps), phase("sloppy", s.steps - s.full_steps)
+    loaded = load_problems(config.sft.data, skip_bad_rows=config.task.skip_bad_rows)
+    rows = []
+    for problem in loaded.problems:
+        if "solution" not in problem.info:
+            raise UserError(f"config.sft.data={config.sft.data}: problem {problem.id!r} has no field 'solution'")
+        prompt = encode_prompt(problem, tokenizer, config.task.template)
+        rows.append((prompt, tokenizer.encode(problem.info["solution"]) + eos))
+    fits = [r for r in rows if len(r[0]) <= config.sampling.max_prompt and len(r[1]) <= config.sampling.max_tokens]
+    if not fits:
+        raise UserError(f"config.sft.data={config.sft.data}: no demonstration fits sampling.max_prompt/max_tokens")
+    return [], fits
+
+
+def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
+    """config.sft.steps packed mini-batches: full_steps from the first phase, the rest from the second."""
+    s = config.sft
+    for rows, steps, phase in zip(phases, (s.full_steps, s.steps - s.full_steps), (0, 1), strict=True):
+        rng = np.random.default_rng([config.seed, 5, phase])
+        order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-steps * s.batch // max(len(rows), 1)))])
+        for i in range(steps):
+            chosen = [rows[j] for j in order[i * s.batch : (i + 1) * s.batch]]
+            prompts, responses = ([np.array(r[k], np.int32) for r in chosen] for k in (0, 1))
+            zeros = [np.zeros(len(r), np.float32) for r in responses]
+            lengths, tokens = row_lengths(config), config.batch.micro_tokens
+            yield pack(prompts, responses, np.ones(len(chosen)), zeros, lengths, tokens, shards)[0]
+
+
+def warm_start(config, decoder, mesh, params, tokenizer, note=print):
+    """Parameters after config.sft.steps updates on demonstrations (the same object when there are none)."""
+    s = config.sft
+    if s.steps < 1:
+        return params
+    phases = demonstrations(config, tokenizer)
+    optimizer = build_optimizer(
+        s.learning_rate, s.warmup_steps, "cosine", s.steps, b2=0.95, grad_clip=1.0
+    )
+    programs = build_programs(
+        decoder,
+        mesh,
+        optimizer,
+        Objective(loss="gpg", on_policy=True),
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        attention=config.model.attention,
+    )
+    state = init_state(decoder, optimizer, mesh, params=params, param_dtype=jnp.dtype(config.model.param_dtype))
+    records = []
+    every = max(1, s.steps // 7)
+    for i, batch in enumerate(batches(phases, config, num_batch_shards(mesh)), 1):
+        state, metrics = programs.update(state, place_batch(batch, mesh))
+        records.append(metrics)
+        if i % every == 0:
+            loss = combine(jax.device_get(records))["loss"]
+            note(f"warm start {i}/{s.steps}  loss {loss:.3f} nats/token")
+            records = []
+    return state.params
+
+
+def main(argv: list[str]) -> int:
+    config = parse_config(argv)
+    validate(config)
+    if config.sft.steps < 1:
+        raise UserError("config.sft.steps is 0: nothing to train")
+    cli.use_compilation_cache()
+    mesh, tokenizer = build.mesh(config), build.tokenizer(config)
+    decoder = build.decoder_config(config, tokenizer)
+    params = build.params_maker(config, decoder, mesh)()
+    params = warm_start(config, decoder, mesh, params, tokenizer)
+    out = pathlib.Path(config.run_dir) / "model"
+    save_params(out, params, decoder, tokenizer)
+    print(f"written to {out}; train from it with --config.model.path={out} --config.sft.steps=0")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

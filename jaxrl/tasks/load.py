@@ -1,0 +1,98 @@
+"""From config.task to a Task: problems read and checked, graders started."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+
+from jaxrl.errors import UserError
+from jaxrl.tasks import dial
+from jaxrl.tasks.data import check_prompt_lengths, load_problems
+from jaxrl.tasks.grader import Grader
+from jaxrl.tasks.rewards import UserReward, grade_group
+from jaxrl.tasks.task import Task
+from jaxrl.tasks.templates import encode_prompt
+from jaxrl.types import Problem
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_task(config, tokenizer) -> Iterator[Task]:
+    """The task of config.task, its grader processes alive inside the context.
+
+    Raises UserError, naming file and line or key, for data that cannot be used.
+    """
+    t = config.task
+    with contextlib.ExitStack() as stack:
+        if t.name == "dial":
+            train, held_out = _dial_problems(config)
+            grader, template = None, "dial"
+        else:
+            train = _load(config, t.data, "train")
+            held_out = _load(config, t.eval_data, "test") if t.eval_data else []
+            grader = stack.enter_context(Grader(t.grader_workers, t.grader_timeout))
+            template = t.template
+        reward = None
+        if t.reward:
+            limits = (t.grader_workers, t.grader_timeout, t.max_failures)
+            reward = stack.enter_context(UserReward(t.reward, *limits))
+
+        def encode(problem):
+            return encode_prompt(problem, tokenizer, template)
+
+        train = _fitting(train, encode, config, "task.data")
+        held_out = _fitting(held_out, encode, config, "task.eval_data") if held_out else []
+        yield Task(
+            train, held_out, encode, lambda problems, texts: grade_group(problems, texts, grader, reward)
+        )
+
+
+def _dial_problems(config):
+    d, seed, mode = config.task.dial, config.seed, config.length.mode
+    if mode == "both":
+        raise UserError("config.length.mode='both': the dial task takes exact or max")
+    make = functools.partial(dial.problems, n_min=d.n_min, n_max=d.n_max, mode=mode, max_budget=d.max_budget)
+    return make("train", seed, d.train), make("heldout", 0, config.eval.problems)
+
+
+def _load(config, spec: str, split: str) -> list[Problem]:
+    t = config.task
+    fields = {"problem": t.problem_field, "answer": t.answer_field, "id": t.id_field}
+    names = {"problem": "problem", "answer": "answer", "id": "id"}
+    loaded = load_problems(
+        spec,
+        data_dir=t.data_dir,
+        split=split,
+        fields={k: v for k, v in fields.items() if v != names[k]},
+        task=t.name,
+        skip_bad_rows=t.skip_bad_rows,
+    )
+    if loaded.skipped:
+        log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])
+    return loaded.problems
+
+
+def _fitting(problems, encode, config, key: str) -> list[Problem]:
+    """The problems whose prompts fit; with budgets, the longest suffix a budget can have is assumed."""
+    widest = [with_widest_budget(p, config) for p in problems]
+    tokens = [encode(p) for p in widest]
+    try:
+        kept = check_prompt_lengths(problems, tokens, config.sampling.max_prompt, config.task.long_prompts)
+    except UserError as e:
+        raise UserError(f"config.{key}: {e}; config.sampling.max_prompt, config.task.long_prompts") from None
+    if len(kept) < len(problems):
+        log.warning(
+            "%s: %d of %d prompts are too long and left out", key, len(problems) - len(kept), len(problems)
+        )
+    return [problems[i] for i in kept]
+
+
+def with_widest_budget(problem: Problem, config) -> Problem:
+    """The problem with the largest budget it could be given."""
+    if config.length.mode == "none" or problem.budget is not None:
+        return problem
+    return dataclasses.replace(problem, budget=config.length.high, mode="max")
