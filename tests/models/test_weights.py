@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -202,6 +203,60 @@ def test_each_device_reads_its_own_part(qwen2, tmp_path):
     command = [sys.executable, "-c", SHARDED, str(qwen2[2]), str(tmp_path)]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
     assert "sharded ok" in done.stdout, done.stderr[-2000:]
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from models import weights
+from models.config import from_hf
+from models.decoder import abstract_params
+
+config = from_hf(sys.argv[1])
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("fsdp", "tensor"))
+abstract = abstract_params(config)[0]
+shardings = jax.tree.map(
+    lambda a: NamedSharding(mesh, P(None, "fsdp", "tensor") if a.ndim == 3 else P()), abstract)
+sizes, read_tensor = [], weights._read_tensor
+def spy(*args):
+    part = read_tensor(*args)
+    sizes.append(part.size if ".mlp." in args[1] else 0)
+    return part
+weights._read_tensor = spy
+params = weights.load_params(sys.argv[1], config, shardings)
+assert sum(sizes) * 2 == sum(a.size for a in jax.tree.leaves(abstract["layers"]["mlp"]))
+weights.save_params(sys.argv[2], params, config, max_shard_bytes=20_000)
+multihost_utils.sync_global_devices("written")
+print("process ok")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_half_each_and_write_one_checkpoint(qwen2, tmp_path):
+    config, hf, directory = qwen2
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(weights.__file__)))
+    command = [sys.executable, "-c", TWO_PROCESSES, str(directory), str(tmp_path), address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    workers = [subprocess.Popen([*command, str(i)], env=env, cwd=root, **pipes) for i in range(2)]
+    try:
+        for worker in workers:
+            out, err = worker.communicate(timeout=300)
+            assert "process ok" in out, err[-2000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same(load_params(tmp_path, config), load_params(directory, config))
 
 
 # --- damaged or foreign checkpoints: one line naming file and tensor
