@@ -107,7 +107,7 @@ def load_text(spec: str, tokenizer, grader: Grader, flags: dict) -> EvalSet:
 
 
 def default_template(model: str, tokenizer) -> str:
-    """What a run was trained with; for other models "chat" if the tokenizer has such a template, else "boxed"."""
+    """What a run was trained with; else "chat" if the tokenizer has a chat template, or "boxed"."""
     config = pathlib.Path(model) / "config.json"
     if is_run(model) and config.exists():
         return json.loads(config.read_text())["task"]["template"]

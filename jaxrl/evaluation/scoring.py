@@ -142,8 +142,8 @@ def summarize(records: Records) -> dict[str, float]:
     votes were recorded. Each with _low and _high, a 95 % interval over problems: Wilson's for one sample
     each or if all problems agree, else bootstrap. Samples that could not be graded count in none of these,
     nor problems without any graded sample; `ungraded` is their share. mean_tokens, median_tokens: of all
-    samples. truncated: share that ran into the limit, or had no room at all. unparsed: share without an answer. problems,
-    samples: counts.
+    samples. truncated: share that ran into the limit, or had no room at all. unparsed: share without an
+    answer. problems, samples: counts.
     """
     if not records:
         return {}

@@ -1,0 +1,265 @@
+"""A grid of methods and seeds, run one after the other, and the table that compares them.
+
+    python -m jaxrl.study --config=configs/studies/core.py      run what is missing, then print the table
+        --print_commands    only print the commands of what is missing
+        --table             only the table of what is there
+        --only=a,b --seeds=0,1      a part of the grid
+
+A finished run is not run again and an unfinished one is continued, so the same command resumes a study, and
+commands printed with --print_commands can be spread over machines that share the directory. table.md and
+results.json are written to the study's directory.
+
+A study file has get_study(), which returns a dict:
+
+    config    training config that everything starts from        out       directory of the runs
+    methods   {label: {dotted config key: value}}                seeds     list of integers
+    baseline  the label that others are compared with            common    overrides of every run
+    metrics   held-out metrics to tabulate                       stages    as methods, but not in the table
+
+Two pseudo-keys of a method or stage: "start" names a stage (or method) whose run of the same seed it starts
+from, in place of a warm start of its own; "entry": "sft" makes a stage that only does the warm start.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl.errors import UserError
+from jaxrl.evaluation.tables import markdown
+from jaxrl.reporting.runs import Run, read_run, t_half_width
+from jaxrl.runtime import cli
+from jaxrl.runtime.rundir import atomic_write
+
+DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"]}
+REQUIRED = {"config": str, "out": str, "seeds": list, "methods": dict}
+
+
+def main(argv: list[str]) -> int:
+    flags = cli.parse_flags(
+        argv, dict(config=str, out="", only="", seeds="", print_commands=False, table=False), __doc__
+    )
+    study = load_study(flags["config"])
+    study["out"] = flags["out"] or study["out"]
+    if flags["seeds"]:
+        study["seeds"] = [int(s) for s in flags["seeds"].split(",")]
+    wanted = flags["only"].split(",") if flags["only"] else list(study["methods"])
+    if unknown := [label for label in wanted if label not in study["methods"]]:
+        raise UserError(f"--only: {unknown[0]!r} is not a method; there are {', '.join(study['methods'])}")
+    failed = []
+    if not flags["table"]:
+        for label, seed in plan(study, wanted):
+            line = command(study, label, seed)
+            if is_finished(study, label, seed):
+                continue
+            print(shlex.join(line), flush=True)
+            if not flags["print_commands"] and subprocess.run(line).returncode:
+                failed.append(f"{label} seed {seed}")
+    if not flags["print_commands"]:
+        print(write_table(study))
+    if failed:
+        print(f"not finished: {', '.join(failed)}; the same command continues", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def load_study(path: str) -> dict[str, Any]:
+    """The study of a file, with defaults filled in. Raises UserError naming the key that is wrong."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config: no such file: {path}")
+    module = runpy.run_path(path)
+    if "get_study" not in module:
+        raise UserError(f"{path}: a study file needs a function get_study()")
+    study = DEFAULTS | module["get_study"]()
+    if unknown := sorted(set(study) - set(DEFAULTS) - set(REQUIRED)):
+        valid = ", ".join([*REQUIRED, *DEFAULTS])
+        raise UserError(f"{path}: {unknown[0]!r} is not a key of a study; there are {valid}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(study.get(key), kind) or not study[key]:
+            raise UserError(f"{path}: key {key!r} is missing or not a {kind.__name__}")
+    if study["baseline"] and study["baseline"] not in study["methods"]:
+        raise UserError(f"{path}: baseline {study['baseline']!r} is not one of the methods")
+    everything = study["stages"] | study["methods"]
+    for label, overrides in everything.items():
+        if overrides.get("start", label) not in everything:
+            raise UserError(
+                f"{path}: {label!r} starts from {overrides['start']!r}, which is not in the study"
+            )
+    return study
+
+
+def plan(study: dict, wanted: Sequence[str]) -> list[tuple[str, int]]:
+    """(label, seed) of every run that `wanted` needs, each after the one that it starts from.
+
+    Seed by seed, so that an unfinished study compares all methods on the seeds that it has.
+    """
+    everything = study["stages"] | study["methods"]
+    order: list[tuple[str, int]] = []
+    for seed in study["seeds"]:
+        for label in wanted:
+            chain = [label]
+            while (start := everything[chain[-1]].get("start")) and start not in chain:
+                chain.append(start)
+            order += [(link, seed) for link in reversed(chain) if (link, seed) not in order]
+    return order
+
+
+def run_dir(study: dict, label: str, seed: int) -> pathlib.Path:
+    """Where a run of the study lives."""
+    slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in label)
+    return pathlib.Path(study["out"]) / slug / f"seed{seed}"
+
+
+def command(study: dict, label: str, seed: int) -> list[str]:
+    """The command line of one run."""
+    everything = study["stages"] | study["methods"]
+    overrides = {**study["common"], **everything[label]}
+    entry, start = overrides.pop("entry", "train"), overrides.pop("start", None)
+    if start:
+        source = run_dir(study, start, seed)
+        source = source / "model" if everything[start].get("entry") == "sft" else source
+        overrides = {"model.path": str(source), "sft.steps": 0} | overrides
+    overrides |= {"run_dir": str(run_dir(study, label, seed)), "seed": seed}
+    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return [sys.executable, "-m", f"jaxrl.{entry}", f"--config={study['config']}", *flags]
+
+
+def is_finished(study: dict, label: str, seed: int) -> bool:
+    """Whether a run holds the record of its last step; for a warm start, the weights."""
+    path = run_dir(study, label, seed)
+    if (study["stages"] | study["methods"])[label].get("entry") == "sft":
+        return (path / "model" / "model.safetensors").exists()
+    if not (path / "config.json").exists() or not (path / "metrics.jsonl").exists():
+        return False
+    run = read_run(path)
+    return bool(run.records) and run.records[-1]["step"] >= run.config["steps"]
+
+
+def at_step(run: Run, metric: str, step: float) -> float:
+    """The metric at its last record up to `step`; NaN if there is none."""
+    steps, values = run.series(metric)
+    seen = values[steps <= step]
+    return float(seen[-1]) if len(seen) else float("nan")
+
+
+def at_tokens(run: Run, metric: str, tokens: float) -> float:
+    """The metric when `tokens` had been generated, discarded completions included; linear in between."""
+    spent, points = 0.0, []
+    for record in run.records:
+        spent += record.get("generated_tokens") or 0
+        if record.get(metric) is not None:
+            points.append((spent, record[metric]))
+    return float(np.interp(tokens, *np.array(points).T)) if points else float("nan")
+
+
+def tokens_spent(run: Run) -> float:
+    """Tokens generated up to the last record."""
+    return float(sum(record.get("generated_tokens") or 0 for record in run.records))
+
+
+def compare(study: dict, metric: str) -> dict[str, Any]:
+    """One metric of all finished runs at equal updates and at equal generated tokens.
+
+    Equal updates: the last step that every run has evaluated. Equal tokens: what the cheapest run spent in
+    all. Differences to the baseline are paired by seed. Half-widths are 95 % t intervals over seeds.
+    """
+    runs = {}
+    for label in study["methods"]:
+        seeds = [seed for seed in study["seeds"] if is_finished(study, label, seed)]
+        found = {seed: read_run(run_dir(study, label, seed)) for seed in seeds}
+        found = {seed: run for seed, run in found.items() if len(run.series(metric)[0])}
+        if found:
+            runs[label] = found
+    every = [run for found in runs.values() for run in found.values()]
+    if not every:
+        return {"metric": metric, "rows": []}
+    step = min(run.series(metric)[0][-1] for run in every)
+    tokens = min(tokens_spent(run) for run in every)
+    values = {
+        label: {
+            seed: (at_step(run, metric, step), at_tokens(run, metric, tokens)) for seed, run in found.items()
+        }
+        for label, found in runs.items()
+    }
+    base = values.get(study["baseline"], {})
+    rows = []
+    for label, found in values.items():
+        row: dict[str, Any] = {"method": label, "seeds": sorted(found)}
+        for i, name in enumerate(("updates", "tokens")):
+            row[name] = _mean_and_half([v[i] for v in found.values()])
+            paired = [found[seed][i] - base[seed][i] for seed in found if seed in base]
+            row[f"difference_{name}"] = (
+                _mean_and_half(paired) if paired and label != study["baseline"] else None
+            )
+        row["spent"] = float(np.mean([tokens_spent(run) for run in runs[label].values()]))
+        row["length"] = float(
+            np.mean([at_step(run, "eval/mean_tokens", step) for run in runs[label].values()])
+        )
+        row["values"] = {seed: list(v) for seed, v in found.items()}
+        rows.append(row)
+    return {"metric": metric, "step": step, "tokens": tokens, "rows": rows}
+
+
+def _mean_and_half(values: Sequence[float]) -> list[float]:
+    """[mean, half-width of its 95 % t interval]; NaN for the latter with one value."""
+    array = np.asarray(values, np.float64)
+    return [float(array.mean()), float(t_half_width(array)) if len(array) > 1 else float("nan")]
+
+
+def write_table(study: dict) -> str:
+    """table.md and results.json in the study's directory; returns the table."""
+    results = [compare(study, metric) for metric in study["metrics"]]
+    text = "\n".join(table(study, result) for result in results)
+    out = pathlib.Path(study["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "results.json", json.dumps({"study": study, "results": results}, indent=1) + "\n")
+    atomic_write(out / "table.md", text)
+    return text
+
+
+def table(study: dict, result: dict) -> str:
+    """Markdown: mean with 95 % interval and paired difference to the baseline, in percent."""
+    if not result["rows"]:
+        return f"{result['metric']}: no finished run yet\n"
+    vs = f"vs {study['baseline']}" if study["baseline"] else "difference"
+    header = ["method", "seeds", "equal updates", vs, "equal tokens", vs, "held-out tokens", "generated"]
+    rows = [
+        [
+            row["method"],
+            len(row["seeds"]),
+            _percent(row["updates"]),
+            _percent(row["difference_updates"], signed=True),
+            _percent(row["tokens"]),
+            _percent(row["difference_tokens"], signed=True),
+            f"{row['length']:.1f}",
+            f"{row['spent'] / 1e3:,.0f} k",
+        ]
+        for row in result["rows"]
+    ]
+    said = (
+        f"{result['metric']} in percent, mean ± 95 % t interval over seeds; differences are paired by seed, "
+        "and * marks an interval that excludes 0 (not corrected for the number of comparisons). Equal "
+        f"updates: step {result['step']:.0f}. Equal tokens: {result['tokens'] / 1e3:,.0f} k generated.\n"
+    )
+    return markdown(header, rows) + "\n" + said
+
+
+def _percent(pair: Sequence[float] | None, signed: bool = False) -> str:
+    if pair is None:
+        return ""
+    mean, half = 100 * pair[0], 100 * pair[1]
+    said = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    if not np.isfinite(half):
+        return said
+    return f"{said} ± {half:.1f}" + ("*" if signed and abs(mean) > half else "")
+
+
+if __name__ == "__main__":
+    cli.run(main)

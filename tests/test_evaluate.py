@@ -1,0 +1,148 @@
+"""The evaluate command: what it writes, that it can be interrupted, and that it refuses to mix settings."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl import evaluate
+from jaxrl.errors import UserError
+from jaxrl.evaluation.benchmarks import default_template, grade_text
+from jaxrl.tasks import dial
+from jaxrl.types import Problem
+from models.config import DecoderConfig
+from models.decoder import abstract_params
+from models.tokenizers import vocab_tokenizer
+from models.weights import save_params
+from tests.shared import shared_path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A dial model with random weights."""
+    tokenizer = vocab_tokenizer(dial.PIECES, dial.END, dial.PAD)
+    config = DecoderConfig(
+        tokenizer.vocab_size, 16, 24, 1, 2, 2, 8, tie_embeddings=True, max_position_embeddings=64
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(config)[0]
+    )
+    path = tmp_path_factory.mktemp("model")
+    save_params(path, params, config, tokenizer)
+    return path
+
+
+def run(model, out, *flags):
+    evaluate.main(["evaluate", f"--model={model}", f"--out={out}", "--slots=8", *flags])
+    result = json.loads((out / "result.json").read_text())
+    files = {f.name: f.read_text().splitlines() for f in sorted((out / "completions").iterdir())}
+    return result, files
+
+
+def test_writes_completions_result_and_table(model, tmp_path, capsys):
+    result, files = run(model, tmp_path, "--data=dial:n_max=3,dial:mode=exact", "--limit=5", "--samples=3")
+    assert [len(lines) for lines in files.values()] == [6, 6]
+    rows = [json.loads(line) for line in files["dial_n_max_3.jsonl"][1:]]
+    by_id = {p.id: p for p in dial.problems("heldout", 1, 5, n_max=3)}
+    assert {r["id"] for r in rows} == set(by_id)
+    for r in rows:
+        assert r["prompt"] == dial.prompt_text(by_id[r["id"]]) and len(r["samples"]) == 3
+        for s in r["samples"]:
+            assert s["outcome"] == dial.grade(by_id[r["id"]], s["text"])
+    plain, budgeted = result["results"]
+    assert plain["accuracy"] == np.mean([s["correct"] for r in rows for s in r["samples"]])
+    assert plain["mean_tokens"] == pytest.approx(np.mean([s["tokens"] for r in rows for s in r["samples"]]))
+    assert "mean_error" in budgeted and "mean_error" not in plain
+    assert result["grader_version"] and result["model"]["config"]["hidden_size"] == 16
+    assert result["flags"]["temperature"] == 1.0
+    table = (tmp_path / "table.md").read_text()
+    assert "avg@3" in table and "dial:n_max=3" in table and table in capsys.readouterr().out
+
+
+def test_continues_where_it_was_killed_and_gives_the_same(model, tmp_path):
+    flags = ("--data=dial:n_max=3", "--limit=6", "--samples=2", "--batch=2")
+    whole, files = run(model, tmp_path / "a", *flags)
+    (tmp_path / "b" / "completions").mkdir(parents=True)
+    killed = tmp_path / "b" / "completions" / "dial_n_max_3.jsonl"
+    lines = files["dial_n_max_3.jsonl"]
+    marked = lines[1].replace(
+        '"prompt_tokens": ', '"prompt_tokens": 1000'
+    )  # to see that it is not made again
+    killed.write_text("\n".join([lines[0], marked, lines[2][:40]]))
+    again, files_again = run(model, tmp_path / "b", *flags)
+    assert files_again["dial_n_max_3.jsonl"][1] == marked
+    assert sorted(files_again["dial_n_max_3.jsonl"][2:]) == sorted(lines[2:])
+    assert again["results"] == whole["results"]
+
+
+def test_other_settings_do_not_share_completions(model, tmp_path):
+    run(model, tmp_path, "--data=dial:n_max=3", "--limit=2")
+    with pytest.raises(UserError, match="temperature=1.0, now 0.5; choose another --out"):
+        run(model, tmp_path, "--data=dial:n_max=3", "--limit=2", "--temperature=0.5")
+
+
+def test_budget_sweep(model, tmp_path):
+    result, files = run(model, tmp_path, "--data=dial:n_max=3", "--limit=3", "--budgets=7,10", "--budget_mode=max",
+                        "--max_new_tokens=12")  # fmt: skip
+    rows = [json.loads(line) for line in files["dial_n_max_3___7.jsonl"][1:]]
+    assert all(r["prompt"].startswith("[max 7 tokens] ") and r["budget"] == 7 for r in rows)
+    seven = result["results"][0]
+    lengths = np.array([s["tokens"] for r in rows for s in r["samples"]])
+    assert (seven["budget"], seven["mode"]) == (7, "max")
+    assert seven["mean_error"] == pytest.approx(lengths.mean() / 7 - 1)
+    assert set(result["sweeps"]["dial:n_max=3"]) >= {"control", "scaling", "performance", "log_linear_slope"}
+    assert "Control" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("--data=nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("--data=dial:size=3", "'size=3': need one of count, seed, n_min"),
+    ("--budgets=5,x", "need distinct positive token counts"),
+    ("--samples=0", "--samples=0 must be at least 1"),
+    ("--budget_mode=about", "choose one of exact, max"),
+    ("--all_checkpoints", "not a run directory with checkpoints"),
+    ("--step=3", "no checkpoint of step 3"),
+])  # fmt: skip
+def test_mistakes_are_one_line(model, tmp_path, flag, said):
+    data = () if flag.startswith("--data") else ("--data=dial",)
+    with pytest.raises(UserError, match="^[^\n]*" + said):
+        run(model, tmp_path, *data, flag)
+
+
+def test_grades_of_text_answers():
+    class Grader:
+        def grade(self, pairs):
+            return [
+                "timeout" if text == "slow" else "correct" if text == gold else "wrong"
+                for text, gold in pairs
+            ]
+
+    problems = [Problem(str(i), "q", a) for i, a in enumerate(["1", "1", "", "", "2"])]
+    grades = grade_text(Grader(), problems, ["1", "2", "", "7", "slow"])
+    assert [g.outcome for g in grades] == ["correct", "wrong", "correct", "wrong", "timeout"]
+    assert [g.valid for g in grades] == [True, True, True, True, False]
+
+
+def test_template_of_a_run_is_the_one_it_was_trained_with(tmp_path):
+    class Chat:
+        chat_template = "x"
+
+    assert default_template(str(tmp_path), Chat()) == "chat"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"task": {"template": "boxed"}}')
+    assert default_template(str(tmp_path), Chat()) == "boxed"
+
+
+def test_trained_stories_model_on_gsm8k(tmp_path):
+    result, files = run(
+        shared_path("data", "models", "stories260K"), tmp_path, f"--data={shared_path('data', 'gsm8k_test.jsonl')}",
+        "--samples=2", "--limit=3", "--max_new_tokens=8", "--temperature=0",
+    )  # fmt: skip
+    (row,) = result["results"]
+    assert (row["problems"], row["samples"], row["data"]) == (3, 2, "gsm8k_test")
+    for line in files["gsm8k_test.jsonl"][1:]:
+        a, b = json.loads(line)["samples"]
+        assert a == b  # greedy
