@@ -1,0 +1,149 @@
+"""The report page: what it says, that it is self-contained, and that it shows the numbers of the run."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jaxrl import report
+from jaxrl.errors import UserError
+from jaxrl.reporting.page import shade
+from jaxrl.reporting.panels import PANELS
+from jaxrl.reporting.runs import group_runs, read_run, t_half_width
+from jaxrl.reporting.style import COLOURS, smooth
+from tests.reporting.toy import write_run
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are closed in order and collects text and ids."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.ids, self.tags = [], [], [], []
+        self.feed(text)
+        assert self.open == [], f"unclosed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [v for k, v in attributes if k == "id"]
+        if tag not in ("meta", "br", "use", "path", "rect", "image"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag in ("path", "use", "rect", "image"):
+            return
+        assert self.open.pop() == tag, f"</{tag}> closes {self.open}"
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    paths = [
+        write_run(root / f"{loss}{seed}", seed, loss, steps=20)
+        for loss in ("grpo", "maspo")
+        for seed in (0, 1)
+    ]
+    (paths[0] / "eval").mkdir()
+    rows = [
+        dict(budget=b, mean_tokens=b * 1.1, accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6)
+        for b in (8, 16)
+    ]
+    (paths[0] / "eval" / "result.json").write_text(json.dumps({"results": [*rows, {"budget": None}]}))
+    report.main(["report", str(paths[0])])
+    report.main(["report", *map(str, paths), f"--out={root}/both.html"])
+    return root, paths, (paths[0] / "report.html").read_text(), (root / "both.html").read_text()
+
+
+def test_pages_are_well_formed_and_need_no_network(pages):
+    for text in pages[2:]:
+        page = Page(text)
+        for tag, attributes in page.tags:
+            assert tag not in ("script", "link", "iframe")
+            for key in ("src", "href", "xlink:href"):
+                assert attributes.get(key, "#")[0] == "#"
+        assert not re.search(r"url\((?!#)|@import", text)
+
+
+def test_no_clip_path_of_one_figure_is_taken_for_another(pages):
+    defined = re.findall(r'<(?:clipPath|path) id="((?:p|m)[0-9a-f]{6,})"', pages[3])
+    assert len(defined) > 20 and len(defined) == len(set(defined))
+    used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", pages[3]))
+    assert used <= set(Page(pages[3]).ids)
+
+
+def test_every_panel_is_drawn_as_svg_and_png(pages):
+    _, paths, single, _ = pages
+    names = {png.stem for png in (paths[0] / "report_png").glob("*.png")}
+    assert names == {panel.name for panel in PANELS} - {"deviation"}  # the toy run has no budgets in training
+    assert single.count("<svg") == len(names)
+    for panel in PANELS:
+        assert (panel.caption in single.replace("&lt;", "<")) == (panel.name in names)
+
+
+def test_colours_follow_the_theme(pages):
+    style, _, figures = pages[2].partition("</style>")
+    for name, (light, dark) in COLOURS.items():
+        assert f"--{name}:{light}" in style and f"--{name}:{dark}" in style
+        assert light not in figures
+
+
+def test_the_numbers_are_the_runs(pages):
+    _, paths, single, both = pages
+    records = read_run(paths[0]).records
+    assert f"{100 * records[-1]['eval/accuracy']:.1f} %" in single
+    final = np.array([[read_run(p).records[-1]["eval/accuracy"] for p in paths[i : i + 2]] for i in (0, 2)])
+    for mean, half in zip(final.mean(1), 12.706 * final.std(1, ddof=1) / np.sqrt(2), strict=True):
+        assert f"{100 * mean:.1f} ± {100 * half:.1f} %" in both
+
+
+def test_completions_are_escaped_and_shaded(pages):
+    single = pages[2]
+    assert "&lt;b&gt;" in single and "<b>no</b>" not in single
+    assert (
+        "is 1 &lt; 2 &amp; 3 &gt; 2?" in single
+        and "dropped middle" in single
+        and "cut at the limit" in single
+    )
+    assert re.search(r"--s:44' title='p = 0.0821'>3<", single)  # log-probability -2.5
+    assert [shade(x) for x in (0.0, -2.0, -4.0, -9.0, None, float("nan"))] == [0, 35, 70, 70, 0, 0]
+
+
+def test_seeds_are_grouped_and_settings_named_by_what_differs(pages):
+    settings = group_runs([read_run(p) for p in pages[1]])
+    assert [(s.label, [r.seed for r in s.runs]) for s in settings] == [("grpo", [0, 1]), ("maspo", [0, 1])]
+    steps, mean, half = settings[0].band("eval/accuracy")
+    values = np.array(
+        [[r["eval/accuracy"] for r in run.records if "eval/accuracy" in r] for run in settings[0].runs]
+    )
+    assert steps.tolist() == [0, 10, 20] and np.allclose(mean, values.mean(0))
+    assert np.allclose(half, 12.706 * np.abs(values[0] - values[1]) / 2, rtol=1e-3)
+
+
+def test_a_run_in_its_first_step_has_a_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.25}\n{"step": 1, "loss": nu')
+    out = report.write_report([str(tmp_path)], str(tmp_path / "report.html"))
+    assert "25.0 %" in Page(open(out, encoding="utf-8").read()).text
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(UserError, match="no metrics.jsonl; need a run directory"):
+        report.write_report([str(tmp_path)], str(tmp_path / "x.html"))
+    with pytest.raises(UserError, match="name at least one run"):
+        report.main(["report"])
+
+
+def test_smooth_and_t_interval():
+    values = np.array([0.0, 3.0, 0.0, 3.0, 0.0])
+    assert smooth(values, 3).tolist() == [0.0, 1.0, 2.0, 1.0, 0.0]
+    assert t_half_width(np.ones((1, 4))).tolist() == [0, 0, 0, 0]
+    assert t_half_width(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(2.776 * np.sqrt(2.5 / 5))

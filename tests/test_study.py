@@ -1,0 +1,145 @@
+"""The study runner: plan, commands, resuming, and a table checked against the arithmetic done by hand."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from jaxrl import study
+from jaxrl.errors import UserError
+from jaxrl.runtime.config import parse_config, validate
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def write_run(path, accuracies, tokens_per_step, steps, finished=True):
+    """accuracies: {step: value}."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"steps": steps, "seed": int(path.name[4:])}))
+    lines = []
+    for step in range(steps + 1 if finished else steps):
+        record = {"step": step} | ({"generated_tokens": tokens_per_step} if step else {})
+        if step in accuracies:
+            record |= {"eval/accuracy": accuracies[step], "eval/mean_tokens": 7.0}
+        lines.append(json.dumps(record) + "\n")
+    (path / "metrics.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def grid(tmp_path):
+    file = tmp_path / "study.py"
+    file.write_text(
+        "def get_study():\n    return " + repr(dict(
+            config="configs/quickstart.py", out=str(tmp_path / "runs"), seeds=[0, 1, 2], baseline="base",
+            common={"steps": 4}, stages={"warm": {"entry": "sft"}},
+            methods={"base": {"start": "warm"}, "new & better": {"algorithm.loss": "maspo", "start": "warm"}},
+        ))
+    )  # fmt: skip
+    return file
+
+
+def test_plan_goes_seed_by_seed_with_what_runs_start_from_first(grid):
+    s = study.load_study(str(grid))
+    s["seeds"] = [0, 1]
+    expected = [(label, seed) for seed in (0, 1) for label in ("warm", "base", "new & better")]
+    assert study.plan(s, ["base", "new & better"]) == expected
+    assert study.plan(s, ["new & better"]) == [(x, seed) for seed in (0, 1) for x in ("warm", "new & better")]
+
+
+def test_commands(grid, tmp_path):
+    s = study.load_study(str(grid))
+    runs = tmp_path / "runs"
+    assert study.command(s, "new & better", 2) == [
+        sys.executable, "-m", "jaxrl.train", "--config=configs/quickstart.py",
+        f"--config.model.path={runs}/warm/seed2/model", "--config.sft.steps=0", "--config.steps=4",
+        "--config.algorithm.loss=maspo", f"--config.run_dir={runs}/new---better/seed2", "--config.seed=2",
+    ]  # fmt: skip
+    assert study.command(s, "warm", 0)[2:4] == ["jaxrl.sft", "--config=configs/quickstart.py"]
+
+
+def test_runs_only_what_is_missing_and_goes_on_after_a_failure(grid, tmp_path, monkeypatch, capsys):
+    runs, called = tmp_path / "runs", []
+    (runs / "warm" / "seed0" / "model").mkdir(parents=True)
+    (runs / "warm" / "seed0" / "model" / "model.safetensors").touch()
+    write_run(runs / "base" / "seed0", {4: 0.5}, 10, 4)
+    write_run(runs / "new---better" / "seed0", {2: 0.5}, 10, 4, finished=False)
+
+    class Done:
+        returncode = 1
+
+    monkeypatch.setattr(study.subprocess, "run", lambda line: called.append(line) or Done)
+    code = study.main(["study", f"--config={grid}", "--seeds=0,1"])
+    dirs = [flag.partition("run_dir=")[2] for line in called for flag in line if "run_dir=" in flag]
+    names = ["new---better/seed0", "warm/seed1", "base/seed1", "new---better/seed1"]
+    assert dirs == [f"{runs}/{name}" for name in names]
+    assert code == 1 and "not finished: new & better seed 0" in capsys.readouterr().err
+    called.clear()
+    assert study.main(["study", f"--config={grid}", "--seeds=0", "--print_commands"]) == 0
+    assert not called and "new---better/seed0" in capsys.readouterr().out
+
+
+def test_table_by_hand(grid, tmp_path):
+    runs = tmp_path / "runs"
+    base, new = [0.50, 0.52, 0.57], [0.60, 0.61, 0.65]
+    for seed in range(3):
+        write_run(runs / "base" / f"seed{seed}", {0: 0.1, 2: 0.4, 4: base[seed]}, 100, 4)
+        write_run(runs / "new---better" / f"seed{seed}", {0: 0.1, 2: 0.3, 4: new[seed]}, 200, 4)
+    s = study.load_study(str(grid))
+    result = study.compare(s, "eval/accuracy")
+    assert (result["step"], result["tokens"]) == (4, 400)
+    rows = {row["method"]: row for row in result["rows"]}
+    t = 4.302652730  # 97.5 % quantile of Student's t, 2 degrees of freedom
+    difference = np.subtract(new, base)
+    half = t * np.std(difference, ddof=1) / np.sqrt(3)
+    assert rows["new & better"]["updates"][0] == pytest.approx(np.mean(new))
+    assert rows["new & better"]["difference_updates"] == pytest.approx([difference.mean(), half], rel=1e-3)
+    # at the 400 tokens that the base spent in all, the other was at its step 2
+    assert rows["new & better"]["tokens"] == pytest.approx([0.3, 0.0])
+    assert rows["new & better"]["difference_tokens"][0] == pytest.approx(np.mean([0.3 - b for b in base]))
+    assert rows["base"]["difference_updates"] is None and rows["base"]["tokens"][0] == pytest.approx(
+        np.mean(base)
+    )
+    text = study.write_table(s)
+    assert (
+        f"{100 * np.mean(new):.1f} ±" in text
+        and f"+{100 * difference.mean():.1f} ± {100 * half:.1f}*" in text
+    )
+    assert json.loads((runs / "results.json").read_text())["results"][0]["rows"]
+
+
+def test_accuracy_between_two_evaluations_is_interpolated(tmp_path):
+    write_run(tmp_path / "seed0", {0: 0.2, 4: 0.6}, 50, 4)
+    run = study.read_run(tmp_path / "seed0")
+    assert study.at_tokens(run, "eval/accuracy", 50) == pytest.approx(0.3)
+    assert study.at_step(run, "eval/accuracy", 3) == pytest.approx(0.2)
+
+
+def test_unequal_lengths_are_compared_at_the_step_all_have(grid, tmp_path):
+    write_run(tmp_path / "runs" / "base" / "seed0", {0: 0.1, 2: 0.4}, 10, 2)
+    write_run(tmp_path / "runs" / "new---better" / "seed0", {0: 0.1, 2: 0.3, 4: 0.9}, 10, 4)
+    result = study.compare(study.load_study(str(grid)), "eval/accuracy")
+    assert result["step"] == 2 and [row["updates"][0] for row in result["rows"]] == [0.4, 0.3]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"seeds": []}, "'seeds' is missing"),
+    ({"grid": 1}, "'grid' is not a key of a study"),
+    ({"baseline": "none"}, "baseline 'none' is not one of the methods"),
+    ({"methods": {"a": {"start": "b"}}, "baseline": ""}, "'a' starts from 'b'"),
+])  # fmt: skip
+def test_mistakes_in_a_study(grid, change, said):
+    content = study.runpy.run_path(str(grid))["get_study"]() | change
+    grid.write_text(f"def get_study():\n    return {content!r}\n")
+    with pytest.raises(UserError, match=said):
+        study.load_study(str(grid))
+
+
+@pytest.mark.parametrize("name", ["core", "lspo", "lcpo"])
+def test_every_run_of_the_shipped_studies_has_a_valid_config(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    s = study.load_study(f"configs/studies/{name}.py")
+    for label, _ in study.plan(s, list(s["methods"]))[: 1 + len(s["methods"])]:
+        flags = [f for f in study.command(s, label, 0)[3:] if "model.path" not in f]
+        validate(parse_config(["train", *flags]))
