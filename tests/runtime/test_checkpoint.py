@@ -165,18 +165,21 @@ def data_file(path):
     (lambda p: flip(p / "manifest.json"), "manifest.json does not match COMMITTED"),
 ], ids=["flip", "truncate", "delete", "host", "marker", "manifest"])
 def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, caplog, damage, reason):
-    save(tmp_path, 1, 2, 3)
-    damage(tmp_path / "00000003")
-    with Checkpointer(tmp_path, keep_last=2) as saver:
+    with Checkpointer(tmp_path, keep_last=3) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state(step), {"seed": step})
+        saver.wait()
+        damage(tmp_path / "00000003")
         found = saver.restore(state())
         assert found.step == 2 and found.host == {"seed": 2}
         assert_same_tree(found.arrays, state(2))
         text = caplog.text
         assert "00000003 is damaged" in text and reason in text and "using the one before" in text
-        # The damaged one does not count among the kept, and its step can be saved again.
+        # It does not count among those kept any more, and its step can be saved again, also by this process.
+        assert [s for s, _ in manifest.step_paths(tmp_path)] == [1, 2]
         saver.save(3, state(3), {})
         saver.wait()
-        assert sorted(os.listdir(tmp_path)) == ["00000002", "00000003"]
+        assert sorted(os.listdir(tmp_path)) == ["00000001", "00000002", "00000003"]
         assert_same_tree(saver.restore(state()).arrays, state(3))
 
 
@@ -200,6 +203,8 @@ def test_all_damaged_is_an_error_but_only_half_written_is_a_fresh_start(tmp_path
     save(tmp_path / "b", 1)
     (tmp_path / "b/00000001/COMMITTED").unlink()
     (tmp_path / "b/00000002.tmp").mkdir()
+    with pytest.raises(UserError, match="no usable checkpoint .*half-written"):
+        restore(tmp_path / "b", state(), step=1)
     with Checkpointer(tmp_path / "b") as saver:
         assert saver.restore(state()) is None
         assert "00000002.tmp is half-written" in caplog.text
@@ -251,6 +256,10 @@ def full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
+def gone(*_, **__):
+    raise OSError(107, "Transport endpoint is not connected")
+
+
 @pytest.mark.parametrize("where", ["directory", "arrays", "digest", "commit", "rename"])
 def test_full_disk_leaves_the_run_alive(tmp_path, monkeypatch, caplog, where):
     with Checkpointer(tmp_path, keep_last=2) as saver:
@@ -300,6 +309,14 @@ def test_really_full_disk(tmp_path, caplog):
     finally:
         logging.getLogger("absl").setLevel(logging.NOTSET)
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_storage_that_goes_away(tmp_path, monkeypatch, caplog):
+    with Checkpointer(tmp_path) as saver:
+        monkeypatch.setattr(manifest, "atomic_write", gone)
+        saver.save(1, state(1), {})
+        assert saver.wait() is None
+    assert "Transport endpoint" in caplog.text and "a restart would begin at step 0" in caplog.text
 
 
 def test_other_failures_are_not_swallowed(tmp_path, monkeypatch):

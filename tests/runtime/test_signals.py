@@ -23,10 +23,19 @@ def stuck_in_native_code():
 
 
 def start(code, *args):
-    child = subprocess.Popen([sys.executable, "-c", PRELUDE + code, *map(str, args)], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    child = subprocess.Popen([sys.executable, "-c", PRELUDE + code, *map(str, args)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert child.stdout.readline() == "ready\n", child.stderr.read()
     return child
+
+
+def end(child):
+    """(stdout, stderr) of a child that ends by itself; its standard input is closed."""
+    try:
+        return child.communicate(timeout=60)
+    finally:
+        child.kill()
 
 
 LOOP = """
@@ -45,26 +54,39 @@ with StopRequest() as stop:
 def test_first_signal_is_a_request(number, code):
     child = start(LOOP)
     child.send_signal(number)
-    out, err = child.communicate()
+    out, err = end(child)
     assert (out, child.returncode) == (f"{number.name}\n", code)
     assert f"{number.name}: saving after this step" in err
 
 
 def test_second_interrupt_leaves_at_once_from_native_code():
     child = start("with StopRequest(): stuck_in_native_code()")
+    child.send_signal(signal.SIGINT)
+    assert child.stderr.readline().startswith("SIGINT: saving after this step (once more")
+    child.send_signal(signal.SIGINT)
+    assert "second SIGINT" in end(child)[1] and child.returncode == 130
+
+
+def test_an_interrupt_after_a_termination_is_the_first_of_its_kind():
+    child = start("""
+with StopRequest() as stop:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    sys.exit(stop.exit_code)
+""")
     child.send_signal(signal.SIGTERM)
     assert child.stderr.readline().startswith("SIGTERM: saving")
-    child.send_signal(signal.SIGINT)  # the first of its kind: still time to save
-    child.send_signal(signal.SIGTERM)
-    assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    assert "second SIGINT" in child.communicate()[1] and child.returncode == 130
+    child.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(timeout=0.3)
+    assert "second" not in end(child)[1] and child.returncode == 75
 
 
 def test_a_step_that_never_ends_is_left_after_the_grace_time():
     child = start("with StopRequest(grace_seconds=0.05): stuck_in_native_code()")
     child.send_signal(signal.SIGTERM)
-    assert "did not end within 0.05 s" in child.communicate()[1] and child.returncode == 75
+    assert "did not end within 0.05 s" in end(child)[1] and child.returncode == 75
 
 
 def test_handlers_are_put_back():
@@ -77,7 +99,7 @@ assert signal.getsignal(signal.SIGTERM) is before and signal.set_wakeup_fd(-1) =
 print("ready", flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 """.replace("before", "import signal\nbefore", 1))
-    assert child.wait() == -signal.SIGTERM
+    assert end(child) and child.returncode == -signal.SIGTERM
 
 
 def test_watchdog_shows_where_it_hung(tmp_path):
@@ -90,7 +112,7 @@ with Watchdog(sys.argv[1], 0.2) as dog:
     dog.beat(7, {"loss": 0.25})
     stuck_here()
 """, tmp_path)
-    err = child.communicate()[1]
+    err = end(child)[1]
     assert child.returncode == 76
     for text in (err, (tmp_path / "watchdog.txt").read_text()):
         assert "no progress for 0.2 s after step 7; exit code 76" in text
@@ -99,7 +121,7 @@ with Watchdog(sys.argv[1], 0.2) as dog:
 
 def test_watchdog_without_a_writable_directory_still_bites(tmp_path):
     child = start("with Watchdog(sys.argv[1], 0.1): stuck_in_native_code()", tmp_path / "gone")
-    err = child.communicate()[1]
+    err = end(child)[1]
     assert child.returncode == 76 and "stuck_in_native_code" in err
 
 
@@ -109,7 +131,7 @@ with Watchdog(sys.argv[1], 0.2):
     print("ready", flush=True)
     ctypes.PyDLL(None).pause()  # PyDLL: does not give the GIL back
 """, tmp_path)
-    err = child.communicate()[1]
+    err = end(child)[1]
     assert child.returncode == 1 and "Timeout (" in err and "<string>" in err
 
 
@@ -121,4 +143,4 @@ with Watchdog(sys.argv[1], 60) as dog:
     dog.beat(step)
 print("ready", flush=True)
 """, tmp_path)
-    assert child.wait() == 0 and os.listdir(tmp_path) == []
+    assert end(child) and child.returncode == 0 and os.listdir(tmp_path) == []
