@@ -46,9 +46,7 @@ FLAGS = dict(
 )  # fmt: skip
 
 
-def evaluate_task(
-    config, sampler: Sampler, params: Any, tokenizer, task: Task, step: int
-) -> dict[str, float]:
+def evaluate_task(config, sampler: Sampler, params: Any, tokenizer, task: Task) -> dict[str, float]:
     """Metrics "eval/..." of the held-out problems of a training run, as config.eval says.
 
     params: in the sampler's layout. With config.length.mode, problems without a budget of their own get one,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jaxrl.reporting.runs import Run, Setting
 from jaxrl.reporting.style import SERIES, css_variables
 
-SAMPLES_SHOWN = 6
+PROMPTS_SHOWN = 4
 
 _STYLE = """
 :root{color-scheme:light dark;%LIGHT%--page:#f6f4ef;--rule:#dedad2;--hot:#d97a2b;--good:#2a66b1;--bad:#c4561b}
@@ -54,9 +54,11 @@ margin:0 0 14px}
 margin-bottom:10px}
 .meta b{color:var(--ink);font-weight:600}
 .mark{font-weight:600}.right{color:var(--good)}.wrong{color:var(--bad)}
-.prompt{color:var(--muted);white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px;margin:0 0 10px}
+.prompt{white-space:pre-wrap;overflow-wrap:anywhere;font-size:15px;margin:0 0 6px}
 .text{font:14.5px/1.95 ui-monospace,"SF Mono","JetBrains Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
-white-space:pre-wrap;overflow-wrap:anywhere;border-left:4px solid var(--edge);padding-left:14px}
+white-space:pre-wrap;overflow-wrap:anywhere;max-height:22em;overflow-y:auto}
+.completion{border-left:4px solid var(--edge);padding-left:16px;margin:16px 0 4px}
+.completion .meta{margin:2px 0 0}
 .text span{border-radius:3px;padding:2px 0;
 background:color-mix(in srgb,var(--hot) calc(var(--s)*1%),transparent)}
 .scale{display:inline-block;width:120px;height:10px;border-radius:3px;vertical-align:middle;margin:0 8px;
@@ -185,36 +187,63 @@ def _samples(run: Run, label: str) -> str:
         return ""
     parts = [
         f"<h2>Completions{_text(label)}</h2><p class=lead>Tokens the policy found unlikely are shaded:"
-        "<span class=scale></span>from probability 1 to e<sup>−4</sup>. The bar on the left: "
+        "<span class=scale></span>from probability 1 to e<sup>−4</sup>. "
+        "The bar on the left is the advantage: "
         "<span class='mark right'>encouraged</span> or <span class='mark wrong'>discouraged</span>.</p>"
     ]
     for step, rows in run.samples.items():
-        parts.append(f"<h3 style='margin:28px 0 12px'>Step {step}</h3>")
-        parts += [_sample(row) for row in rows[:SAMPLES_SHOWN]]
+        parts.append(f"<h3 style='margin:32px 0 12px'>Step {step}</h3>")
+        prompts: dict[tuple, list[dict]] = {}
+        for row in rows:
+            prompts.setdefault((row.get("selected"), row.get("id")), []).append(row)
+        parts += [_prompt(group) for group in list(prompts.values())[:PROMPTS_SHOWN]]
     return "".join(parts)
 
 
-def _sample(row: dict) -> str:
-    advantage = row.get("advantage")
-    strength = min(100, round(60 * abs(advantage or 0) + 20)) if advantage else 0
-    colour = "var(--good)" if (advantage or 0) > 0 else "var(--bad)"
-    edge = f"color-mix(in srgb,{colour} {strength}%,var(--rule))"
+def _prompt(rows: list[dict]) -> str:
+    """A prompt and its most telling completions: most and least encouraged, longest."""
+    telling = [
+        max(rows, key=lambda r: r.get("advantage") or 0),
+        min(rows, key=lambda r: r.get("advantage") or 0),
+        max(rows, key=lambda r: r.get("length") or 0),
+    ]
+    shown = list({id(row): row for row in telling}.values())
+    selected = rows[0].get("selected")
+    fate = (
+        "" if selected is None else "kept" if selected else f"dropped {rows[0].get('reason') or ''}".strip()
+    )
+    right = sum(bool(row.get("correct")) for row in rows)
+    facts = [
+        fate,
+        f"{right} of {len(rows)} correct",
+        f"answer {rows[0]['answer']}" if rows[0].get("answer") else "",
+    ]
+    head = "".join(f"<span>{_text(fact)}</span>" for fact in facts if fact)
+    body = "".join(_completion(row) for row in shown)
+    return (
+        f"<div class=sample><p class=prompt>{_text(rows[0].get('prompt', ''))}</p><div class=meta>{head}</div>"
+        f"{body}</div>"
+    )
+
+
+def _completion(row: dict) -> str:
+    advantage = row.get("advantage") or 0.0
+    strength = min(100, round(60 * abs(advantage) + 20)) if advantage else 0
+    edge = f"color-mix(in srgb,var(--{'good' if advantage > 0 else 'bad'}) {strength}%,var(--rule))"
     right = bool(row.get("correct"))
     verdict = f"<span class='mark {'right' if right else 'wrong'}'>{'correct' if right else 'wrong'}</span>"
     facts = [("reward", row.get("reward")), ("advantage", advantage), ("tokens", row.get("length"))]
     meta = "".join(f"<span>{k} <b>{v:.4g}</b></span>" for k, v in facts if v is not None)
-    finish = {"eos": "", "length": "<span>cut at the limit</span>"}.get(row.get("finish", ""), "")
-    selected = row.get("selected")
-    fate = "" if selected is None else "kept" if selected else f"dropped {row.get('reason') or ''}".strip()
-    fate = f"<span>{_text(fate)}</span>" if fate else ""
+    meta += "<span>cut at the limit</span>" if row.get("finish") == "length" else ""
     tokens, logprobs = row.get("tokens") or [row.get("text", "")], row.get("logprobs") or []
+    padded = [*logprobs, *[None] * (len(tokens) - len(logprobs))]
     spans = "".join(
         f"<span style='--s:{shade(logp)}' title='{_title(logp)}'>{_text(token)}</span>"
-        for token, logp in zip(tokens, [*logprobs, *[None] * (len(tokens) - len(logprobs))], strict=False)
+        for token, logp in zip(tokens, padded, strict=True)
     )
     return (
-        f"<div class=sample><div class=meta>{verdict}{meta}{finish}{fate}</div><p class=prompt>"
-        f"{_text(row.get('prompt', ''))}</p><div class=text style='--edge:{edge}'>{spans}</div></div>"
+        f"<div class=completion style='--edge:{edge}'><div class=text>{spans}</div>"
+        f"<div class=meta>{verdict}{meta}</div></div>"
     )
 
 

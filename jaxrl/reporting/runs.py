@@ -89,13 +89,13 @@ def read_run(path: str | os.PathLike) -> Run:
     budgets = []
     for result in sorted(root.glob("*/result.json")):
         budgets += [row for row in json.loads(result.read_text())["results"] if row.get("budget")]
-    sampled = sorted((root / "samples").glob("*.jsonl"))
+    sampled = sorted((root / "samples").glob("step_*.jsonl"))
     picked = dict.fromkeys([*sampled[:1], *sampled[-1:]])
     samples = {}
     for file in picked:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if rows:
-            samples[int(rows[0].get("step", 0))] = rows
+            samples[int(file.stem.rpartition("_")[2])] = rows
     flat = flatten(json.loads(config.read_text())) if config.exists() else {}
     return Run(root, flat, read_metrics(root / "metrics.jsonl"), budgets, samples)
 
