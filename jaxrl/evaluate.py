@@ -5,13 +5,15 @@
 --model is a Hugging Face directory or a run directory (--step, --all_checkpoints choose its checkpoints).
 --data lists files (jsonl, jsonl.gz, parquet), names of benchmarks, or the embedded task with its settings
 ("dial:n_max=12:seed=7"). --budgets=512,1024 --budget_mode=exact asks for each length in the prompt and
-measures what comes back. A killed evaluation continues when the same command is given again.
+measures what comes back. --reward=module:function grades with a function of yours. A killed evaluation
+continues when the same command is given again.
 
 Written to --out: result.json, table.md, and every completion under completions/.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -36,12 +38,13 @@ from jaxrl.runtime import cli
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
 from jaxrl.runtime.rundir import atomic_write
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
+from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task
 
 FLAGS = dict(
     model=str, data=str, out=str, samples=1, limit=0, max_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0,
     min_p=0.0, seed=0, template="", data_dir="", split="", problem_field="", answer_field="", id_field="",
-    skip_bad_rows=False, budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
+    skip_bad_rows=False, reward="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
     batch=0, slots=64, dtype="float32", grader_workers=2, grader_timeout=5.0,
 )  # fmt: skip
 
@@ -84,10 +87,13 @@ def main(argv: list[str]) -> None:
         if not steps:
             raise UserError(f"--all_checkpoints: {flags['model']} is not a run directory with checkpoints")
     results, info = [], {}
-    with Grader(flags["grader_workers"], flags["grader_timeout"]) as grader:
+    with contextlib.ExitStack() as stack:
+        limits = (flags["grader_workers"], flags["grader_timeout"])
+        grader = stack.enter_context(Grader(*limits))
+        reward = stack.enter_context(UserReward(flags["reward"], *limits)) if flags["reward"] else None
         for step in steps:
             config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]), step=step)
-            sets = [load_set(spec, tokenizer, grader, flags) for spec in flags["data"].split(",")]
+            sets = [load_set(spec, tokenizer, flags, grader, reward) for spec in flags["data"].split(",")]
             info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name}
             results += evaluate_sets(config, params, tokenizer, sets, step, flags, out)
     report = write_results(out, results, info, flags)

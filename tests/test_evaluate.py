@@ -120,9 +120,10 @@ def test_grades_of_text_answers():
             ]
 
     problems = [Problem(str(i), "q", a) for i, a in enumerate(["1", "1", "", "", "2"])]
-    grades = grade_text(Grader(), problems, ["1", "2", "", "7", "slow"])
-    assert [g.outcome for g in grades] == ["correct", "wrong", "correct", "wrong", "timeout"]
-    assert [g.valid for g in grades] == [True, True, True, True, False]
+    problems.append(Problem("5", "q", "B", task="choice"))
+    grades = grade_text(problems, ["1", "2", "", "7", "slow", "So it is \\boxed{B}."], Grader())
+    assert [g.outcome for g in grades] == ["correct", "wrong", "correct", "wrong", "timeout", "correct"]
+    assert [g.valid for g in grades] == [True, True, True, True, False, True]
 
 
 def test_template_of_a_run_is_the_one_it_was_trained_with(tmp_path):

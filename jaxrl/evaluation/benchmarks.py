@@ -11,10 +11,11 @@ from typing import NamedTuple
 from jaxrl.errors import UserError
 from jaxrl.runtime.model_source import is_run
 from jaxrl.tasks import dial
-from jaxrl.tasks.answers import extract
+from jaxrl.tasks.answers import choice_letter, extract
 from jaxrl.tasks.data import load_problems
 from jaxrl.tasks.equality import clean
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
+from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Grade
 from jaxrl.tasks.templates import TEMPLATES, encode_prompt
 from jaxrl.types import Problem
@@ -72,11 +73,11 @@ def _grade_dial(problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade
     return [Grade(float(o == "correct"), float(o == "correct"), True, o) for o in outcomes]
 
 
-def load_text(spec: str, tokenizer, grader: Grader, flags: dict) -> EvalSet:
+def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserReward | None) -> EvalSet:
     """A data file or a named benchmark, asked and graded as in training.
 
-    Names and their fields: jaxrl/tasks/data.py. Multiple choice is asked and graded by letter. An empty
-    reference answer is matched by an empty response.
+    Names and their fields: jaxrl/tasks/data.py. Multiple choice is asked and graded by letter. With a
+    reward function of the user, correct means a reward of at least 1.
     """
     fields = {k: flags[f"{k}_field"] for k in ("problem", "answer", "id") if flags[f"{k}_field"]}
     loaded = load_problems(
@@ -84,6 +85,7 @@ def load_text(spec: str, tokenizer, grader: Grader, flags: dict) -> EvalSet:
         data_dir=flags["data_dir"],
         split=flags["split"] or None,
         fields=fields,
+        task="user" if reward else "math",
         skip_bad_rows=flags["skip_bad_rows"],
         allow_empty_answer=True,
         limit=flags["limit"] or None,
@@ -98,10 +100,10 @@ def load_text(spec: str, tokenizer, grader: Grader, flags: dict) -> EvalSet:
         name=pathlib.Path(spec).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet"),
         problems=loaded.problems,
         encode=lambda problem: encode_prompt(problem, tokenizer, template),
-        grade=lambda problems, texts: grade_text(grader, problems, texts),
+        grade=lambda problems, texts: grade_text(problems, texts, grader, reward),
         vote=_vote,
         template=template,
-        grader_version=GRADER_VERSION,
+        grader_version=f"{GRADER_VERSION} {reward.spec}" if reward else GRADER_VERSION,
         max_tokens=MAX_TOKENS,
     )
 
@@ -114,24 +116,31 @@ def default_template(model: str, tokenizer) -> str:
     return "chat" if tokenizer.chat_template else "boxed"
 
 
-def grade_text(grader: Grader, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]:
-    """Grades of mathematical and multiple-choice answers."""
-    outcomes = iter(grader.grade([(t, p.answer) for p, t in zip(problems, texts, strict=True) if p.answer]))
-    grades = []
+def grade_text(
+    problems: Sequence[Problem], texts: Sequence[str], grader: Grader, reward: UserReward | None = None
+) -> list[Grade]:
+    """As in training (grade_group), but an empty reference answer is matched by an empty response."""
+    asked = [(p, t) for p, t in zip(problems, texts, strict=True) if p.answer or p.task == "user"]
+    grades = iter(grade_group([p for p, _ in asked], [t for _, t in asked], grader, reward))
+    out = []
     for problem, text in zip(problems, texts, strict=True):
-        outcome = next(outcomes) if problem.answer else "wrong" if text.strip() else "correct"
-        right = float(outcome == "correct")
-        grades.append(Grade(right, right, outcome not in ("timeout", "crashed"), outcome))
-    return grades
+        if problem.answer or problem.task == "user":
+            out.append(next(grades))
+        else:
+            right = float(not text.strip())
+            out.append(Grade(right, right, True, "correct" if right else "wrong"))
+    return out
 
 
 def _vote(problem: Problem, text: str) -> str | None:
+    if problem.task == "choice":
+        return choice_letter(text)
     answer = extract(text)
     return None if answer is None else clean(answer.latex)[:200]
 
 
-def load_set(spec: str, tokenizer, grader: Grader, flags: dict) -> EvalSet:
+def load_set(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserReward | None = None) -> EvalSet:
     """The data set of one part of --data. Raises UserError for what is neither a file nor a known name."""
     if spec.split(":")[0] == "dial":
         return load_dial(spec, tokenizer, flags["limit"])
-    return load_text(spec, tokenizer, grader, flags)
+    return load_text(spec, tokenizer, flags, grader, reward)

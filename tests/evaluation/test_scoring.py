@@ -141,7 +141,8 @@ def test_records_are_graded_in_order_and_votes_of_correct_samples_agree():
 
 def test_completions_do_not_depend_on_the_company():
     problems = [Problem(f"p{i}", "q", "1") for i in range(6)]
-    _, together, _ = run(problems, [[1]] * 6, samples=2)
+    sampler, together, _ = run(problems, [[1]] * 6, samples=2)
+    assert len({r.key for r in sampler.requests}) == 6
     _, alone, _ = run(problems[4:5], [[1]], samples=2)
     assert together[4] == alone[0]
 
