@@ -1,0 +1,67 @@
+"""The TPU attention kernel, interpreted: its gradients, and each device of a mesh on its own rows and heads."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models import attention
+
+B, T, N, K, H = 4, 128, 4, 2, 128
+
+
+def inputs(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (N, K, K), strict=True))
+    # segments of several lengths; the end of each row is padding
+    cuts = np.array([[30, 31, 100], [1, 64, 120], [10, 20, 30], [127, 127, 127]])
+    ids = (np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1) + 1
+    ids[:, 120:] = 0
+    return q, k, v, jnp.asarray(ids, jnp.int32)
+
+
+def close_where_not_padding(got, want, ids):
+    keep = np.asarray(ids)[..., None, None] > 0
+    np.testing.assert_allclose(np.where(keep, got, 0), np.where(keep, want, 0), atol=2e-5, rtol=2e-5)
+
+
+def test_gradients_match_xla():
+    q, k, v, ids = inputs()
+    kept = (ids > 0)[..., None, None]
+    weight = jax.random.normal(jax.random.key(9), q.shape) * kept
+
+    def run(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weight), argnums=(0, 1, 2)))(q, k, v)
+
+    want = run(lambda *a: attention.attend_packed(*a, ids, "xla"))
+    got = run(lambda *a: attention._splash(*a, ids, interpret=True))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-4, rtol=2e-4)
+
+
+def test_on_a_mesh():
+    """In a process with eight devices: rows over four, heads over two; one key-value head has to be repeated."""
+    program = """
+import flax.linen as nn, jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from models import attention
+from tests.models.test_splash import close_where_not_padding, inputs
+q, k, v, ids = inputs()
+mesh = jax.make_mesh((4, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)
+def f(q, k, v, ids):
+    rules = (("batch", "rows"), ("heads", "heads"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
+        return attention._splash(q, k, v, ids, interpret=True)
+put = lambda x: jax.device_put(x, NamedSharding(mesh, P("rows")))
+for kv_heads in (2, 1):
+    k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
+    got = jax.jit(f)(*map(put, (q, k, v, ids)))
+    assert got.sharding.spec == P("rows", None, "heads"), got.sharding
+    close_where_not_padding(got, attention.attend_packed(q, k, v, ids, "xla"), ids)
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
