@@ -1,27 +1,33 @@
 """Kills a training command again and again until it is done at last, and compares it with an undisturbed run.
 
-    python -m tests.chaos RUN_DIR REFERENCE_DIR KILLS SEED -- command that trains into RUN_DIR
+    python -m tests.chaos RUN_DIR REFERENCE_DIR KILLS SEED -- MODULE ARGS...
+
+runs `python -m MODULE ARGS`, which must train into RUN_DIR and go on from there when it is started again.
+If REFERENCE_DIR is empty, the command is first run there once, undisturbed, with RUN_DIR in its arguments replaced.
 
 Kinds of kill, all SIGKILL to the whole process group:
   start   at a random moment of the start-up, before the first new record
   step    a random moment after a random number of new records in metrics.jsonl
   save    as soon as a half-written checkpoint is seen, plus a random moment
-  write   by the process itself, just before the N-th call that makes something durable (fsync, rename,
-          rmtree): the start of every gap in the commit protocol. The command runs under `python -m
-          tests.chaos --at N`.
+  write   by the process itself, just before the N-th call that makes something durable (fsync, rename, rmtree):
+          the start of every gap in the commit protocol
+
+Each start is a fork of this process, which has imported MODULE but touched no device: a start then costs what comes
+after the imports.
 """
 
 import dataclasses
+import importlib
 import os
 import pathlib
 import random
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import numpy as np
 
@@ -40,37 +46,38 @@ class Outcome:
     seconds: float
 
 
-def run_until_done(command, run_dir, kills, seed, *, env=None, limit=600.0):
-    """Starts `command` (a python command line without the interpreter) until it ends with 0; Outcome.
+def run_until_done(module, args, run_dir, kills, seed, *, limit=3600.0):
+    """Starts `python -m module args` and kills it until `kills` have hit and it ends by itself with 0; Outcome.
 
-    kills: how many times to kill it. Raises AssertionError with the end of its output if it fails by itself,
-    or if it ended before it could be killed so often (give it more steps).
+    Raises AssertionError with the end of its output if it fails by itself, if it ends before it could be killed
+    so often (give it more steps), or if all this takes longer than `limit` seconds.
     """
+    importlib.import_module(module)
     run_dir, rng, begin = pathlib.Path(run_dir), random.Random(seed), time.monotonic()
     landed, starts, startup = dict.fromkeys(KINDS, 0), 0, 1.0
     log = run_dir.with_name(run_dir.name + ".log")
     while True:
         kind = rng.choice(KINDS) if sum(landed.values()) < kills else None
-        prefix = ["-m", "tests.chaos", "--at", str(rng.randint(1, 12)), "--"] if kind == "write" else []
-        records, started = _records(run_dir), time.monotonic()
-        starts += 1
-        with open(log, "wb") as out:
-            child = subprocess.Popen([sys.executable, *prefix, *command], stdout=out, stderr=out, env=env,
-                                     start_new_session=True)
+        write = rng.randint(1, 24) if kind == "write" else 0
         moment = rng.uniform(0, {"start": startup, "step": 0.05, "save": 0.03}.get(kind, 0))
+        records, started = _records(run_dir), time.monotonic()
         wanted = records + rng.randint(1, 3)
-        while child.poll() is None:
-            assert time.monotonic() - begin < limit, f"not done after {limit} s:\n{_tail(log)}"
+        pid, code = _fork(module, args, log, write), None
+        starts += 1
+        while code is None:
+            if time.monotonic() - begin > limit:
+                _kill(pid)
+                raise AssertionError(f"not done after {limit} s and {landed}:\n{_tail(log)}")
             now = _records(run_dir)
             if now > records and startup == 1.0:
                 startup = time.monotonic() - started
             if (kind == "start" and time.monotonic() - started >= moment) or (
                     kind == "step" and now >= wanted) or (kind == "save" and _saving(run_dir)):
                 time.sleep(0 if kind == "start" else moment)
-                _kill(child)
-                break
+                _kill(pid)
             time.sleep(0.002)
-        code = child.wait()
+            done, status = os.waitpid(pid, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if done else None
         if code == -signal.SIGKILL:
             landed[kind] += 1
         else:
@@ -79,15 +86,49 @@ def run_until_done(command, run_dir, kills, seed, *, env=None, limit=600.0):
             return Outcome(landed, starts, time.monotonic() - begin)
 
 
+def run_once(module, args, log):
+    """`python -m module args`, undisturbed. Raises AssertionError with the end of its output if it fails."""
+    importlib.import_module(module)
+    code = os.waitstatus_to_exitcode(os.waitpid(_fork(module, args, log, 0), 0)[1])
+    assert code == 0, f"exit code {code}:\n{_tail(log)}"
+
+
+def _fork(module, args, log, write):
+    """Starts the command as the leader of a process group of its own; its pid."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        if write:
+            die_at_write(write)
+        sys.argv = [module, *args]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()  # what the interpreter does at its end, and os._exit does not
+        sys.stdout.flush()
+        os._exit(code)
+
+
 def _tail(log):
     return log.read_text(errors="replace")[-4000:]
 
 
-def _kill(child):
+def _kill(pid):
     try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has not reached setsid yet
+        os.kill(pid, signal.SIGKILL)
 
 
 def _records(run_dir):
@@ -152,17 +193,15 @@ def die_at_write(n):
         setattr(module, name, dying(getattr(module, name)))
 
 
-def _child(argv):
-    die_at_write(int(argv[0]))
-    assert argv[1:3] == ["--", "-m"], "only `-m module args` can be run with --at"
-    sys.argv = argv[3:]
-    runpy.run_module(argv[3], run_name="__main__", alter_sys=True)
+def main(run_dir, reference_dir, kills, seed, separator, module, *args):
+    assert separator == "--", __doc__
+    reference = pathlib.Path(reference_dir)
+    if not reference.exists():
+        run_once(module, [a.replace(run_dir, reference_dir) for a in args], f"{reference_dir}.log")
+    print(run_until_done(module, args, run_dir, int(kills), int(seed)))
+    assert_same_run(run_dir, reference_dir)
+    print("same as the undisturbed run, bit for bit")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--at":
-        _child(sys.argv[2:])
-    else:
-        print(run_until_done(sys.argv[6:], sys.argv[1], int(sys.argv[3]), int(sys.argv[4])))
-        assert_same_run(sys.argv[1], sys.argv[2])
-        print("same as the undisturbed run, bit for bit")
+    main(*sys.argv[1:])

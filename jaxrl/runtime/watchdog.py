@@ -45,12 +45,15 @@ class Watchdog:
         self._last = (time.monotonic(), step, self._last[2] if metrics is None else dict(metrics))
         faulthandler.dump_traceback_later(1.5 * self._timeout, exit=True, file=2)
 
+    def remaining(self) -> float:
+        """Seconds until it bites, unless there is a beat before."""
+        return self._last[0] + self._timeout - time.monotonic()
+
     def _watch(self) -> None:
         while True:
-            rest = self._last[0] + self._timeout - time.monotonic()
-            if rest <= 0:
+            if self.remaining() <= 0:
                 self._bite()
-            if self._stop.wait(rest):
+            if self._stop.wait(self.remaining()):
                 return
 
     def _bite(self) -> None:

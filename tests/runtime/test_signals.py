@@ -1,11 +1,14 @@
 """Stopping on request, and the watchdog: exit codes of real processes that get real signals."""
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from jaxrl.runtime import watchdog
 
 PRELUDE = """
 import ctypes, os, sys, threading
@@ -133,6 +136,18 @@ with Watchdog(sys.argv[1], 0.2):
 """, tmp_path)
     err = end(child)[1]
     assert child.returncode == 1 and "Timeout (" in err and "<string>" in err
+
+
+def test_a_beat_winds_the_watchdog_up(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    dog = watchdog.Watchdog(tmp_path, 100.0)
+    now[0] = 70.0
+    assert dog.remaining() == 30.0
+    dog.beat(1)
+    faulthandler.cancel_dump_traceback_later()
+    now[0] = 80.0
+    assert dog.remaining() == 90.0
 
 
 def test_watchdog_leaves_a_run_alone_that_makes_progress(tmp_path):
