@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxrl.errors import UserError
-from jaxrl.reporting.page import render
+from jaxrl.reporting.page import Figure, render
 from jaxrl.reporting.panels import PANELS
 from jaxrl.reporting.runs import Setting, group_runs, read_run
 from jaxrl.reporting.style import drawing, save_png, to_svg
@@ -40,22 +40,23 @@ def write_report(paths: Sequence[str], out: str) -> str:
     return str(target)
 
 
-def draw_all(settings: Sequence[Setting], pngs: pathlib.Path) -> dict[str, list[tuple[str, str, str]]]:
-    """{section: [(title, caption, svg)]} of every panel that has data; the PNGs go to `pngs`.
+def draw_all(settings: Sequence[Setting], pngs: pathlib.Path) -> dict[str, list[Figure]]:
+    """{section: figures} of every panel that has data; the PNGs go to `pngs`.
 
     Panels about a single run are drawn for the first seed of every setting.
     """
-    sections: dict[str, list[tuple[str, str, str]]] = {}
+    sections: dict[str, list[Figure]] = {}
     for panel in PANELS:
         for i, setting in enumerate(settings if panel.single else [None]):
             name = panel.name + (f"_{i}" if panel.single and len(settings) > 1 else "")
-            with drawing(height=panel.height) as (figure, ax):
+            wide = panel.wide and len(settings) == 1
+            with drawing(11.6, 4.4) if wide else drawing() as (figure, ax):
                 if not panel.draw(ax, setting.runs[0] if panel.single else settings):
                     continue
                 save_png(figure, pngs / f"{name}.png")
                 svg = to_svg(figure, name)
             title = f"{panel.title} — {setting.label}" if panel.single and len(settings) > 1 else panel.title
-            sections.setdefault(panel.section, []).append((title, panel.caption, svg))
+            sections.setdefault(panel.section, []).append(Figure(title, panel.caption, svg, wide))
     return sections
 
 

@@ -144,6 +144,6 @@ def test_not_a_run(tmp_path):
 
 def test_smooth_and_t_interval():
     values = np.array([0.0, 3.0, 0.0, 3.0, 0.0])
-    assert smooth(values, 3).tolist() == [0.0, 1.0, 2.0, 1.0, 0.0]
+    assert smooth(values, 3).tolist() == [1.5, 1.0, 2.0, 1.0, 1.5]
     assert t_half_width(np.ones((1, 4))).tolist() == [0, 0, 0, 0]
     assert t_half_width(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(2.776 * np.sqrt(2.5 / 5))

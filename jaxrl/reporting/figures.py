@@ -52,7 +52,7 @@ def _finish(ax, zero: bool = False) -> None:
     ax.set_xlabel("step")
     ax.margins(x=0.01)
     if zero:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
     elif np.ptp(ax.get_ylim()) < 1e-9:  # a constant
         ax.set_ylim(ax.get_ylim()[0] - 1, ax.get_ylim()[1] + 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jaxrl.reporting.runs import Run, Setting
 from jaxrl.reporting.style import SERIES, css_variables
@@ -40,6 +41,7 @@ padding:20px 22px 16px;display:flex;flex-direction:column}
 figure svg{width:100%;height:auto;margin:10px 0 6px;display:block}
 figure svg text{font-family:Inter,system-ui,"Helvetica Neue",Arial,sans-serif;
 font-variant-numeric:tabular-nums}
+.wide{grid-column:1/-1}
 figcaption{font-size:13.5px;line-height:1.5;color:var(--muted);margin-top:auto}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
 th,td{padding:8px 12px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
@@ -70,8 +72,17 @@ footer{margin-top:72px;font-size:13px;color:var(--muted)}
 """
 
 
-def render(settings: Sequence[Setting], figures: dict[str, list[tuple[str, str, str]]]) -> str:
-    """The page. figures: {section: [(title, caption, svg)]}, in order."""
+class Figure(NamedTuple):
+    """A drawn panel. wide: takes the whole width of the page."""
+
+    title: str
+    caption: str
+    svg: str
+    wide: bool
+
+
+def render(settings: Sequence[Setting], figures: dict[str, list[Figure]]) -> str:
+    """The page. figures: by section, in order."""
     runs = [run for s in settings for run in s.runs]
     title = runs[0].path.resolve().name if len(runs) == 1 else f"{len(settings)} settings, {len(runs)} runs"
     style = _STYLE.replace("%LIGHT%", css_variables(False)).replace("%DARK%", css_variables(True))
@@ -88,10 +99,9 @@ def render(settings: Sequence[Setting], figures: dict[str, list[tuple[str, str, 
         parts.append(f"<h2>Summary</h2>{_summary(settings)}")
     for section, panels in figures.items():
         parts.append(f"<h2>{_text(section)}</h2><div class=grid>")
-        for name, caption, svg in panels:
-            parts.append(
-                f"<figure><h3>{_text(name)}</h3>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
-            )
+        for figure in panels:
+            parts.append(f"<figure{' class=wide' if figure.wide else ''}><h3>{_text(figure.title)}</h3>")
+            parts.append(f"{figure.svg}<figcaption>{_text(figure.caption)}</figcaption></figure>")
         parts.append("</div>")
     for setting in settings:
         label = f" — {setting.label}" if len(settings) > 1 else ""

@@ -9,7 +9,10 @@ from jaxrl.reporting import figures as f
 
 
 class Panel(NamedTuple):
-    """name: file name. draw(ax, settings) for compared settings, or draw(ax, run) with `single`."""
+    """name: file name. draw(ax, settings) for compared settings, or draw(ax, run) with `single`.
+
+    wide: across the whole page, when the page is about one setting.
+    """
 
     name: str
     section: str
@@ -17,7 +20,7 @@ class Panel(NamedTuple):
     caption: str
     draw: Callable[..., bool]
     single: bool = False
-    height: float = 3.1
+    wide: bool = False
 
 
 LEARNING, LENGTH, POLICY, SELECTION, COST = "Learning", "Length", "Policy", "Selection", "Cost"
@@ -48,7 +51,7 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "length_ridges", LENGTH, "How answers grow",
         "Distribution of response lengths at moments of training, from back to front.",
-        f.ridges, single=True, height=4.2,
+        f.ridges, single=True, wide=True,
     ),
     Panel(
         "length", LENGTH, "Response length",

@@ -127,9 +127,8 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean; near the ends the window shrinks evenly to both sides."""
+    """Centred running mean; near the ends over the part of the window that there is."""
     out = np.empty(len(values))
     for i in range(len(values)):
-        reach = min(window // 2, i, len(values) - 1 - i)
-        out[i] = values[i - reach : i + reach + 1].mean()
+        out[i] = values[max(0, i - window // 2) : i + window // 2 + 1].mean()
     return out
