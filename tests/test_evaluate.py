@@ -9,9 +9,14 @@ import pytest
 from jaxrl import evaluate
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import default_template, grade_text
+from jaxrl.rollout.engine import Sampler
+from jaxrl.runtime.checkpoint import Checkpointer
+from jaxrl.runtime.config import base_config
+from jaxrl.runtime.model_source import load_model
 from jaxrl.tasks import dial
+from jaxrl.tasks.task import Grade, Task
 from jaxrl.types import Problem
-from models.config import DecoderConfig
+from models.config import DecoderConfig, to_hf
 from models.decoder import abstract_params
 from models.tokenizers import vocab_tokenizer
 from models.weights import save_params
@@ -94,6 +99,56 @@ def test_budget_sweep(model, tmp_path):
     assert seven["mean_error"] == pytest.approx(lengths.mean() / 7 - 1)
     assert set(result["sweeps"]["dial:n_max=3"]) >= {"control", "scaling", "performance", "log_linear_slope"}
     assert "Control" in (tmp_path / "table.md").read_text()
+
+
+@pytest.fixture
+def training_run(model, tmp_path):
+    """A run directory with checkpoints of steps 3 and 7; returns the newer parameters too."""
+    config, params, tokenizer = load_model(model)
+    root = tmp_path / "run"
+    (root / "model").mkdir(parents=True)
+    (root / "model" / "config.json").write_text(json.dumps(to_hf(config)))
+    tokenizer.save(root / "model")
+    newer = jax.tree.map(lambda leaf: leaf[..., ::-1], params)
+    with Checkpointer(root / "checkpoints", keep_last=2) as saver:
+        saver.save(3, {"params": params, "opt": np.zeros(2)}, {})
+        saver.save(7, {"params": newer, "opt": np.zeros(2)}, {})
+    return root
+
+
+def test_all_checkpoints_of_a_run(model, training_run, tmp_path):
+    flags = ("--data=dial:n_max=3", "--limit=3", "--samples=2")
+    result, files = run(training_run, tmp_path / "all", *flags, "--all_checkpoints")
+    assert [row["step"] for row in result["results"]] == [3, 7]
+    newest, only = run(training_run, tmp_path / "newest", *flags)
+    assert newest["results"] == result["results"][1:]
+    assert only["dial_n_max_3_step_7.jsonl"] == files["dial_n_max_3_step_7.jsonl"]
+    _, exported = run(model, tmp_path / "hf", *flags)  # the same weights as step 3
+    assert exported["dial_n_max_3.jsonl"][1:] == files["dial_n_max_3_step_3.jsonl"][1:]
+    assert files["dial_n_max_3_step_3.jsonl"][1:] != files["dial_n_max_3_step_7.jsonl"][1:]
+
+
+def test_held_out_metrics_of_a_training_run(model):
+    decoder, params, tokenizer = load_model(model)
+    sampler = Sampler(decoder, tokenizer.eos_ids, max_prompt=16, max_tokens=12, slots=8)
+    config = base_config()
+    config.length.mode, config.length.low, config.length.high = "exact", 3, 20
+    config.eval.problems, config.eval.samples, config.sampling.max_tokens = 3, 2, 12
+    problems = dial.problems("heldout", 0, 5, n_max=3)
+    seen = []
+
+    def grade(problems, texts):
+        seen.extend(problems)
+        return [Grade(1.0, 1.0, True, "correct") for _ in texts]
+
+    task = Task([], problems, lambda p: tokenizer.encode(dial.prompt_text(p)), grade)
+    args = (config, sampler, sampler.layout(params), tokenizer, task)
+    metrics = evaluate.evaluate_task(*args)
+    assert metrics == evaluate.evaluate_task(*args)  # the same budgets and the same draws at every call
+    assert metrics["eval/accuracy"] == metrics["eval/pass@2"] == 1.0
+    assert {"eval/mean_error", "eval/mean_deviation", "eval/mean_tokens"} < set(metrics)
+    assert [p.id for p in seen[:6:2]] == [p.id for p in problems[:3]] and len(seen) == 12
+    assert all(3 <= p.budget <= 20 and p.mode == "exact" for p in seen)
 
 
 @pytest.mark.parametrize("flag, said", [
