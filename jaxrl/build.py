@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Sampler
+from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
@@ -101,7 +102,7 @@ def attention(config, on) -> str:
 
 
 def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on, max_tokens: int = 0) -> Sampler:
-    """The sampler of config.sampling. On a mesh of several devices the slots are split over data x fsdp."""
+    """The sampler of config.sampling, on the devices of this host that belong to the mesh `on`."""
     s = config.sampling
     if s.max_prompt + s.max_tokens > decoder.max_position_embeddings:
         raise UserError(
@@ -117,6 +118,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on, max_tokens: int 
         chunk=s.chunk,
         window=s.window,
         dtype=jnp.dtype(config.model.sampler_dtype or config.model.dtype),
+        placement=place(decoder, on, s.tensor) if on.size > 1 else None,
     )
 
 

@@ -7,6 +7,7 @@ the attended window always follows the longest answer still running, so short an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl.rollout.placement import Placement
 from jaxrl.rollout.programs import Knobs, Programs, Rows, build_programs
 from jaxrl.types import Completion
 from models.config import DecoderConfig
@@ -107,6 +109,7 @@ class Sampler:
         will be asked for. slots: rows decoded together. chunk: most decode steps between two looks at the
         pool. dtype: compute and cache dtype. window: granularity of the attended length.
       refill: share of the slots that must be free before a decode call returns early to refill them.
+      placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
 
     Raises ValueError on requests longer than max_prompt or max_tokens.
     """
@@ -124,23 +127,30 @@ class Sampler:
         window: int = 64,
         refill: float = 0.125,
         attention: str = "xla",
-        param_shardings=None,
-        cache_sharding=None,
+        placement: Placement | None = None,
     ):
         self.config, self.slots, self.chunk, self.dtype, self.window = config, slots, chunk, dtype, window
         self.max_prompt, self.max_tokens = max_prompt, max_tokens
         self.refill_at = max(1, round(refill * slots))
         self.eos = np.array(sorted(set(eos_ids)), np.int32)
-        self.programs: Programs = build_programs(config, dtype, chunk, attention)
-        self._layout = jax.jit(lambda p: sampling_layout(p, config, dtype), out_shardings=param_shardings)
-        self._cache_sharding = cache_sharding
+        self.placement = placement
+        self.row_multiple = placement.row_multiple if placement else 1
+        if slots % self.row_multiple:
+            raise ValueError(f"slots={slots} must be a multiple of {self.row_multiple}, the replicas on this host")
+        fused = placement.fused if placement else True
+        self.programs: Programs = build_programs(config, dtype, chunk, attention, fused)
+        self._layout = jax.jit(
+            lambda p: sampling_layout(p, config, dtype, fused),
+            out_shardings=placement and placement.cast_where_they_lie(config),
+        )
         self.shapes: dict[tuple, float] = {}  # (program, sizes) -> seconds of its first call
         self.warm = False
         self.stats = Stats()
 
     def layout(self, params):
         """Training parameters -> sampling parameters; once per rollout phase."""
-        return self._layout(params)
+        params = self._layout(params)
+        return self.placement.fetch(params, self.config) if self.placement else params
 
     def generate(
         self,
@@ -172,11 +182,12 @@ class Sampler:
 
     def call(self, name: str, sizes: tuple, *args, **kwargs):
         """Run a program, recording the first call of each shape (that is when it compiles)."""
-        key = (name, *sizes)
-        if key in self.shapes:
-            return getattr(self.programs, name)(*args, **kwargs)
-        begin = time.perf_counter()
-        out = jax.block_until_ready(getattr(self.programs, name)(*args, **kwargs))
+        key, program = (name, *sizes), getattr(self.programs, name)
+        with self.placement.use() if self.placement else contextlib.nullcontext():
+            if key in self.shapes:
+                return program(*args, **kwargs)
+            begin = time.perf_counter()
+            out = jax.block_until_ready(program(*args, **kwargs))
         self.shapes[key] = time.perf_counter() - begin
         message = "sampler: compiled %s %s in %.1f s"
         (log.warning if self.warm else log.info)(message, name, sizes, self.shapes[key])
@@ -208,7 +219,8 @@ class _Run:
             max(1, sampler.slots // 2),
             sampler.slots,
         )
-        self.row_buckets = sorted({b for b in base if b <= sampler.slots})
+        unit = sampler.row_multiple
+        self.row_buckets = sorted({-(-b // unit) * unit for b in base if b <= sampler.slots})
         size = next((b for b in self.row_buckets if b >= n), sampler.slots)
         self.slots = _Slots(size)
         problem = np.repeat(np.array([r.key for r in requests], np.uint32), [r.samples for r in requests])
@@ -282,7 +294,7 @@ class _Run:
             brought += self.requests[chosen[-1]].samples
         # the last prompt token is left to the first decode step, so that prefill needs no head
         lengths = [len(self.requests[i].prompt) - 1 for i in chosen]
-        P, n = bucket(max(lengths), 32), bucket(len(chosen), 4, 1)
+        P, n = bucket(max(lengths), 32), bucket(len(chosen), max(4, self.s.row_multiple), 1)
         tokens = np.zeros((n, P), np.int32)
         for row, (i, length) in enumerate(zip(chosen, lengths, strict=True)):
             tokens[row, P - length :] = self.requests[i].prompt[:-1]
@@ -315,8 +327,10 @@ class _Run:
             self.width, self.end = bucket(prompt + self.chunk_ahead(), self.s.window, 8), prompt
             sizes = (len(self.slots.token), self.width)
             self.cache = self.s.call("new_cache", sizes, *sizes)
-            if self.s._cache_sharding is not None:
-                self.cache = jax.device_put(self.cache, self.s._cache_sharding)
+            if self.s.placement:
+                where = self.s.placement.cache()
+                k, v = (jax.device_put(pool, where) for pool in (self.cache.k, self.cache.v))
+                self.cache = self.cache.replace(k=k, v=v)
             self.cache = self.cache.replace(end=jnp.int32(self.end))
         elif self.width - self.end < min(16, self.s.chunk) or prompt > self.end:
             self.move(np.arange(len(self.slots.token), dtype=np.int32), prompt)

@@ -70,14 +70,16 @@ class Programs(NamedTuple):
     keys: Any
 
 
-def build_programs(config: DecoderConfig, dtype, chunk: int, attention: str = "xla") -> Programs:
+def build_programs(
+    config: DecoderConfig, dtype, chunk: int, attention: str = "xla", fused: bool = True
+) -> Programs:
     """Sampler programs for parameters in `models.decoder.sampling_layout`.
 
     Args:
       dtype: compute and cache dtype. chunk: most decode steps of one call (the width of its output).
-      attention: implementation for the prefill.
+      attention: implementation for the prefill. fused: whether the parameters are (see sampling_layout).
     """
-    model = Decoder(config, dtype=dtype, scan_layers=False, fused=True, attention=attention)
+    model = Decoder(config, dtype=dtype, scan_layers=False, fused=fused, attention=attention)
 
     def prefill(params, tokens, lengths):
         n, P = tokens.shape

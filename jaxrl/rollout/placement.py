@@ -1,0 +1,136 @@
+"""Where the sampler lives on a mesh: every host decodes its own prompts on its own chips.
+
+    training:  all devices, ("data", "fsdp", "tensor"), fp32, one layer at a time gathered
+    sampling:  this host's devices, ("data", "tensor"), compute dtype: slots over `data`, each replica of the
+               weights split over `tensor` (1 if a chip holds the model)
+
+Lock-step decoding over all hosts would wait for the slowest row of the pod at every step. Once per rollout
+phase the weights are cast where they lie and then moved; no second fp32 copy exists at any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl.errors import UserError
+from jaxrl.runtime import mesh as meshes
+from models.config import DecoderConfig
+from models.decoder import abstract_params
+
+AXES = ("host", "data", "tensor")
+RULES = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "embed": None,
+    "norm": None,
+    "batch": "data",
+    "seq": None,
+    "act_embed": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Meshes and shardings of one process's sampler.
+
+    training: the learner's mesh. everywhere: the same devices as ("host", "data", "tensor"). mesh: those of this
+    process, ("data", "tensor"). rules: logical axis -> mesh axis. fused: whether q/k/v and gate/up share a
+    matrix; split over `tensor`, the seams would not fall on shard boundaries.
+    """
+
+    training: Mesh
+    everywhere: Mesh
+    mesh: Mesh
+    rules: dict
+    fused: bool
+
+    @property
+    def row_multiple(self) -> int:
+        """Slots and prefilled prompts come in multiples of this."""
+        return self.mesh.shape["data"]
+
+    def use(self):
+        """Context for tracing and calling the sampler's programs."""
+        return meshes.use(self.mesh, self.rules)
+
+    def params(self, config: DecoderConfig, mesh: Mesh | None = None, rules: dict | None = None):
+        """Shardings of parameters in the sampling layout; on another mesh by its rules, if given."""
+        mesh, rules = mesh or self.mesh, rules or self.rules
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, meshes.to_spec(spec, rules)),
+            _specs(config, self.fused),
+            is_leaf=lambda x: isinstance(x, P),
+        )
+
+    def cast_where_they_lie(self, config: DecoderConfig):
+        """Shardings of the sampling layout on the training mesh: the output of the cast."""
+        rules = meshes.logical_rules(self.training, config.num_kv_heads, config.vocab_size)
+        if self.fused and self.training.shape["tensor"] > 1:
+            rules |= dict(heads=None, kv_heads=None)  # see `fused`
+        return self.params(config, self.training, rules)
+
+    def cache(self) -> NamedSharding:
+        """Of every [rows, heads, ...] array of the cache."""
+        return NamedSharding(self.mesh, P("data", self.rules["kv_heads"]))
+
+    def fetch(self, params, config: DecoderConfig):
+        """The cast parameters on this process's chips, the other hosts' replicas left to them."""
+        if self.training.size == 1:
+            return params
+        moved = jax.device_put(params, self.params(config, self.everywhere))
+
+        def local(array, sharding):
+            pieces = [s.data for s in array.addressable_shards]
+            return jax.make_array_from_single_device_arrays(array.shape, sharding, pieces)
+
+        return jax.tree.map(local, moved, self.params(config))
+
+
+def place(config: DecoderConfig, training: Mesh, tensor: int = 1, process: int | None = None) -> Placement:
+    """The placement of process number `process` (default: this one).
+
+    tensor: chips that share one copy of the weights. Raises UserError if it does not divide a host's chips, the
+    heads or the MLP.
+    """
+    process = jax.process_index() if process is None else process
+    devices = sorted(training.devices.flat, key=lambda d: d.process_index)  # stable: keeps the mesh's order
+    local = [d for d in devices if d.process_index == process]
+    for what, size in (
+        ("chips of a host", len(local)),
+        ("query heads", config.num_heads),
+        ("MLP width", config.intermediate_size),
+    ):
+        if tensor < 1 or size % tensor:
+            raise UserError(f"config.sampling.tensor={tensor} does not divide the {size} {what}")
+    shape = (len(devices) // len(local), len(local) // tensor, tensor)
+    everywhere = Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(np.array(local).reshape(shape[1:]), AXES[1:], axis_types=(AxisType.Auto,) * 2)
+    rules = dict(RULES)
+    for name, size in (("kv_heads", config.num_kv_heads), ("vocab", config.vocab_size)):
+        rules[name] = "tensor" if size % tensor == 0 else None
+    return Placement(training, everywhere, mesh, rules, fused=tensor == 1)
+
+
+def _specs(config: DecoderConfig, fused: bool):
+    """Logical PartitionSpecs of models.decoder.sampling_layout(params, config, dtype, fused)."""
+    specs = dict(abstract_params(config)[1])
+    stacked = specs.pop("layers")
+    layer = jax.tree.map(lambda s: P(*s[1:]), stacked, is_leaf=lambda x: isinstance(x, P))
+    attn, mlp = dict(layer["attn"]), dict(layer["mlp"])
+    if fused:
+        attn["qkv"] = attn.pop("q")
+        if config.qkv_bias:
+            attn["qkv_bias"] = attn.pop("q_bias")
+        for name in ("k", "v", "k_bias", "v_bias"):
+            attn.pop(name, None)
+        mlp["gate_up"] = mlp.pop("gate")
+        mlp.pop("up")
+    layer = {**layer, "attn": attn, "mlp": mlp}
+    return {**specs, **{f"layer_{i}": layer for i in range(config.num_layers)}}
