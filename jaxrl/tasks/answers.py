@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 MAX_ANSWER = 2000  # characters of an answer; longer ones are not parsed
-TAIL = 6000  # characters at the end of a text that are searched when it has no box
+TAIL = 4000  # characters at the end of a text that are searched when it has no box
 MAX_BOXES = 20
 
 # Letters that are not a word: functions and constants of mathematics, and the words that join lists.
@@ -27,7 +27,7 @@ MATH_WORDS = frozenset(
 )
 _PERCENT = re.compile(r"[\s$)\]\\]{0,8}?\\?(?:%|[Pp]ercent(?:age)?\b|[Pp]ct\b)")
 _FORMULA = re.compile(
-    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[(.+?)\\\]|(?<![\\\d])\$((?:\\\$|[^\n$])+?)(?<!\\)\$|\\\(([^\n]+?)\\\)",
+    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|(?<![\\\d])\$((?:\\\$|[^\n$])+?)(?<!\\)\$|\\\(((?:(?!\\\()[^\n])+?)\\\)",
     re.S,
 )
 _JOIN = r"\s*(?:,?\s*\b(?:and|or)\b|,|;)\s*"
@@ -37,9 +37,7 @@ _NUMBERS = re.compile(
 )
 _MARKER = re.compile(r"(?i)\banswer\b\**\s*(?:is\b\s*:?|:|=)\s*")
 _FINAL = re.compile(r"(?i)\bfinal answer\b\**\s*(?:is\b\s*:?|:)\s*")
-_TEXT_COMMAND = re.compile(
-    r"\\(?:text|mbox|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*"
-)
+WRAPPER = r"\\(?:text(?:normal|bf|it|rm|sf|sc)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|rm)(?![A-Za-z])\s*"
 
 
 class Answer(NamedTuple):
@@ -67,7 +65,7 @@ def _last_boxes(text: str) -> tuple[str, int] | None:
     """(content, end) of the last box or list of boxes; content "" when the last box is not closed."""
     contents: list[str] = []
     first, last_end = len(text), len(text)
-    while len(contents) < MAX_BOXES:
+    for _ in range(MAX_BOXES):
         start = max(text.rfind("\\boxed", 0, first), text.rfind("\\fbox", 0, first))
         if start < 0:
             break
@@ -122,7 +120,7 @@ def _last_formulas(text: str) -> tuple[str, int] | None:
 
 def words(latex: str) -> list[str]:
     """Runs of letters that are words, not products of variables or LaTeX commands."""
-    plain = re.sub(r"\\[A-Za-z]+|_\{[^{}]*\}", " ", _TEXT_COMMAND.sub(" ", latex))
+    plain = re.sub(r"\\[A-Za-z]+|_\{[^{}]*\}", " ", re.sub(WRAPPER, " ", latex))
     return [w for w in re.findall(r"[^\W\d_]{2,}", plain) if is_word(w)]
 
 
@@ -237,11 +235,11 @@ def choice_letter(text: str) -> str | None:
     line "(C)"."""
     answer = extract(text)
     candidate = answer.latex if answer else text[-TAIL:].strip().rsplit("\n", 1)[-1]
-    plain = re.sub(r"[{}$*]", "", _TEXT_COMMAND.sub("", candidate)).strip()
+    plain = re.sub(r"[{}$*]", "", re.sub(WRAPPER, "", candidate)).strip()
     if re.fullmatch(r"\(?[a-z]\)?\.?", plain):
         plain = plain.upper()
     match = re.match(
-        r"(?i:the |correct |option |choice |answer |is )*[(\[]?([A-Z])(?:[)\]]|[.:,]?(?:\s*$|\s+\d)|[.:] )",
+        r"(?i:the |correct |option |choice |answer |is )*[(\[]?([A-Z])(?:[)\]]|[.:,!]?(?:\s*$|\s+\d)|[.:] )",
         plain,
     )
     return match[1] if match else None

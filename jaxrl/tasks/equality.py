@@ -27,18 +27,15 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from jaxrl.tasks.answers import MAX_ANSWER, Answer, closing_brace, words
+from jaxrl.tasks.answers import MAX_ANSWER, WRAPPER, Answer, closing_brace, words
 
 MAX_DIGITS = 400
 _DECIMALS = Fraction(1, 2_000_000)  # half a unit of the sixth decimal
 _RELATIVE = Fraction(1, 100_000)
 
-_WRAPPER = r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm)\s*"
 _DEGREE = r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree"
-_UNIT = (
-    rf"(?:{_WRAPPER}\{{[^{{}}\d]*\}}|{_DEGREE}|[^\W\d_]+\.?|[²³/€£¥]|(?<=[\w}}])(?<!\d)\^\{{?[23]\}}?|\s)*"
-)
-_PERCENT = rf"(?:\\?%|(?:{_WRAPPER}\{{\s*)?(?:percent(?:age)?|pct)\s*\}}?)"
+_UNIT = rf"(?:{WRAPPER}\{{[^{{}}\d]*\}}|{_DEGREE}|[^\W\d_]+\.?|[²³/€£¥]|(?<=[\w}}])(?<!\d)\^\{{?[23]\}}?|\s)*"
+_PERCENT = rf"(?:\\?%|(?:{WRAPPER}\{{\s*)?(?:percent(?:age)?|pct)\s*\}}?)"
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"
 _POWER = r"\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*[{(]?\s*([+-]?\d{1,3})\s*[})]?"
 _DECIMAL = rf"({_INTEGER}|(?=\.\d))(\.\d*)?(?:[eE]([+-]?\d{{1,3}})|{_POWER})?"
@@ -121,9 +118,9 @@ def _close_roots(text: str) -> str:
 
 def _unit(text: str) -> str | None:
     """Plain unit word of a number, "" for none; None if what follows the digits is not a unit but algebra."""
-    wrapped = re.search(_WRAPPER, text) is not None
+    wrapped = re.search(WRAPPER, text) is not None
     text = re.sub(_DEGREE, " degree ", text)
-    text = re.sub(r"\s+", " ", re.sub(rf"{_WRAPPER}|[{{}}]", " ", text)).strip().lower()
+    text = re.sub(r"\s+", " ", re.sub(rf"{WRAPPER}|[{{}}]", " ", text)).strip().lower()
     name = text.split("^")[0].rstrip(" .²³")
     name = name if name in _SCALES else name.removesuffix("s")
     if not text or wrapped or name in _SCALES or len(words(text)) == len(name.split()):
@@ -200,7 +197,7 @@ def numbers_equal(gold: Number, answer: Number) -> bool:
 
 def as_words(latex: str) -> list[str] | None:
     """Sorted parts of an answer made of words ("Clara", "no solution", "Ann and Bob", "(C)"), or None."""
-    text = re.sub(_WRAPPER + r"(?=\{)", "", latex)
+    text = re.sub(WRAPPER + r"(?=\{)", "", latex)
     text = re.sub(r"\s+", " ", re.sub(r"[{}]", " ", text)).strip(" .!\"'")
     letter = re.fullmatch(r"\(\s*([A-Za-z])\s*\)|([A-Za-z])", text)
     if letter:
@@ -215,7 +212,7 @@ def as_words(latex: str) -> list[str] | None:
 
 def _based(latex: str) -> tuple[str, int] | None:
     """(digits, base) of a number with a base as subscript: 2516_8, (101)_{2}, 12_{\\text{seven}}."""
-    plain = re.sub(rf"{_WRAPPER}(?=\{{)|[(){{}}\s,]", "", latex)
+    plain = re.sub(rf"{WRAPPER}(?=\{{)|[(){{}}\s,]", "", latex)
     match = re.fullmatch(r"([0-9A-Fa-f]+)_(?:base)?(\d{1,2}|[a-z]+)", plain)
     if match is None:
         return None
@@ -264,7 +261,7 @@ def decide(gold: Answer, answer: Answer) -> bool | None:
     g_words, a_words = as_words(g), as_words(a)
     if g_words and a_words:
         return g_words == a_words
-    choice = re.match(r"\(([A-J])\)|([A-J])[.):] ", re.sub(_WRAPPER + r"|[{}]", "", a))
+    choice = re.match(r"\(([A-J])\)|([A-J])[.):] ", re.sub(WRAPPER + r"|[{}]", "", a))
     if choice and g_words and re.fullmatch("[A-J]", g_words[0]):
         return g_words == [choice[1] or choice[2]]
     return True if g.replace(" ", "") == a.replace(" ", "") else None
@@ -278,7 +275,7 @@ def too_costly(latex: str) -> str:
     for char in latex:
         depth += (char in "{([") - (char in "})]")
         deepest = max(deepest, depth)
-    if deepest > 30:
+    if deepest > 30 or re.search(r"[-+]{20}", latex):
         return "deep"
     if re.search(rf"\d{{{MAX_DIGITS},}}", latex):
         return "digits"

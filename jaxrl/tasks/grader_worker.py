@@ -23,15 +23,13 @@ import re
 import sys
 
 from jaxrl.tasks import workers
-from jaxrl.tasks.answers import is_word
+from jaxrl.tasks.answers import WRAPPER, is_word
 from jaxrl.tasks.equality import clean, plain_number
 
 logging.disable(logging.CRITICAL)  # math-verify warns about every formula it cannot read
 
-_TEXT = r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit)\s*\{[^{}]*\}"
-_TOKEN = re.compile(
-    rf"{_TEXT}|\\(?:begin|end|operatorname)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|_\{{[^{{}}]*\}}|[A-Za-z]+"
-)
+_TEXT = WRAPPER + r"\{[^{}]*\}"
+_TOKEN = re.compile(rf"{_TEXT}|\\(?:begin|end)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|_\{{[^{{}}]*\}}|[A-Za-z]+")
 _UNIT_WORDS = frozenset("mm cm dm km kg mg ft lb oz hr hrs yr cc mi mL ml mph kmh rad".split())
 _FUNCTION = re.compile(r"(?<![A-Za-z\\])([A-Za-z])\s*\(\s*([a-z])\s*\)\s*=")
 _EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)")
@@ -50,6 +48,8 @@ def _library():
 
     def read(latex: str):
         found = parse(f"$${latex}$$", config, fallback_mode="no_fallback", parsing_timeout=None)
+        if not found and latex.count("\\pm") == 1:  # it reads 1 \pm 2, but not inside a fraction
+            return read(latex.replace("\\pm", "+") + ", " + latex.replace("\\pm", "-"))
         return found[0] if found else None
 
     def equal(gold, answer) -> bool:

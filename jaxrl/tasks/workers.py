@@ -31,6 +31,7 @@ from jaxrl.errors import UserError
 
 START_TIMEOUT = 120.0  # seconds for a supervisor to import its libraries on a busy machine
 _GRACE = 5  # seconds after the limit at which the worker's own alarm ends it
+_MAX_DEATHS = 6  # workers in a row that live less than a second, before the supervisor gives up
 
 
 class _Dead(Exception):
@@ -202,6 +203,8 @@ def serve(handle: Callable[[Any], Any], memory_mb: int, begin: Callable[[], None
         if os.waitstatus_to_exitcode(status) == 0:
             return
         deaths = deaths + 1 if time.monotonic() - started < 1.0 else 0
+        if deaths == _MAX_DEATHS:
+            sys.exit(1)
         time.sleep(min(2.0, 0.05 * 2**deaths) if deaths > 1 else 0)
 
 

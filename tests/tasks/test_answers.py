@@ -1,0 +1,135 @@
+"""Where the final answer of a text is."""
+
+import pytest
+
+from jaxrl.tasks.answers import choice_letter, extract, is_word, reference
+
+FOUND = [
+    # boxes
+    (r"so \boxed{5}", "5"),
+    (r"first \boxed{3}. " + "Then a long way of correcting this result until we find " + r"\boxed{5}", "5"),
+    (r"\boxed{\frac{1}{2}} and so on", r"\frac{1}{2}"),
+    (r"$\boxed{5}$ or $\boxed{6}$", "5, 6"),
+    (r"\boxed{5}, \boxed{6}", "5, 6"),
+    (r"\boxed{5} ... I mean, \boxed{5}", "5"),
+    (r"\boxed{\text{so } \boxed{5}}", "5"),
+    (r"\boxed{" * 400 + "5" + "}" * 400, "5"),
+    (r"\fbox{7}", "7"),
+    (r"\boxed 42", "42"),
+    (r"\boxed{28} percent", r"28\%"),
+    (r"$\boxed{28}\%$", r"28\%"),
+    # thinking
+    (r"<think>\boxed{3}</think> \boxed{5}", "5"),
+    (r"<think>maybe \boxed{3}</think> The answer is 5.", "5"),
+    # a final answer after the boxes of intermediate results
+    (r"interest \boxed{255}. Final Answer: The final answer is $10455$. I hope it is correct.", "10455"),
+    (r"\boxed{5}. So the final answer is positive.", "5"),
+    # markers
+    ("6 * 7 = 42\n#### 42", "42"),
+    ("#### 1,234\n", "1,234"),
+    ("The answer is 42.", "42"),
+    ("The answer is: 42", "42"),
+    ("Answer: **42**", "42"),
+    ("**Final Answer**: 3/4", "3/4"),
+    ("The answer is $5$ because $x=3$.", "5"),
+    ("The answer is $1$, $2$ and $3$.", "1, 2, 3"),
+    ("The answer is 12 apples. He had 15 before.", "12 apples"),
+    ("Final Answer: The largest $n$ is 34.", "34"),
+    ("The answer is Clara.", "Clara"),
+    ("First the answer is 3. No: the answer is 4.", "4"),
+    ("Answer:\n$$\n9\n$$", "\n9\n"),
+    # neither
+    (r"hence $x \ge 5$.", r"x \ge 5"),
+    (r"so \[ 9 \]", " 9 "),
+    ("3x + 4y + 14 = 0", "3x + 4y + 14 = 0"),
+    ("-\\frac{10}{9}", "-\\frac{10}{9}"),
+    ("it is 41 or 42", "41, 42"),
+    ("the number is not 10 which is 1,000.99 euros", "1,000.99"),
+    ("first 3, then 4\nso he has 7 left", "7"),
+    ("$x$ is 42", "42"),
+]
+
+
+@pytest.mark.parametrize(("text", "latex"), FOUND)
+def test_found(text, latex):
+    assert extract(text).latex == latex
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "I do not know",
+        r"\boxed{}",
+        r"\boxed{5",
+        r"\boxed{5} but wait, \boxed{6",
+        r"\boxed{" + "1 " * 5000,
+        r"\boxed{" + "x" * 5000 + "}",
+        r"<think>\boxed{5}</think> I give up",
+        "Answer $ \n 9 \n $",
+        "AZYUK2A",
+        "the code x2y7z",
+        "#### ",
+    ],
+)
+def test_no_answer(text):
+    assert extract(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("so it is 5", False), ("so $5$", False), (r"\boxed{5}", True), ("#### 5", True), ("answer: 5", True)],
+)
+def test_marker_can_be_required(text, found):
+    assert (extract(text, need_marker=True) is not None) == found
+    assert extract(text).latex == "5"
+
+
+def test_plain_text_is_told_from_formulas():
+    assert extract("it is 1,5").bare and not extract("it is $1,5$").bare and not extract(r"\boxed{1,5}").bare
+
+
+@pytest.mark.parametrize(
+    ("gold", "latex"),
+    [
+        ("42", "42"),
+        (r"\frac{1}{2}", r"\frac{1}{2}"),
+        ("$10$", "10"),
+        ("$125$ miles", r"125 \text{ miles }"),
+        ("$1$ and $2$", r"1 \text{ and } 2"),
+        (r"\(\boxed{1}\) and \(\boxed{-2}\).", "1, -2"),
+        (r"A long solution. Because of this and of that and of more, we have $x=3$ and \boxed{7}", "7"),
+        ("Because of this and of that and of still more we have $x=3$", "x=3"),
+        (r"\boxed{5", "5"),
+        ("Carla.", "Carla"),
+    ],
+)
+def test_reference(gold, latex):
+    assert reference(gold).latex == latex
+
+
+def test_words():
+    assert all(map(is_word, ["Clara", "odd", "Yes", "act", "even"]))
+    assert not any(map(is_word, ["ab", "abc", "xyz", "sin", "log", "PQRS".lower(), "pi"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        (r"\boxed{C}", "C"),
+        (r"\boxed{\text{(C)}}", "C"),
+        (r"\boxed{\textbf{(C) } 42}", "C"),
+        (r"\boxed{c}", "C"),
+        ("Answer: C", "C"),
+        ("The answer is (B).", "B"),
+        ("The correct answer is B. Newton's law", "B"),
+        ("the answer is option D", "D"),
+        ("I weigh the options.\n(A)", "A"),
+        ("A triangle has three sides", None),
+        (r"\boxed{42}", None),
+        (r"\boxed{\text{Newton}}", None),
+        ("", None),
+    ],
+)
+def test_choice_letter(text, letter):
+    assert choice_letter(text) == letter

@@ -1,0 +1,83 @@
+"""Prompts as the model reads them."""
+
+import pytest
+
+from jaxrl.errors import UserError
+from jaxrl.tasks import dial
+from jaxrl.tasks.templates import encode_prompt, messages, prompt_text
+from jaxrl.types import Problem
+from models.tokenizers import load_tokenizer, vocab_tokenizer
+from tests.shared import shared_path
+
+QUESTION = "What is 1+1?"
+BASE = QUESTION + r" Let's think step by step and output the final answer within \boxed{}."
+
+
+def problem(**kwargs):
+    return Problem("q", QUESTION, "2", **kwargs)
+
+
+def test_plain_and_boxed():
+    assert prompt_text(problem(), "plain") == QUESTION
+    assert prompt_text(problem(), "boxed") == BASE
+    assert r"letter of the correct option within \boxed{}" in prompt_text(problem(task="choice"), "boxed")
+
+
+def test_length_budgets_follow_the_text():
+    exact, at_most = problem(budget=512, mode="exact"), problem(budget=512, mode="max")
+    assert prompt_text(exact, "boxed") == BASE + " Think for 512 tokens."
+    assert prompt_text(at_most, "boxed") == BASE + " Think for maximum 512 tokens."
+    assert prompt_text(exact, "plain") == QUESTION + " Think for 512 tokens."
+    assert messages(at_most)[-1]["content"] == BASE + " Think for maximum 512 tokens."
+
+
+def test_messages_of_the_data_set_are_kept():
+    given = [{"role": "system", "content": "S"}, {"role": "user", "content": QUESTION}]
+    p = problem(info={"messages": given})
+    assert messages(p) == given and messages(p, system="ignored") == given
+    budgeted = messages(problem(info={"messages": given}, budget=9, mode="exact"))
+    assert budgeted == [given[0], {"role": "user", "content": QUESTION + " Think for 9 tokens."}]
+    assert given[1]["content"] == QUESTION
+    assert messages(problem(), system="S") == [given[0], {"role": "user", "content": BASE}]
+
+
+def test_chat_template_of_a_real_tokenizer():
+    tokenizer = load_tokenizer(str(shared_path("data", "tokenizers", "minimind")))
+    ids = encode_prompt(problem(), tokenizer, "chat")
+    text = tokenizer.decode(ids, skip_special=False)
+    before, after = text.split(BASE)
+    assert "user" in before and "assistant" in after
+    assert tokenizer.decode(encode_prompt(problem(), tokenizer, "boxed")) == BASE
+
+
+def test_bos_goes_in_front_of_plain_text():
+    tokenizer = load_tokenizer(str(shared_path("data", "tokenizers", "llama2")))
+    assert tokenizer.bos_id == 1
+    assert encode_prompt(problem(), tokenizer, "plain") == [1, *tokenizer.encode(QUESTION)]
+
+
+def test_dial():
+    tokenizer = vocab_tokenizer(dial.PIECES, dial.END, dial.PAD)
+    [p] = dial.problems("train", 0, 1, mode="exact")
+    ids = encode_prompt(p, tokenizer, "dial")
+    assert tokenizer.decode(ids) == dial.prompt_text(p) and len(ids) == p.info["n"] + 2
+    _, completion = next(dial.demonstrations("full", 0, 1))
+    assert tokenizer.decode([*tokenizer.encode(completion), *tokenizer.eos_ids]) == completion
+    assert tokenizer.encode(dial.END) == list(tokenizer.eos_ids)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: prompt_text(problem(), "fancy"), "valid: plain, boxed, chat, dial"),
+        (lambda: prompt_text(problem(mode="exact"), "boxed"), "problem 'q'"),
+        (lambda: prompt_text(problem(mode="about", budget=3), "boxed"), "valid: none, exact, max"),
+        (
+            lambda: encode_prompt(problem(), vocab_tokenizer(dial.PIECES, dial.END, dial.PAD), "chat"),
+            "no chat template",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
