@@ -230,6 +230,7 @@ def test_future_tokens_are_not_seen(family):
 # --- gradients and initialisation
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_remat_or_scan():
     config = from_hf(CASES["qwen3"] | {"num_hidden_layers": 2})
     params = random_params(config)
