@@ -1,7 +1,7 @@
 """Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for.
 
 metrics.jsonl is strict JSON, one object a step, "step" first. NaN and infinities are written as null, and a
-last key "nonfinite" says what each null was ({"loss": "nan"}); `read_metrics` puts them back.
+last key "_nonfinite" says what each null was ({"loss": "nan"}); `read_metrics` puts them back.
 
 Resume: `state()` goes into the checkpoint and comes back as `state=`; the file is then cut to the position it
 had, so that no step is missing or there twice. Everything before that position was on disk before the
@@ -177,7 +177,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
     nonfinite = {k: str(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
     out = {k: None if k in nonfinite else v for k, v in record.items()}
     if nonfinite:
-        out["nonfinite"] = nonfinite
+        out["_nonfinite"] = nonfinite
     return json.dumps(_no_nan(out), allow_nan=False).encode() + b"\n"
 
 
@@ -201,7 +201,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
             break
         try:
             record = json.loads(line)
-            record.update({k: float(v) for k, v in record.pop("nonfinite", {}).items()})
+            record.update({k: float(v) for k, v in record.pop("_nonfinite", {}).items()})
         except (ValueError, AttributeError) as e:
             raise UserError(f"{path}:{number}: not a metrics record: {e}") from None
         records.append(record)

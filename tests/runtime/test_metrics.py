@@ -33,15 +33,15 @@ def test_records_are_strict_json_and_exact(tmp_path):
                          "none": None, "nested": {"a": [2.0, None]}}
     assert np.float32(strict[0]["loss"]) == x and list(strict[0])[0] == "step"
     assert strict[1] == {"step": 2, "loss": None, "kl": None, "lr": 1e-30,
-                         "nonfinite": {"loss": "nan", "kl": "-inf"}}
+                         "_nonfinite": {"loss": "nan", "kl": "-inf"}}
     back = read_metrics(tmp_path / "metrics.jsonl")[1]
-    assert np.isnan(back["loss"]) and back["kl"] == -np.inf and "nonfinite" not in back
+    assert np.isnan(back["loss"]) and back["kl"] == -np.inf and "_nonfinite" not in back
 
 
-@given(st.dictionaries(st.text(min_size=1).filter(lambda k: k not in ("step", "nonfinite")), st.floats()))
+@given(st.dictionaries(st.text(min_size=1).filter(lambda k: k not in ("step", "_nonfinite")), st.floats()))
 def test_floats_round_trip(record):
     line = json.loads(encode(record))
-    line.update({k: float(v) for k, v in line.pop("nonfinite", {}).items()})
+    line.update({k: float(v) for k, v in line.pop("_nonfinite", {}).items()})
     assert {k: repr(v) for k, v in line.items()} == {k: repr(v) for k, v in record.items()}
 
 
