@@ -1,5 +1,6 @@
 """The report page: what it says, that it is self-contained, and that it shows the numbers of the run."""
 
+import html
 import html.parser
 import json
 import re
@@ -87,7 +88,7 @@ def test_every_panel_is_drawn_as_svg_and_png(pages):
     assert names == {panel.name for panel in PANELS} - {"deviation"}  # the toy run has no budgets in training
     assert single.count("<svg") == len(names)
     for panel in PANELS:
-        assert (panel.caption in single.replace("&lt;", "<")) == (panel.name in names)
+        assert (panel.caption in html.unescape(single)) == (panel.name in names)
 
 
 def test_colours_follow_the_theme(pages):

@@ -181,15 +181,17 @@ def selection_scatter(ax, run: Run) -> bool:
 
 def selection_reasons(ax, run: Run) -> bool:
     """Share of sampled prompts by what became of them."""
-    prefix = "selection/dropped/"
-    reasons = sorted({k for r in run.records for k in r if k.startswith(prefix)})
+    keys = sorted({k for r in run.records for k in r if k.startswith("selection/dropped/")})
+    reasons = list(dict.fromkeys(k.rpartition("/")[2] for k in keys))  # whichever rule of a chain gave it
     rows = [r for r in run.records if r.get("selection/kept_lengths") is not None]
     if not reasons or len(rows) < 2:
         return False
     steps = [r["step"] for r in rows]
     counts = [[len(r["selection/kept_lengths"]) for r in rows]]
-    counts += [[r.get(k) or 0 for r in rows] for k in reasons]
-    return _stack(ax, steps, counts, ["kept", *(k.removeprefix(prefix).replace("_", " ") for k in reasons)])
+    for reason in reasons:
+        same = [k for k in keys if k.endswith(f"/{reason}")]
+        counts.append([sum(r.get(k) or 0 for k in same) for r in rows])
+    return _stack(ax, steps, counts, ["kept", *(reason.replace("_", " ") for reason in reasons)])
 
 
 def time_split(ax, run: Run) -> bool:

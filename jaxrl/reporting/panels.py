@@ -94,6 +94,11 @@ PANELS: tuple[Panel, ...] = (
         f.metric(("clip_fraction/high", "high"), ("clip_fraction/low", "low"), **SHARE),
     ),
     Panel(
+        "ratio", POLICY, "Probability ratio",
+        "Policy over sampling policy, of response tokens: mean and largest.",
+        f.metric(("ratio/max", "max"), ("ratio/mean", "mean"), zero=True),
+    ),
+    Panel(
         "grad_norm", POLICY, "Gradient norm",
         "Global norm before clipping.",
         f.metric(("grad_norm", ""), zero=True),
@@ -132,5 +137,11 @@ PANELS: tuple[Panel, ...] = (
         "utilisation", COST, "Decode slots in use",
         "Share of slot-steps of the sampler that produced a token.",
         f.metric(("perf/slot_utilisation", ""), **SHARE),
+    ),
+    Panel(
+        "padding", COST, "Padding",
+        "Share of the positions of the update's rows that hold no token; and what it would be with one "
+        "sequence a row, padded to the longest.",
+        f.metric(("perf/padding_waste", "packed"), ("perf/padding_waste_unpacked", "unpacked"), **SHARE),
     ),
 )  # fmt: skip

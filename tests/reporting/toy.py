@@ -42,6 +42,10 @@ def write_run(
                 "response_length/p10": np.percentile(lengths, 10),
                 "response_length/p50": np.median(lengths),
                 "response_length/p90": np.percentile(lengths, 90),
+                "ratio/mean": 1.0,
+                "ratio/max": 1.5 + rng.random(),
+                "perf/padding_waste": 0.03,
+                "perf/padding_waste_unpacked": 0.4,
                 "truncated_fraction": 0.01 * rng.random(),
                 "grad_norm": 0.3 + 0.1 * rng.random(),
                 "logprob_diff/mean": 1e-6,
@@ -57,8 +61,8 @@ def write_run(
                 "hist/length": [[int(e), int(c)] for e, c in zip(edges, counts, strict=True)],
                 "selection/kept_lengths": means[kept].round(2).tolist(),
                 "selection/dropped_lengths": means[~kept].round(2).tolist(),
-                "selection/dropped/all_correct": int(10 * rise),
-                "selection/dropped/middle": int((~kept).sum()),
+                "selection/dropped/accuracy/all_correct": int(10 * rise),
+                "selection/dropped/lspo/middle": int((~kept).sum()),
             }
         lines.append(encode({k: v.item() if isinstance(v, np.generic) else v for k, v in record.items()}))
     (root / "metrics.jsonl").write_bytes(b"".join(lines))
