@@ -48,8 +48,11 @@ def lines(
     return True
 
 
-def _finish(ax, zero: bool = False) -> None:
+def _finish(ax, zero: bool = False, integer: bool = True) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.set_xlabel("step")
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=integer))
     ax.margins(x=0.01)
     if zero:
         ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
@@ -92,7 +95,7 @@ def against_tokens(ax, settings: Sequence[Setting]) -> bool:
             ends.append((curves[0][0][-1], curves[0][1][-1], setting.label, colour))
     if not ends:
         return False
-    _finish(ax)
+    _finish(ax, integer=False)
     ax.set_xlabel("million generated tokens")
     ax.set_ylabel("percent")
     if len(settings) > 1:
@@ -174,7 +177,7 @@ def selection_scatter(ax, run: Run) -> bool:
         ax.scatter(x, y[shown], s=size, color=colour, linewidth=0, alpha=0.5)
     _finish(ax, zero=True)
     ax.set_ylabel("mean length of a prompt's responses")
-    middle = {kind: (points[kind][-1][0], np.median([v for _, v in points[kind][-200:]])) for kind in points}
+    middle = {kind: (points[kind][-1][0] + 0.4, np.median([v for _, v in points[kind][-200:]])) for kind in points}
     label_ends(ax, [(*middle["dropped"], "dropped", MUTED), (*middle["kept"], "kept", SERIES[0])])
     return True
 
