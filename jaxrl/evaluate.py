@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrl import build
 from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_set
@@ -34,7 +35,9 @@ from jaxrl.evaluation.lengths import MODES, generation_cap, length_metrics, swee
 from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
 from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
 from jaxrl.rollout.engine import Sampler, Sampling
+from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli
+from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
 from jaxrl.runtime.rundir import atomic_write
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
@@ -45,7 +48,7 @@ FLAGS = dict(
     model=str, data=str, out=str, samples=1, limit=0, max_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0,
     min_p=0.0, seed=0, template="", data_dir="", split="", problem_field="", answer_field="", id_field="",
     skip_bad_rows=False, reward="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
-    batch=0, slots=64, dtype="float32", grader_workers=2, grader_timeout=5.0,
+    batch=0, slots=64, tensor=1, dtype="float32", grader_workers=2, grader_timeout=5.0,
 )  # fmt: skip
 
 
@@ -86,16 +89,20 @@ def main(argv: list[str]) -> None:
         steps = list(checkpoint_steps(flags["model"]))
         if not steps:
             raise UserError(f"--all_checkpoints: {flags['model']} is not a run directory with checkpoints")
+    # weights in shards over all devices; each host then fetches its replicas
+    mesh = meshes.make_mesh(1, -1, 1) if jax.device_count() > 1 else None
+    shardings = (lambda config: build.param_shardings(config, mesh)[1]) if mesh else None
     results, info = [], {}
     with contextlib.ExitStack() as stack:
         limits = (flags["grader_workers"], flags["grader_timeout"])
         grader = stack.enter_context(Grader(*limits))
         reward = stack.enter_context(UserReward(flags["reward"], *limits)) if flags["reward"] else None
         for step in steps:
-            config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]), step=step)
+            config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]), shardings, step)
             sets = [load_set(spec, tokenizer, flags, grader, reward) for spec in flags["data"].split(",")]
             info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name}
-            results += evaluate_sets(config, params, tokenizer, sets, step, flags, out)
+            placement = place(config, mesh, flags["tensor"]) if mesh else None
+            results += evaluate_sets(config, params, tokenizer, sets, step, flags, out, placement)
     report = write_results(out, results, info, flags)
     print(report)
     print(f"written to {out}")
@@ -126,7 +133,9 @@ def _budgets(flags: dict) -> list[int]:
     return budgets
 
 
-def evaluate_sets(config, params, tokenizer, sets: Sequence[EvalSet], step, flags, out) -> list[dict]:
+def evaluate_sets(
+    config, params, tokenizer, sets: Sequence[EvalSet], step, flags, out, placement=None
+) -> list[dict]:
     """Every set, at every budget if there are any: one summary each. params: as load_model returns them."""
     jobs = []  # (set, problems, prompts, limit, budget)
     for data in sets:
@@ -142,13 +151,15 @@ def evaluate_sets(config, params, tokenizer, sets: Sequence[EvalSet], step, flag
             jobs.append((data, problems, [data.encode(p) for p in problems], limit, budget))
     context = config.max_position_embeddings
     longest = max((len(p) for job in jobs for p in job[2] if len(p) < context), default=1)
+    replicas = placement.row_multiple if placement else 1
     sampler = Sampler(
         config,
         tokenizer.eos_ids,
         max_prompt=longest,
         max_tokens=max(job[3] for job in jobs),
-        slots=flags["slots"],
+        slots=-(-flags["slots"] // replicas) * replicas,
         dtype=jnp.dtype(flags["dtype"]),
+        placement=placement,
     )
     layout = sampler.layout(params)
     results = []

@@ -1,6 +1,10 @@
 """The evaluate command: what it writes, that it can be interrupted, and that it refuses to mix settings."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -21,6 +25,8 @@ from models.decoder import abstract_params
 from models.tokenizers import vocab_tokenizer
 from models.weights import save_params
 from tests.shared import shared_path
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +132,18 @@ def test_all_checkpoints_of_a_run(model, training_run, tmp_path):
     _, exported = run(model, tmp_path / "hf", *flags)  # the same weights as step 3
     assert exported["dial_n_max_3.jsonl"][1:] == files["dial_n_max_3_step_3.jsonl"][1:]
     assert files["dial_n_max_3_step_3.jsonl"][1:] != files["dial_n_max_3_step_7.jsonl"][1:]
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_same_completions(model, tmp_path):
+    flags = ("--data=dial:n_max=3", "--limit=6", "--samples=2")
+    _, files = run(model, tmp_path / "one", *flags)
+    program = [sys.executable, "-m", "jaxrl.evaluate", f"--model={model}", f"--out={tmp_path}/eight", *flags]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([*program, "--slots=6", "--tensor=2"], env=env, cwd=ROOT, check=True)
+    assert (tmp_path / "eight/completions/dial_n_max_3.jsonl").read_text().splitlines() == files[
+        "dial_n_max_3.jsonl"
+    ]
 
 
 def test_held_out_metrics_of_a_training_run(model):

@@ -38,7 +38,8 @@ def load_model(
 
     Args:
       dtype: of the returned parameters, whatever was stored.
-      shardings: tree of jax.sharding.Sharding like the parameters, for loading straight to their devices.
+      shardings: tree of jax.sharding.Sharding like the parameters, for loading straight to their devices, or
+        a function of the config that gives it.
       step: which checkpoint of a run; None is the newest whole one. Not allowed for a Hugging Face directory.
 
     Raises UserError, one line naming the file, if anything is missing, damaged or does not fit.
@@ -49,6 +50,7 @@ def load_model(
             raise UserError(f"{root}: no such directory; need a Hugging Face model or a run directory")
         home = root / "model" if is_run(root) else root
         config, tokenizer = from_hf(home), load_tokenizer(home)
+        shardings = shardings(config) if callable(shardings) else shardings
         if is_run(root):
             return config, _run_params(root, config, dtype, shardings, step), tokenizer
         if step is not None:
