@@ -36,7 +36,7 @@ def get_config():
     c.batch.prompts, c.batch.group_size, c.batch.generation_prompts = 16, 16, 48
     c.batch.max_generation_batches = 3
     c.batch.updates = 2
-    c.batch.row_tokens = 128
+    c.batch.row_tokens = 48
     c.batch.micro_tokens = 8192
     c.sampling.max_prompt, c.sampling.max_tokens = 16, 24
     c.sampling.slots, c.sampling.chunk, c.sampling.window = 256, 24, 16
