@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Sampler
 from jaxrl.rollout.placement import place
+from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
@@ -101,9 +102,11 @@ def attention(config, on) -> str:
     return default_implementation(on.devices.flat[0].platform) if name == "auto" else name
 
 
-def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on, max_tokens: int = 0) -> Sampler:
+def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
     """The sampler of config.sampling, on the devices of this host that belong to the mesh `on`."""
     s = config.sampling
+    if on.size > 1 and s.slots % (on.size // jax.process_count() // s.tensor or 1):
+        raise UserError(f"config.sampling.slots={s.slots} does not divide over this host's replicas of the model")
     if s.max_prompt + s.max_tokens > decoder.max_position_embeddings:
         raise UserError(
             f"config.sampling.max_prompt={s.max_prompt} + max_tokens={s.max_tokens} is above the model's context of "
@@ -113,7 +116,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on, max_tokens: int 
         decoder,
         tok.eos_ids,
         max_prompt=s.max_prompt,
-        max_tokens=max(s.max_tokens, max_tokens),
+        max_tokens=max(s.max_tokens, config.eval.max_tokens),
         slots=s.slots,
         chunk=s.chunk,
         window=s.window,
