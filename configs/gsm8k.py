@@ -5,8 +5,8 @@
 
 MODEL_DIR is a Llama, Qwen2 or Qwen3 directory (config.json, safetensors, tokenizer). Random weights of a given
 shape with a real tokenizer: `--config=configs/gsm8k.py:random` and `--config.model.tokenizer=TOKENIZER_DIR`.
-The dler length term keeps truncated answers at reward 0; with a model too small to solve anything, the example
-reward of jaxrl/tasks/rewards.py gives updates something to learn from (see README).
+A model too small to solve anything gets reward 0 everywhere and the accuracy filter keeps nothing; to see updates
+all the same: `--config.task.reward=configs.example_reward:numbers --config.algorithm.selection=none`.
 """
 
 from jaxrl.runtime.config import base_config
