@@ -28,7 +28,7 @@ def attend(q, k, v, mask, key_columns: bool = False):
 
     Args:
       q: [B, T, N, H]. k, v: [B, K, S, H], K divides N; the cache is never expanded to N heads.
-      key_columns: k is [B, K, H, S], which XLA's CPU kernels multiply about twice as fast.
+      key_columns: k is [B, K, H, S], which XLA's CPU kernels multiply up to twice as fast.
       mask: bool [B or 1, T, S], True where query t may see key s. A query that sees nothing gets
         the mean of v: finite, and only ever padding.
 

@@ -38,7 +38,8 @@ class Cache:
     Column `end` is where every row writes next, so a decode step writes one contiguous slice for the
     whole batch instead of scattering; row b may attend to columns [start[b], end].
 
-    k, v: one [B, K, W, H] array per layer (unrolled), or stacked [L, B, K, W, H] (scanned).
+    k, v: one [B, K, W, H] array per layer (unrolled), or stacked [L, B, K, W, H] (scanned); with
+      key_columns, k is [B, K, H, W].
     start: int32 [B]. end: int32 [].
     """
 
@@ -48,13 +49,16 @@ class Cache:
     end: jax.Array
 
 
-def empty_cache(config: DecoderConfig, rows: int, window: int, dtype, scan_layers: bool = False) -> Cache:
+def empty_cache(
+    config: DecoderConfig, rows: int, window: int, dtype, scan_layers: bool = False, key_columns: bool = False
+) -> Cache:
     """A zeroed cache of `rows` rows and `window` columns; every row starts at column 0."""
     shape = (rows, config.num_kv_heads, window, config.head_dim)
+    k_shape = (*shape[:2], config.head_dim, window) if key_columns else shape
     if scan_layers:
-        k, v = jnp.zeros((config.num_layers, *shape), dtype), jnp.zeros((config.num_layers, *shape), dtype)
+        k, v = (jnp.zeros((config.num_layers, *s), dtype) for s in (k_shape, shape))
     else:
-        k = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        k = tuple(jnp.zeros(k_shape, dtype) for _ in range(config.num_layers))
         v = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
     return Cache(k=k, v=v, start=jnp.zeros((rows,), jnp.int32), end=jnp.zeros((), jnp.int32))
 
@@ -105,6 +109,7 @@ class Attention(nn.Module):
     param_dtype: Any
     implementation: str
     fused: bool
+    key_columns: bool
 
     @nn.compact
     def __call__(self, x, sin, cos, mask, segment_ids, layer_cache, end):
@@ -136,15 +141,13 @@ class Attention(nn.Module):
         if layer_cache is None:
             out = attend_packed(q, k, v, segment_ids, self.implementation)
         else:
-            at = (0, 0, end, 0)
-            keys = lax.dynamic_update_slice(
-                layer_cache[0], k.transpose(0, 2, 1, 3).astype(layer_cache[0].dtype), at
-            )
-            values = lax.dynamic_update_slice(
-                layer_cache[1], v.transpose(0, 2, 1, 3).astype(layer_cache[1].dtype), at
-            )
+            axes, at = ((0, 2, 3, 1), (0, 0, 0, end)) if self.key_columns else ((0, 2, 1, 3), (0, 0, end, 0))
+            keys, values = layer_cache
+            keys = lax.dynamic_update_slice(keys, k.transpose(axes).astype(keys.dtype), at)
+            v = v.transpose(0, 2, 1, 3).astype(values.dtype)
+            values = lax.dynamic_update_slice(values, v, (0, 0, end, 0))
             layer_cache = (keys, values)
-            out = attend(q, keys, values, mask)
+            out = attend(q, keys, values, mask, self.key_columns)
         return out.reshape(B, T, N * H) @ param(
             "o", _weights(c.init_std, "heads", "embed"), N * H, D
         ), layer_cache
@@ -190,14 +193,15 @@ class Block(nn.Module):
     param_dtype: Any
     implementation: str
     fused: bool
+    key_columns: bool
 
     @nn.compact
     def __call__(self, x, layer_cache, sin, cos, mask, segment_ids, end):
         """Pre-norm residual block. x: [B, T, D]."""
         c = self.config
         h = Scale(c.rms_norm_eps, self.param_dtype, name="attn_norm")(x)
-        attention = Attention(c, self.dtype, self.param_dtype, self.implementation, self.fused, name="attn")
-        h, layer_cache = attention(h, sin, cos, mask, segment_ids, layer_cache, end)
+        fields = (c, self.dtype, self.param_dtype, self.implementation, self.fused, self.key_columns)
+        h, layer_cache = Attention(*fields, name="attn")(h, sin, cos, mask, segment_ids, layer_cache, end)
         x = nn.with_logical_constraint(x + h, ("batch", "seq", "act_embed"))
         h = Scale(c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x)
         h = MLP(c, self.dtype, self.param_dtype, self.fused, name="mlp")(h)
@@ -209,7 +213,7 @@ class Decoder(nn.Module):
 
     dtype: compute dtype. param_dtype: dtype of newly initialised parameters. remat: key of REMAT_POLICIES,
     what the backward pass recomputes per layer. attention: see models.attention. scan_layers and fused
-    choose the parameter layout (see `sampling_layout`).
+    choose the parameter layout (see `sampling_layout`), key_columns that of the cache (see `Cache`).
     """
 
     config: DecoderConfig
@@ -219,6 +223,7 @@ class Decoder(nn.Module):
     attention: str = "xla"
     scan_layers: bool = True
     fused: bool = False
+    key_columns: bool = False
 
     @nn.compact
     def __call__(self, tokens, positions, segment_ids=None, cache: Cache | None = None):
@@ -251,13 +256,13 @@ class Decoder(nn.Module):
             segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
         else:
             end, layers = cache.end, (cache.k, cache.v)
-            column = jnp.arange(cache.k[0].shape[-2])
+            column = jnp.arange(cache.v[0].shape[-2])
             seen = column[None, None] <= end + jnp.arange(T)[None, :, None]
             mask = seen & (column[None, None] >= cache.start[:, None, None])
         block = Block
         if REMAT_POLICIES[self.remat] is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
-        fields = (c, self.dtype, self.param_dtype, self.attention, self.fused)
+        fields = (c, self.dtype, self.param_dtype, self.attention, self.fused, self.key_columns)
         if self.scan_layers:
             scanned = nn.scan(
                 block,
@@ -324,12 +329,14 @@ def abstract_params(config: DecoderConfig, dtype=jnp.float32):
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
-def sampling_layout(params, config: DecoderConfig, dtype, fuse: bool = True):
+def sampling_layout(params, config: DecoderConfig, dtype, fuse: bool = True, untie: bool = False):
     """The same weights, unrolled by layer, cast once, with q/k/v and gate/up fused into one matrix each.
 
     Unrolled, because a scanned decode step would copy every layer's cache in and out of the scan; fused,
     because a decode step is bound by the number of small matrix products. Run it under jit with output
     shardings: it is the one cast-and-reshard from training to sampling per rollout phase.
+
+    untie: give tied embeddings a head of their own, [D, V]; a CPU multiplies by a transposed matrix slowly.
 
     Returns: params for Decoder(config, dtype, scan_layers=False, fused=fuse).
     """
@@ -346,4 +353,6 @@ def sampling_layout(params, config: DecoderConfig, dtype, fuse: bool = True):
         return {**p, "attn": attn, "mlp": mlp}
 
     rest = jax.tree.map(lambda a: a.astype(dtype), {k: v for k, v in params.items() if k != "layers"})
+    if untie and "lm_head" not in rest:
+        rest["lm_head"] = {"kernel": rest["embed"]["embedding"].T}
     return {**rest, **{f"layer_{i}": one(i) for i in range(config.num_layers)}}

@@ -3,6 +3,7 @@
 Each distinct prompt is prefilled once and its cache copied into the slots of its samples. A decode call
 runs until enough slots have finished to be worth refilling. When the queue is empty the pool shrinks, and
 the attended window always follows the longest answer still running, so short answers never pay for long ones.
+This file holds what callers see; the pool itself is in pool.py.
 """
 
 from __future__ import annotations
@@ -25,28 +26,43 @@ from models.decoder import sampling_layout
 
 log = logging.getLogger(__name__)
 
+KEY_BLOCK = 256  # random keys are made this many at a time, so that their program has one shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """`samples` completions of one prompt.
 
-    prompt: int32 [p], p >= 1. max_tokens: response tokens allowed, at least 1. key: uint32, identifies the
-    problem in the random keys. expected: guessed response length; longer requests start first.
-    first_sample: index of the first sample in the random keys. min_tokens: end tokens are not drawn before.
+    prompt: int32 [p], p >= 1. max_tokens: response tokens allowed, at least 1; one number, or one a sample.
+    key: uint32, identifies the problem in the random keys. expected: guessed response length; longer requests
+    start first. first_sample: index of the first sample in the random keys. min_tokens: end tokens are not
+    drawn before. stop: token sequences that end a completion (finish "stop", the sequence included).
     """
 
     prompt: np.ndarray
     samples: int
-    max_tokens: int
+    max_tokens: int | Sequence[int]
     key: int
     expected: float = 0.0
     first_sample: int = 0
     min_tokens: int = 0
+    stop: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def limits(self) -> np.ndarray:
+        """int32 [samples]: response tokens allowed. Raises ValueError if max_tokens has another length."""
+        limits = np.asarray(self.max_tokens, np.int32)
+        if limits.ndim and limits.shape != (self.samples,):
+            raise ValueError(f"max_tokens: {limits.shape} limits for {self.samples} samples")
+        return np.broadcast_to(limits, (self.samples,))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off. bias: float32 [V], added to the logits."""
+    """temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off. bias: float32 [V], added to the logits.
+
+    -inf in `bias` bans a token. Raises ValueError naming the field that is out of range.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -54,14 +70,30 @@ class Sampling:
     min_p: float = 0.0
     bias: np.ndarray | None = None
 
+    def __post_init__(self):
+        valid = {
+            "temperature": (self.temperature >= 0, "at least 0 (0 is greedy)"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1] (1 is off)"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
+        }
+        for name, (ok, range_) in valid.items():
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {range_}")
+
 
 @dataclasses.dataclass
 class Stats:
-    """Counts of one `generate` call. slot_steps: rows x decode steps run, the denominator of utilisation."""
+    """Counts of one `generate` call. slot_steps: rows x decode steps run, the denominator of utilisation.
+
+    seconds_decode: in or waiting for decode calls; seconds_prefill: launching prefills (their execution
+    overlaps); what is left of seconds_total is the host's own work, when the device may idle.
+    """
 
     tokens: int = 0
     slot_steps: int = 0
     decode_calls: int = 0
+    prefill_calls: int = 0
     prefill_tokens: int = 0
     seconds_prefill: float = 0.0
     seconds_decode: float = 0.0
@@ -80,27 +112,6 @@ def bucket(n: int, base: int, per_octave: int = 4) -> int:
     return -(-n // step) * step
 
 
-class _Slots:
-    """Host copy of the pool's rows; the device never has to be asked where a row stands."""
-
-    def __init__(self, size: int):
-        self.request = np.full(size, -1, np.int32)
-        self.sample = np.zeros(size, np.int32)
-        self.token, self.used, self.count, self.limit, self.min_count = np.zeros((5, size), np.int32)
-        self.keys = np.zeros((size, 2), np.uint32)
-
-    @property
-    def active(self):
-        return self.request >= 0
-
-    def take(self, rows):
-        for name, value in vars(self).items():
-            setattr(self, name, value[rows])
-
-    def arguments(self) -> Rows:
-        return Rows(self.token, self.used, self.count, self.limit, self.active, self.keys, self.min_count)
-
-
 class Sampler:
     """Samples completions from a decoder.
 
@@ -111,7 +122,7 @@ class Sampler:
       refill: share of the slots that must be free before a decode call returns early to refill them.
       placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
 
-    Raises ValueError on requests longer than max_prompt or max_tokens.
+    Raises ValueError on sizes that do not fit each other.
     """
 
     def __init__(
@@ -129,20 +140,30 @@ class Sampler:
         attention: str = "xla",
         placement: Placement | None = None,
     ):
-        self.config, self.slots, self.chunk, self.dtype, self.window = config, slots, chunk, dtype, window
+        for name, value in dict(max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk).items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        self.config, self.slots, self.chunk, self.dtype = config, slots, chunk, dtype
         self.max_prompt, self.max_tokens = max_prompt, max_tokens
         self.refill_at = max(1, round(refill * slots))
         self.eos = np.array(sorted(set(eos_ids)), np.int32)
         self.placement = placement
-        self.row_multiple = placement.row_multiple if placement else 1
-        if slots % self.row_multiple:
-            raise ValueError(f"slots={slots} must be a multiple of {self.row_multiple}, the replicas on this host")
+        self.row_multiple = unit = placement.row_multiple if placement else 1
+        if slots % unit:
+            raise ValueError(f"slots={slots} must be a multiple of {unit}, the replicas on this host")
         fused = placement.fused if placement else True
-        self.programs: Programs = build_programs(config, dtype, chunk, attention, fused)
+        platform = placement.platform if placement else jax.default_backend()
+        where = placement and placement.cache()
+        self.programs: Programs = build_programs(config, dtype, chunk, attention, fused, where, platform)
         self._layout = jax.jit(
-            lambda p: sampling_layout(p, config, dtype, fused),
+            lambda p: sampling_layout(p, config, dtype, fused, untie=platform == "cpu"),
             out_shardings=placement and placement.cast_where_they_lie(config),
         )
+        rows = (max(1, slots // d) for d in (8, 4, 2, 1))  # a few rows are no faster than eight
+        self.row_sizes = sorted({-(-b // unit) * unit for b in rows if b >= min(slots, 8)})
+        self.windows = [bucket(1, window)]
+        while self.windows[-1] < bucket(max_prompt, 32) + max_tokens + min(chunk, max_tokens):
+            self.windows.append(bucket(self.windows[-1] + 1, window))
         self.shapes: dict[tuple, float] = {}  # (program, sizes) -> seconds of its first call
         self.warm = False
         self.stats = Stats()
@@ -172,13 +193,81 @@ class Sampler:
 
         Returns:
           One list of `samples` completions per request. `self.stats` holds the counts of this call.
+
+        Raises:
+          ValueError: a prompt, limit, stop sequence or bias that the sampler cannot take, naming the request.
         """
-        run = _Run(self, params, requests, seed, step, sampling or Sampling(), on_tokens)
+        from jaxrl.rollout.pool import Run
+
         begin = time.perf_counter()
+        run = Run(self, params, requests, seed, step, sampling or Sampling(), on_tokens)
         run.loop()
+        out = run.results()
         self.stats = run.stats
         self.stats.seconds_total = time.perf_counter() - begin
-        return run.results()
+        return out
+
+    def prompt_logprobs(self, params, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probability of each prompt token but the first, at temperature 1; float32 [p - 1] a prompt."""
+        out = []
+        for prompt in prompts:
+            padded = np.zeros((1, bucket(len(prompt), 32)), np.int32)
+            padded[0, : len(prompt)] = prompt
+            logps = self.call("score", padded.shape, params, padded)
+            out.append(np.asarray(logps)[0, : len(prompt) - 1])
+        return out
+
+    def warmup(
+        self,
+        params,
+        prompt_lengths: Sequence[int] | None = None,
+        completions: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> float:
+        """Compile every shape that `generate` can need; afterwards a compile is a logged warning.
+
+        Args:
+          params: from `layout`. prompt_lengths: those to expect, default 1..max_prompt. completions: the
+            smallest number one call will ask for, default at least `slots`. sampling: whether it truncates
+            or biases selects the decode program.
+
+        Returns: seconds it took; `self.shapes` says for what.
+        """
+        begin = time.perf_counter()
+        s, sizes = sampling or Sampling(), self.row_sizes
+        knobs, kind = make_knobs(self, s)
+        lengths = range(1, self.max_prompt + 1) if prompt_lengths is None else prompt_lengths
+        prompts = sorted({bucket(n - 1, 32) for n in lengths})
+        zeros = np.zeros(KEY_BLOCK, np.uint32)
+        self.call("keys", (), np.uint32(0), np.uint32(0), zeros, zeros)
+        caches = [
+            self.call("prefill", (n, P), params, np.zeros((n, P), np.int32), np.zeros(n, np.int32))
+            for P in prompts
+            for n in self.prefill_sizes()
+        ]
+        first = next((b for b in sizes if b >= (completions or self.slots)), self.slots)
+        for rows in sizes[: sizes.index(first) + 1]:
+            for i, window in enumerate(self.windows):
+                cache = self.call("new_cache", (rows, window), rows, window)
+                if rows == first or completions is not None:
+                    for prompt in caches:
+                        if prompt[1][0].shape[2] <= window:
+                            none = np.zeros(rows, np.int32)
+                            cache = insert(self, cache, prompt, none, none > 0, prompt[1][0].shape[2])
+                for other in self.windows[max(i - 1, 0) : i + 2]:
+                    rebase(self, cache, None, 0, other)
+                for fewer in sizes[: sizes.index(rows)]:
+                    rebase(self, cache, np.arange(fewer, dtype=np.int32), 0, window)
+                state = idle_rows(rows)
+                args = (params, cache, state, knobs, np.int32(0), np.int32(1))
+                self.call("decode", (rows, window, *kind), *args)
+        self.warm = True
+        return time.perf_counter() - begin
+
+    def prefill_sizes(self) -> list[int]:
+        """Numbers of prompts prefilled together; padded up to one of these."""
+        least = max(4, self.row_multiple)
+        return [least << i for i in range(4) if i == 0 or least << i <= self.slots]
 
     def call(self, name: str, sizes: tuple, *args, **kwargs):
         """Run a program, recording the first call of each shape (that is when it compiles)."""
@@ -194,213 +283,55 @@ class Sampler:
         return out
 
 
-class _Run:
-    """The state of one `generate` call."""
+def make_knobs(sampler: Sampler, sampling: Sampling) -> tuple[Knobs, tuple[bool, bool]]:
+    """The traced settings, and which decode program they need: (truncated, biased)."""
+    V, bias = sampler.config.vocab_size, None
+    if sampling.bias is not None:
+        bias = np.asarray(sampling.bias, np.float32)
+        if bias.shape != (V,):
+            raise ValueError(f"bias has shape {bias.shape}, the vocabulary ({V},)")
+        if not np.any(bias > -np.inf) or np.any(np.isnan(bias)) or np.any(bias == np.inf):
+            raise ValueError("bias must be finite or -inf, and leave at least one token")
+    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    values = dict(
+        top_k=np.int32(sampling.top_k), top_p=np.float32(sampling.top_p), min_p=np.float32(sampling.min_p)
+    )
+    knobs = Knobs(np.float32(sampling.temperature), sampler.eos, bias=bias, **(values if truncated else {}))
+    return knobs, (truncated, bias is not None)
 
-    def __init__(self, sampler, params, requests, seed, step, sampling, on_tokens):
-        self.s, self.params, self.requests, self.on_tokens = sampler, params, requests, on_tokens
-        self.stats = Stats()
-        for i, r in enumerate(requests):
-            if not 1 <= len(r.prompt) <= sampler.max_prompt or not 1 <= r.max_tokens <= sampler.max_tokens:
-                raise ValueError(
-                    f"request {i}: prompt of {len(r.prompt)} and limit of {r.max_tokens} tokens; the sampler "
-                    f"takes prompts of 1..{sampler.max_prompt} and limits of 1..{sampler.max_tokens}"
-                )
-        order = sorted(
-            range(len(requests)), key=lambda i: (-requests[i].expected, -len(requests[i].prompt), i)
+
+def idle_rows(size: int) -> Rows:
+    """Rows of a pool in which nothing runs."""
+    zero = np.zeros(size, np.int32)
+    return Rows(zero, zero, zero, zero, zero > 0, np.zeros((size, 2), np.uint32), zero)
+
+
+def insert(sampler: Sampler, cache, prompt, source, chosen, end: int):
+    """Copy prompt rows `source` into the `chosen` rows of the cache, ending at column `end`."""
+    n, _, P, _ = prompt[1][0].shape
+    window, arrays = cache.v[0].shape[2], []
+    for pool, new, axis in ((cache.k, prompt[0], sampler.programs.key_axis), (cache.v, prompt[1], 2)):
+        sizes = (n, P, len(chosen), window, axis)
+        args = (source, chosen, np.int32(end))
+        arrays.append(
+            tuple(sampler.call("insert", sizes, a, b, *args, axis=axis) for a, b in zip(pool, new, strict=True))
         )
-        self.queue = [i for i in order if requests[i].samples > 0]
-        self.pending: list[list] = []  # [prompt caches, row, request, next sample]
-        self.out = [[([], [], [""]) for _ in range(r.samples)] for r in requests]
-        n = sum(r.samples for r in requests)
-        base = (
-            max(8, sampler.slots // 8),
-            max(1, sampler.slots // 4),
-            max(1, sampler.slots // 2),
-            sampler.slots,
-        )
-        unit = sampler.row_multiple
-        self.row_buckets = sorted({-(-b // unit) * unit for b in base if b <= sampler.slots})
-        size = next((b for b in self.row_buckets if b >= n), sampler.slots)
-        self.slots = _Slots(size)
-        problem = np.repeat(np.array([r.key for r in requests], np.uint32), [r.samples for r in requests])
-        sample = np.concatenate(
-            [r.first_sample + np.arange(r.samples, dtype=np.uint32) for r in requests]
-            or [np.zeros(0, np.uint32)]
-        ).astype(np.uint32)
-        padded = bucket(n, 64, 1)
-        problem, sample = (np.pad(a, (0, padded - n)) for a in (problem, sample))
-        keys = sampler.call("keys", (padded,), np.uint32(seed), np.uint32(step), problem, sample)
-        self.keys = np.asarray(keys)
-        self.first_key = np.cumsum([0] + [r.samples for r in requests])
-        truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-        self.knobs = Knobs(
-            temperature=np.float32(sampling.temperature),
-            eos=sampler.eos,
-            bias=None if sampling.bias is None else np.asarray(sampling.bias, np.float32),
-            **(
-                dict(
-                    top_k=np.int32(sampling.top_k),
-                    top_p=np.float32(sampling.top_p),
-                    min_p=np.float32(sampling.min_p),
-                )
-                if truncated
-                else {}
-            ),
-        )
-        self.kind = (truncated, sampling.bias is not None)
-        self.cache, self.end, self.width = None, 0, 0
+    return cache.replace(k=arrays[0], v=arrays[1])
 
-    def loop(self):
-        while self.queue or self.pending or self.slots.active.any():
-            self.refill()
-            self.decode()
 
-    def refill(self):
-        """Fill free slots from prefilled prompts, prefilling as many more prompts as that takes."""
-        free = np.flatnonzero(~self.slots.active)
-        waiting = sum(self.requests[p[2]].samples - p[3] for p in self.pending)
-        while self.queue and waiting < len(free):
-            waiting += self.prefill(len(free) - waiting)
-        placed = []  # (slot, prompt caches, row)
-        for slot in free:
-            if not self.pending:
-                break
-            caches, row, index, sample = self.pending[0]
-            self.place(slot, index, sample)
-            placed.append((slot, caches, row))
-            self.pending[0][3] += 1
-            if self.pending[0][3] >= self.requests[index].samples:
-                self.pending.pop(0)
-        if not placed and not self.queue and not self.pending:
-            self.shrink()
-        self.make_room(max((c[0][0].shape[2] for _, c, _ in placed), default=0))
-        while placed:
-            caches = placed[0][1]
-            source, chosen = np.zeros(len(self.slots.token), np.int32), np.zeros(len(self.slots.token), bool)
-            for slot, _, row in (p for p in placed if p[1] is caches):
-                source[slot], chosen[slot] = row, True
-            placed = [p for p in placed if p[1] is not caches]
-            n, _, P, _ = caches[0][0].shape
-            sizes = (n, P, len(chosen), self.width)
-            self.cache = self.s.call("insert", sizes, self.cache, caches, source, chosen)
+def rebase(sampler: Sampler, cache, rows, shift: int, window: int):
+    """The cache with other rows (None: the same) and another window, its columns moved left by `shift`.
 
-    def prefill(self, samples: int) -> int:
-        """Prefill the next prompts, enough for `samples` slots; returns how many samples they bring."""
-        begin = time.perf_counter()
-        chosen, brought = [], 0
-        while self.queue and brought < samples:
-            chosen.append(self.queue.pop(0))
-            brought += self.requests[chosen[-1]].samples
-        # the last prompt token is left to the first decode step, so that prefill needs no head
-        lengths = [len(self.requests[i].prompt) - 1 for i in chosen]
-        P, n = bucket(max(lengths), 32), bucket(len(chosen), max(4, self.s.row_multiple), 1)
-        tokens = np.zeros((n, P), np.int32)
-        for row, (i, length) in enumerate(zip(chosen, lengths, strict=True)):
-            tokens[row, P - length :] = self.requests[i].prompt[:-1]
-        padded = np.array(lengths + [0] * (n - len(lengths)), np.int32)
-        caches = self.s.call("prefill", (n, P), self.params, tokens, padded)
-        self.pending += [[caches, row, i, 0] for row, i in enumerate(chosen)]
-        self.stats.prefill_tokens += sum(lengths)
-        self.stats.seconds_prefill += time.perf_counter() - begin
-        return brought
-
-    def place(self, slot: int, index: int, sample: int):
-        r, s = self.requests[index], self.slots
-        s.request[slot], s.sample[slot] = index, sample
-        s.token[slot], s.used[slot], s.count[slot] = r.prompt[-1], len(r.prompt) - 1, 0
-        s.limit[slot], s.min_count[slot] = r.max_tokens, min(r.min_tokens, r.max_tokens)
-        s.keys[slot] = self.keys[self.first_key[index] + sample]
-
-    def shrink(self):
-        """With nothing left to place, keep only as many rows as still run."""
-        running = np.flatnonzero(self.slots.active)
-        size = next((b for b in self.row_buckets if b >= len(running)), len(self.slots.token))
-        if 0 < len(running) and size < len(self.slots.token):
-            rows = np.concatenate([running, np.flatnonzero(~self.slots.active)])[:size].astype(np.int32)
-            self.slots.take(rows)
-            self.move(rows)
-
-    def make_room(self, prompt: int):
-        """Give the pool a window that fits the longest running row, new prompts, and some steps to come."""
-        if self.cache is None:
-            self.width, self.end = bucket(prompt + self.chunk_ahead(), self.s.window, 8), prompt
-            sizes = (len(self.slots.token), self.width)
-            self.cache = self.s.call("new_cache", sizes, *sizes)
-            if self.s.placement:
-                where = self.s.placement.cache()
-                k, v = (jax.device_put(pool, where) for pool in (self.cache.k, self.cache.v))
-                self.cache = self.cache.replace(k=k, v=v)
-            self.cache = self.cache.replace(end=jnp.int32(self.end))
-        elif self.width - self.end < min(16, self.s.chunk) or prompt > self.end:
-            self.move(np.arange(len(self.slots.token), dtype=np.int32), prompt)
-
-    def chunk_ahead(self) -> int:
-        """Steps to leave room for: a chunk, but no more than the longest response still allowed."""
-        left = (self.slots.limit - self.slots.count)[self.slots.active]
-        return min(self.s.chunk, max(left.max(initial=1), 1))
-
-    def move(self, rows, prompt: int = 0):
-        """Rebase the pool on `rows`, with the clock set back as far as the longest running row allows."""
-        used = self.slots.used[self.slots.active].max(initial=0)
-        end = max(int(used), prompt)
-        width = bucket(end + self.chunk_ahead(), self.s.window, 8)
-        sizes = (len(self.cache.k[0]), self.width, len(rows), width)
-        self.cache = self.s.call("rebase", sizes, self.cache, rows, jnp.int32(end), window=width)
-        self.end, self.width = end, width
-
-    def decode(self):
-        s, sampler = self.slots, self.s
-        begin = time.perf_counter()
-        steps = min(sampler.chunk, self.width - self.end)
-        more = bool(self.queue or self.pending)
-        refill_at = sampler.refill_at if more else self.shrink_at()
-        sizes = (len(s.token), self.width, *self.kind)
-        args = (self.params, self.cache, s.arguments(), self.knobs, np.int32(steps), np.int32(refill_at))
-        self.cache, tokens, logps, emitted = sampler.call("decode", sizes, *args)
-        tokens, logps, emitted = np.asarray(tokens), np.asarray(logps), np.asarray(emitted)
-        ran = int(emitted.max(initial=0))
-        self.end += ran
-        self.stats.decode_calls += 1
-        self.stats.slot_steps += ran * len(s.token)
-        self.stats.tokens += int(emitted[s.active].sum())
-        self.stats.seconds_decode += time.perf_counter() - begin
-        for slot in np.flatnonzero(s.active):
-            self.harvest(slot, tokens[: emitted[slot], slot], logps[: emitted[slot], slot])
-
-    def shrink_at(self) -> int:
-        """Finished rows after which a smaller pool is worth a copy; more than there are means never."""
-        running = int(self.slots.active.sum())
-        smaller = [b for b in self.row_buckets if b < len(self.slots.token)]
-        return running - smaller[-1] if smaller and running > smaller[-1] else running + 1
-
-    def harvest(self, slot: int, tokens, logps):
-        s = self.slots
-        index, sample = int(s.request[slot]), int(s.sample[slot])
-        pieces = self.out[index][sample]
-        pieces[0].append(tokens.copy())
-        pieces[1].append(logps.copy())
-        s.count[slot] += len(tokens)
-        s.used[slot] += len(tokens)
-        s.token[slot] = tokens[-1]
-        stop = bool(self.on_tokens and self.on_tokens(index, sample, tokens))
-        if tokens[-1] in self.s.eos:
-            pieces[2][0] = "eos"
-        elif s.count[slot] >= s.limit[slot]:
-            pieces[2][0] = "length"
-        elif stop:
-            pieces[2][0] = "stop"
-        else:
-            return
-        s.request[slot], s.used[slot] = -1, 0
-
-    def results(self) -> list[list[Completion]]:
-        return [
-            [
-                Completion(
-                    np.concatenate(t).astype(np.int32), np.concatenate(lp).astype(np.float32), finish[0]
-                )
-                for t, lp, finish in group
-            ]
-            for group in self.out
-        ]
+    The old arrays are dropped layer by layer, if the caller holds no other reference to them.
+    """
+    count, old = cache.v[0].shape[0], cache.v[0].shape[2]
+    sizes = (count, old, None if rows is None else len(rows), window)
+    moved = []
+    for arrays, axis in ((list(cache.k), sampler.programs.key_axis), (list(cache.v), 2)):
+        out = []
+        for array in arrays:
+            args = (array, rows, np.int32(shift))
+            out.append(sampler.call("rebase", (*sizes, axis), *args, window=window, axis=axis))
+        moved.append(tuple(out))
+    start = cache.start if rows is None else cache.start[: len(rows)]
+    return cache.replace(k=moved[0], v=moved[1], start=start)

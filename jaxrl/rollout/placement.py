@@ -56,6 +56,11 @@ class Placement:
         """Slots and prefilled prompts come in multiples of this."""
         return self.mesh.shape["data"]
 
+    @property
+    def platform(self) -> str:
+        """"cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def use(self):
         """Context for tracing and calling the sampler's programs."""
         return meshes.use(self.mesh, self.rules)
@@ -65,7 +70,7 @@ class Placement:
         mesh, rules = mesh or self.mesh, rules or self.rules
         return jax.tree.map(
             lambda spec: NamedSharding(mesh, meshes.to_spec(spec, rules)),
-            _specs(config, self.fused),
+            _specs(config, self.fused, self.platform == "cpu"),
             is_leaf=lambda x: isinstance(x, P),
         )
 
@@ -118,8 +123,8 @@ def place(config: DecoderConfig, training: Mesh, tensor: int = 1, process: int |
     return Placement(training, everywhere, mesh, rules, fused=tensor == 1)
 
 
-def _specs(config: DecoderConfig, fused: bool):
-    """Logical PartitionSpecs of models.decoder.sampling_layout(params, config, dtype, fused)."""
+def _specs(config: DecoderConfig, fused: bool, untie: bool):
+    """Logical PartitionSpecs of models.decoder.sampling_layout(params, config, dtype, fused, untie)."""
     specs = dict(abstract_params(config)[1])
     stacked = specs.pop("layers")
     layer = jax.tree.map(lambda s: P(*s[1:]), stacked, is_leaf=lambda x: isinstance(x, P))
@@ -133,4 +138,6 @@ def _specs(config: DecoderConfig, fused: bool):
         mlp["gate_up"] = mlp.pop("gate")
         mlp.pop("up")
     layer = {**layer, "attn": attn, "mlp": mlp}
+    if untie and "lm_head" not in specs:
+        specs["lm_head"] = {"kernel": P("embed", "vocab")}
     return {**specs, **{f"layer_{i}": layer for i in range(config.num_layers)}}

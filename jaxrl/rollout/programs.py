@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxrl.rollout.sampling import draw, sample_keys, uniforms
 from models.config import DecoderConfig
-from models.decoder import Cache, Decoder, empty_cache, logits
+from models.decoder import Decoder, empty_cache, logits
 
 
 @flax.struct.dataclass
@@ -55,11 +55,16 @@ class Knobs:
 
 
 class Programs(NamedTuple):
-    """prefill(params, tokens [n, P], lengths [n]) -> (k, v), prompt caches [n, K, P, H] a layer, right-aligned.
-    insert(cache, (k, v), source int32 [B], chosen bool [B]) -> cache with prompt rows copied before the clock.
-    rebase(cache, rows int32 [B'], new_end, window) -> cache of B' rows and another window, clock at new_end.
+    """`axis` below is the cache array's column axis: 2, or 3 for keys stored by column (`key_axis`).
+
+    prefill(params, tokens [n, P], lengths [n]) -> (k, v), prompt caches [n, K, P, H] a layer, right-aligned.
+    insert(array, prompts, source int32 [B], chosen bool [B], end, axis) -> array with prompt rows copied to the
+      columns before `end`; donates the array.
+    rebase(array, rows int32 [B'] | None, shift, window, axis) -> array of B' rows and another window, whose
+      column c is column c + shift of the old one. One layer at a time, so a move never doubles the cache.
     decode(params, cache, rows, knobs, steps, refill_at) -> (cache, tokens [chunk, B], logps, emitted [B]).
     new_cache(rows, window) -> zeroed cache. keys(seed, step, problem [B], sample [B]) -> uint32 [B, 2].
+    score(params, tokens [n, P]) -> log-probs [n, P-1] of tokens[:, 1:] under softmax(logits).
     """
 
     prefill: Any
@@ -68,48 +73,70 @@ class Programs(NamedTuple):
     decode: Any
     new_cache: Any
     keys: Any
+    score: Any
+    key_axis: int
 
 
 def build_programs(
-    config: DecoderConfig, dtype, chunk: int, attention: str = "xla", fused: bool = True
+    config: DecoderConfig,
+    dtype,
+    chunk: int,
+    attention: str = "xla",
+    fused: bool = True,
+    cache_sharding=None,
+    platform: str | None = None,
 ) -> Programs:
     """Sampler programs for parameters in `models.decoder.sampling_layout`.
 
     Args:
       dtype: compute and cache dtype. chunk: most decode steps of one call (the width of its output).
-      attention: implementation for the prefill. fused: whether the parameters are (see sampling_layout).
+      attention: implementation for the prefill and score. fused: whether the parameters are (see
+        sampling_layout). cache_sharding: NamedSharding of the [B, K, ...] cache arrays, or None.
+      platform: "cpu", "gpu" or "tpu", default the one jax runs on. On a CPU keys are stored by column,
+        because its kernels transpose operands slowly; `sampling_layout(untie=True)` is for the same reason.
     """
-    model = Decoder(config, dtype=dtype, scan_layers=False, fused=fused, attention=attention)
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    key_axis = 3 if on_cpu else 2
+    model = Decoder(
+        config, dtype=dtype, scan_layers=False, fused=fused, attention=attention, key_columns=on_cpu
+    )
+
+    def place(array):
+        return array if cache_sharding is None else lax.with_sharding_constraint(array, cache_sharding)
 
     def prefill(params, tokens, lengths):
         n, P = tokens.shape
-        cache = empty_cache(config, n, P, dtype).replace(start=P - lengths)
+        cache = empty_cache(config, n, P, dtype, key_columns=on_cpu).replace(start=P - lengths)
         positions = jnp.maximum(jnp.arange(P)[None] - (P - lengths)[:, None], 0)
         cache = model.apply({"params": params}, tokens, positions, None, cache)[1]
         return cache.k, cache.v
 
-    def insert(cache, prompt, source, chosen):
-        P = prompt[0][0].shape[2]
+    def insert(array, prompts, source, chosen, end, axis):
+        P = prompts.shape[axis]
+        old = lax.dynamic_slice_in_dim(array, end - P, P, axis)
+        new = jnp.where(chosen[:, None, None, None], prompts[source], old)
+        return place(lax.dynamic_update_slice_in_dim(array, new, end - P, axis))
 
-        def put(pool, prompts):
-            at = (0, 0, cache.end - P, 0)
-            old = lax.dynamic_slice(pool, at, (pool.shape[0], pool.shape[1], P, pool.shape[3]))
-            new = jnp.where(chosen[:, None, None, None], prompts[source], old)
-            return lax.dynamic_update_slice(pool, new, at)
+    def rebase(array, rows, shift, window, axis):
+        array = array if rows is None else array[rows]
+        sides = [(window, window) if i == axis else (0, 0) for i in range(4)]
+        return place(lax.dynamic_slice_in_dim(jnp.pad(array, sides), window + shift, window, axis))
 
-        k, v = (tuple(map(put, pool, new)) for pool, new in ((cache.k, prompt[0]), (cache.v, prompt[1])))
-        return cache.replace(k=k, v=v)
+    def new_cache(rows, window):
+        cache = empty_cache(config, rows, window, dtype, key_columns=on_cpu)
+        return cache.replace(k=tuple(map(place, cache.k)), v=tuple(map(place, cache.v)))
 
-    def rebase(cache, rows, new_end, window):
-        shift = cache.end - new_end  # columns dropped at the front (added, when negative)
+    def score(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden = model.apply({"params": params}, tokens, positions)[0]
 
-        def move(pool):
-            padded = jnp.pad(pool[rows], ((0, 0), (0, 0), (window, window), (0, 0)))
-            return lax.dynamic_slice_in_dim(padded, window + shift, window, axis=2)
+        def one(pair):  # a column at a time: never [n, P, V]
+            h, target = pair
+            z = logits(params, h)
+            picked = jnp.take_along_axis(z, target[:, None], axis=-1)[:, 0]
+            return picked - jax.nn.logsumexp(z, axis=-1)
 
-        return Cache(
-            k=tuple(map(move, cache.k)), v=tuple(map(move, cache.v)), start=cache.start[rows], end=new_end
-        )
+        return lax.map(one, (hidden[:, :-1].swapaxes(0, 1), tokens[:, 1:].T)).T
 
     def decode(params, cache, rows, knobs, steps, refill_at):
         B = rows.token.shape[0]
@@ -151,17 +178,18 @@ def build_programs(
             jnp.zeros((chunk, B), jnp.float32),
         )
         _, cache, _, _, emitted, tokens, logps = lax.while_loop(cond, body, start)
+        cache = cache.replace(k=tuple(map(place, cache.k)), v=tuple(map(place, cache.v)))
         return cache, tokens, logps, emitted
 
     return Programs(
         prefill=jax.jit(prefill),
-        insert=jax.jit(insert, donate_argnums=0),
-        rebase=jax.jit(rebase, static_argnames="window"),
+        insert=jax.jit(insert, donate_argnums=0, static_argnames="axis"),
+        rebase=jax.jit(rebase, static_argnames=("window", "axis")),
         decode=jax.jit(decode, donate_argnums=1),
-        new_cache=jax.jit(
-            lambda rows, window: empty_cache(config, rows, window, dtype), static_argnums=(0, 1)
-        ),
+        new_cache=jax.jit(new_cache, static_argnums=(0, 1)),
         keys=jax.jit(sample_keys),
+        score=jax.jit(score),
+        key_axis=key_axis,
     )
 
 
