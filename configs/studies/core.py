@@ -3,7 +3,8 @@
     python -m jaxrl.study --config=configs/studies/core.py
 
 90 runs of about a minute and a half on two cores. All methods of a seed start from the same warm start.
-Four mini-batch updates per rollout, so that clips and gates act; everything else is configs/quickstart.py.
+Harder than configs/quickstart.py, which reaches 97 %: chains of up to 12 operands. Four mini-batch updates
+per rollout, so that clips and gates act.
 The result: docs/results.md.
 """
 
@@ -27,7 +28,14 @@ def get_study():
         "out": "runs/studies/core",
         "seeds": [0, 1, 2, 3, 4],
         "baseline": "grpo none",
-        "common": {"steps": 60, "batch.updates": 4, "eval.every": 10, "log.tensorboard": False},
+        "common": {
+            "steps": 60,
+            "batch.updates": 4,
+            "task.dial.n_max": 12,
+            "sampling.max_tokens": 32,
+            "eval.every": 10,
+            "log.tensorboard": False,
+        },
         "stages": {"warm start": {"entry": "sft"}},
         "methods": methods,
     }

@@ -3,7 +3,7 @@
     python -m jaxrl.study --config=configs/studies/lspo.py
 
 The paper (2510.01459): both ends beat the middle, percentiles beat absolute lengths, length beats accuracy.
-The baseline is the accuracy filter alone, on the same number of prompts per generation batch.
+Task and updates as in core.py. The baseline is the accuracy filter alone, on the same number of prompts per generation batch.
 """
 
 RULES = (
@@ -27,6 +27,8 @@ def get_study():
             "steps": 60,
             "algorithm.loss": "dapo",
             "batch.updates": 4,
+            "task.dial.n_max": 12,
+            "sampling.max_tokens": 32,
             "batch.generation_prompts": 48,
             "eval.every": 10,
             "log.tensorboard": False,

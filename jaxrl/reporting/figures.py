@@ -52,7 +52,7 @@ def _finish(ax, zero: bool = False, integer: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlabel("step")
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=integer))
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=integer, steps=[1, 2, 5, 10]))
     ax.margins(x=0.01)
     if zero:
         ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
@@ -210,10 +210,10 @@ def time_split(ax, run: Run) -> bool:
 
 
 def _stack(ax, steps, counts, names) -> bool:
-    """Stacked shares in percent, smoothed, named at the right end."""
+    """Stacked shares in percent, named at the right end. Running medians: a compilation is not a trend."""
     counts = np.array(counts, np.float64)
     window = max(1, len(steps) // 12)
-    share = np.array([smooth(row, window) for row in counts])
+    share = np.array([smooth(row, window, np.median) for row in counts])
     share = 100 * share / np.maximum(share.sum(axis=0), 1e-12)
     colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
     ax.stackplot(steps, share, colors=colours, alpha=0.72, linewidth=0.8, edgecolor=PAPER)

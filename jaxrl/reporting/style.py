@@ -6,6 +6,7 @@ import contextlib
 import io
 import pathlib
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -126,9 +127,9 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean; near the ends over the part of the window that there is."""
+def smooth(values: np.ndarray, window: int, average: Callable = np.mean) -> np.ndarray:
+    """Centred running mean (or another average); near the ends over the part of the window that there is."""
     out = np.empty(len(values))
     for i in range(len(values)):
-        out[i] = values[max(0, i - window // 2) : i + window // 2 + 1].mean()
+        out[i] = average(values[max(0, i - window // 2) : i + window // 2 + 1])
     return out
