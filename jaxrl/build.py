@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Sampler
 from jaxrl.rollout.placement import place
-from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer

@@ -82,7 +82,6 @@ def base_config() -> ConfigDict:
     c.sampling.slots = 64
     c.sampling.chunk = 64
     c.sampling.window = 64
-    c.sampling.tensor = 1  # devices that share one copy of the sampler's weights
     c.sampling.tensor = 1  # chips that share one copy of the sampler's weights; a host holds whole copies
 
     c.algorithm = ConfigDict()
