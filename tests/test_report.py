@@ -1,5 +1,6 @@
 """The report page: what it says, that it is self-contained, and that it shows the numbers of the run."""
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -10,6 +11,7 @@ import pytest
 
 from jaxrl import report
 from jaxrl.errors import UserError
+from jaxrl.reporting import figures
 from jaxrl.reporting.page import shade
 from jaxrl.reporting.panels import PANELS
 from jaxrl.reporting.runs import group_runs, read_run, t_half_width
@@ -128,6 +130,20 @@ def test_seeds_are_grouped_and_settings_named_by_what_differs(pages):
     )
     assert steps.tolist() == [0, 10, 20] and np.allclose(mean, values.mean(0))
     assert np.allclose(half, 12.706 * np.abs(values[0] - values[1]) / 2, rtol=1e-3)
+
+
+def test_sweeps_of_several_data_sets_are_lines_of_their_own(pages):
+    run = read_run(pages[1][0])
+    rows = [
+        dict(data=d, budget=b, step=s, mean_tokens=b + s)
+        for s in (9, 3)
+        for d in ("x", "y")
+        for b in (20, 10)
+    ]
+    settings = group_runs([dataclasses.replace(run, budgets=rows)])
+    sweeps = figures._sweeps(settings)
+    assert [label for label, _ in sweeps] == ["x", "y"]
+    assert all([r["mean_tokens"] for r in rows] == [19, 29] for _, rows in sweeps)  # the newest checkpoint
 
 
 def test_a_run_in_its_first_step_has_a_page(tmp_path):

@@ -230,23 +230,36 @@ def _stack(ax, steps, counts, names) -> bool:
     return True
 
 
+def _sweeps(settings: Sequence[Setting]) -> list[tuple[str, list[dict]]]:
+    """(label, results by budget) of every data set that was swept, of the first seed's newest checkpoint."""
+    out = []
+    for setting in settings:
+        found: dict[str, dict[int, dict]] = {}
+        for row in sorted(setting.runs[0].budgets, key=lambda r: r.get("step") or 0):
+            found.setdefault(row.get("data", ""), {})[row["budget"]] = row
+        for data, rows in found.items():
+            parts = [setting.label] if len(settings) > 1 else []
+            parts += [data] if len(found) > 1 else []
+            out.append((" ".join(parts), [rows[b] for b in sorted(rows)]))
+    return out
+
+
 def budgets(ax, settings: Sequence[Setting]) -> bool:
     """Length obeyed: mean tokens against the budget asked for; the dotted line is perfect obedience."""
-    rows = [(s.label, sorted(s.runs[0].budgets, key=lambda r: r["budget"])) for s in settings]
-    rows = [(label, found) for label, found in rows if found]
-    if not rows:
+    sweeps = _sweeps(settings)
+    if not sweeps:
         return False
-    top = max(r["budget"] for _, found in rows for r in found)
+    top = max(r["budget"] for _, rows in sweeps for r in rows)
     ax.plot([0, top], [0, top], color=MUTED, linestyle=(0, (1, 2)), linewidth=1)
     ends = []
-    for i, (label, found) in enumerate(rows):
-        x, y = [r["budget"] for r in found], [r["mean_tokens"] for r in found]
+    for i, (label, rows) in enumerate(sweeps):
+        x, y = [r["budget"] for r in rows], [r["mean_tokens"] for r in rows]
         ax.plot(x, y, color=SERIES[i % len(SERIES)], marker="o", markersize=4)
         ends.append((x[-1], y[-1], label, SERIES[i % len(SERIES)]))
     _finish(ax, zero=True)
     ax.set_xlabel("budget, tokens")
     ax.set_ylabel("mean tokens")
-    if len(rows) > 1:
+    if len(ends) > 1:
         label_ends(ax, ends)
     return True
 
@@ -254,17 +267,15 @@ def budgets(ax, settings: Sequence[Setting]) -> bool:
 def accuracy_by_tokens(ax, settings: Sequence[Setting]) -> bool:
     """Accuracy against the tokens really spent, one point per budget, with 95 % intervals."""
     ends = []
-    for i, setting in enumerate(settings):
-        found = sorted(setting.runs[0].budgets, key=lambda r: r["mean_tokens"])
-        if not found:
-            continue
+    for i, (label, rows) in enumerate(_sweeps(settings)):
+        rows = sorted(rows, key=lambda r: r["mean_tokens"])
         colour = SERIES[i % len(SERIES)]
-        x = np.array([r["mean_tokens"] for r in found])
+        x = np.array([r["mean_tokens"] for r in rows])
         keys = ("accuracy", "accuracy_low", "accuracy_high")
-        y, low, high = (100 * np.array([r[k] for r in found]) for k in keys)
+        y, low, high = (100 * np.array([r[k] for r in rows]) for k in keys)
         ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
         ax.plot(x, y, color=colour, marker="o", markersize=4)
-        ends.append((x[-1], y[-1], setting.label, colour))
+        ends.append((x[-1], y[-1], label, colour))
     if not ends:
         return False
     _finish(ax)
