@@ -132,6 +132,24 @@ def test_seeds_are_grouped_and_settings_named_by_what_differs(pages):
     assert np.allclose(half, 12.706 * np.abs(values[0] - values[1]) / 2, rtol=1e-3)
 
 
+def test_labels_say_what_tells_settings_apart(pages):
+    run = read_run(pages[1][0])
+
+    def labels(*changes):
+        runs = [dataclasses.replace(run, config=run.config | change) for change in changes]
+        return [setting.label for setting in group_runs(runs)]
+
+    chosen = {"algorithm.selection": "none", "steps": 9}
+    assert labels({"length.reward": "none"}, chosen | {"length.reward": "arora"}) == [
+        "accuracy+lspo",
+        "arora",
+    ]
+    assert labels(chosen, {"algorithm.selection": "lspo"}) == ["none", "lspo"]
+    assert labels({}, {"batch.updates": 4}) == ["updates None", "updates 4"]
+    assert labels({"a.hyper.x": 1, "run_dir": "u"}, {"a.hyper.x": 2, "eval.every": 3}) == ["x 1", "x 2"]
+    assert labels({}, {"seed": 5}) == ["grpo0"]
+
+
 def test_sweeps_of_several_data_sets_are_lines_of_their_own(pages):
     run = read_run(pages[1][0])
     rows = [

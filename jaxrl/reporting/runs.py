@@ -16,6 +16,7 @@ from jaxrl.errors import UserError
 from jaxrl.runtime.metrics import read_metrics
 
 # Settings that do not make a run another method.
+_METHOD = ("algorithm.loss", "algorithm.advantage", "algorithm.selection", "length.reward")
 _NOT_METHOD = ("run_dir", "seed", "resume", "log.", "watchdog.", "checkpoint.", "compilation_cache", "eval.")
 # 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom; then the normal's.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
@@ -117,17 +118,20 @@ def group_runs(runs: Sequence[Run]) -> list[Setting]:
     configs = [members[0].config for members in groups.values()]
     keys = sorted({k for c in configs for k in c if not k.startswith(_NOT_METHOD)})
     differing = [k for k in keys if len({json.dumps(c.get(k), default=str) for c in configs}) > 1]
-    # hyperparameters follow from the method more often than not; name them only if nothing else differs
-    main = [k for k in differing if "hyper" not in k] or differing
-    main.sort(key=lambda k: (not k.startswith("algorithm."), k))
-    settings = []
-    for members in groups.values():
-        config = members[0].config
-        label = " · ".join(_name(k, config.get(k)) for k in main) or members[0].path.name
-        settings.append(Setting(label, members))
-    if len({s.label for s in settings}) < len(settings):
-        settings = [dataclasses.replace(s, label=f"{s.label} ({s.runs[0].path.name})") for s in settings]
+    # constants follow from the method more often than not: named only where methods do not tell runs apart
+    tries = [[k for k in _METHOD if k in differing], [k for k in differing if "hyper" not in k], differing]
+    labels = [[_label(c, keys) for c in configs] for keys in tries]
+    labels = next((names for names in labels if len(set(names)) == len(configs)), labels[0])
+    settings = [Setting(label, members) for label, members in zip(labels, groups.values(), strict=True)]
+    if len(set(labels)) < len(settings) or "" in labels:
+        settings = [Setting(f"{s.label} {s.runs[0].path.name}".strip(), s.runs) for s in settings]
     return settings
+
+
+def _label(config: dict[str, Any], keys: Sequence[str]) -> str:
+    """The settings by name; "none" only if that is all there is to say."""
+    names = [_name(key, config.get(key)) for key in keys]
+    return " · ".join([name for name in names if name != "none"] or names[:1])
 
 
 def _name(key: str, value: Any) -> str:
