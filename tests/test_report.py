@@ -132,6 +132,12 @@ def test_seeds_are_grouped_and_settings_named_by_what_differs(pages):
     assert np.allclose(half, 12.706 * np.abs(values[0] - values[1]) / 2, rtol=1e-3)
 
 
+def test_one_seed_claims_no_interval(pages):
+    root, paths, *_ = pages
+    out = report.write_report([str(paths[0]), str(paths[2])], str(root / "two.html"))
+    assert "±" not in open(out, encoding="utf-8").read()
+
+
 def test_labels_say_what_tells_settings_apart(pages):
     run = read_run(pages[1][0])
 

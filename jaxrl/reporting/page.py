@@ -181,7 +181,8 @@ def _summary(settings: Sequence[Setting]) -> str:
     rows = []
     for s in settings:
         _, mean, half = s.band("eval/accuracy")
-        said = f"{100 * mean[-1]:.1f} ± {100 * half[-1]:.1f} %" if len(mean) else "-"
+        spread = f" ± {100 * half[-1]:.1f}" if len(s.runs) > 1 and len(half) else ""  # one seed has no interval
+        said = f"{100 * mean[-1]:.1f}{spread} %" if len(mean) else "-"
         length = s.band("response_length/mean")[1]
         tokens = [run.series("generated_tokens")[1].sum() for run in s.runs]
         seconds = [run.series("time/step")[1].sum() for run in s.runs]
