@@ -104,8 +104,12 @@ def attention(config, on) -> str:
 def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
     """The sampler of config.sampling, on the devices of this host that belong to the mesh `on`."""
     s = config.sampling
-    if on.size > 1 and s.slots % (on.size // jax.process_count() // s.tensor or 1):
-        raise UserError(f"config.sampling.slots={s.slots} does not divide over this host's replicas of the model")
+    placement = place(decoder, on, s.tensor) if on.size > 1 else None
+    if placement and s.slots % placement.row_multiple:
+        raise UserError(
+            f"config.sampling.slots={s.slots} must be a multiple of {placement.row_multiple}, this host's copies of "
+            "the sampler's weights"
+        )
     if s.max_prompt + s.max_tokens > decoder.max_position_embeddings:
         raise UserError(
             f"config.sampling.max_prompt={s.max_prompt} + max_tokens={s.max_tokens} is above the model's context of "
@@ -120,7 +124,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
         chunk=s.chunk,
         window=s.window,
         dtype=jnp.dtype(config.model.sampler_dtype or config.model.dtype),
-        placement=place(decoder, on, s.tensor) if on.size > 1 else None,
+        placement=placement,
     )
 
 

@@ -255,9 +255,9 @@ class Sampler:
                             none = np.zeros(rows, np.int32)
                             cache = insert(self, cache, prompt, none, none > 0, prompt[1][0].shape[2])
                 for other in self.windows[max(i - 1, 0) : i + 2]:
-                    rebase(self, cache, None, 0, other)
+                    rebase(self, cache, None, 0, other, keep=True)
                 for fewer in sizes[: sizes.index(rows)]:
-                    rebase(self, cache, np.arange(fewer, dtype=np.int32), 0, window)
+                    rebase(self, cache, np.arange(fewer, dtype=np.int32), 0, window, keep=True)
                 state = idle_rows(rows)
                 args = (params, cache, state, knobs, np.int32(0), np.int32(1))
                 self.call("decode", (rows, window, *kind), *args)
@@ -319,10 +319,10 @@ def insert(sampler: Sampler, cache, prompt, source, chosen, end: int):
     return cache.replace(k=arrays[0], v=arrays[1])
 
 
-def rebase(sampler: Sampler, cache, rows, shift: int, window: int):
+def rebase(sampler: Sampler, cache, rows, shift: int, window: int, keep: bool = False):
     """The cache with other rows (None: the same) and another window, its columns moved left by `shift`.
 
-    The old arrays are dropped layer by layer, if the caller holds no other reference to them.
+    The old cache is freed layer by layer, whoever still refers to it, unless `keep`: two caches would not fit.
     """
     count, old = cache.v[0].shape[0], cache.v[0].shape[2]
     sizes = (count, old, None if rows is None else len(rows), window)
@@ -332,6 +332,8 @@ def rebase(sampler: Sampler, cache, rows, shift: int, window: int):
         for array in arrays:
             args = (array, rows, np.int32(shift))
             out.append(sampler.call("rebase", (*sizes, axis), *args, window=window, axis=axis))
+            if not keep:
+                array.delete()
         moved.append(tuple(out))
     start = cache.start if rows is None else cache.start[: len(rows)]
     return cache.replace(k=moved[0], v=moved[1], start=start)
