@@ -20,11 +20,9 @@ ROWS, WIDTH = 16, 64
 
 
 @functools.cache
-def _compiled(name: str, static: tuple):
-    loss = LOSSES[name]
-
+def _compiled(fn, static: tuple):
     def value(logp, old_logp, advantages, mask, ids, numbers, pick, tokens, sequences, norm):
-        per_token, stats = loss.fn(logp, old_logp, advantages, mask, ids, {**numbers, **dict(static)})
+        per_token, stats = fn(logp, old_logp, advantages, mask, ids, {**numbers, **dict(static)})
         modes = jnp.stack([aggregate(per_token, mask, ids, m, tokens, sequences, norm) for m in AGGREGATIONS])
         return jnp.sum(jnp.where(pick, modes, 0)), (per_token, stats)
 
@@ -63,7 +61,7 @@ def run_loss(name, batch, aggregation=None, overrides=None, counts=None, norm_le
         numbers = {k: v for k, v in hyper.items() if not isinstance(v, bool | str)}
         pick = np.array([m == (aggregation or entry.aggregation) for m in AGGREGATIONS])
         assert pick.sum() == 1, aggregation
-        (loss, (per_token, stats)), grad = _compiled(name, static)(
+        (loss, (per_token, stats)), grad = _compiled(entry.fn, static)(
             *floats, mask, ids, numbers, pick, float(counts[0]), float(counts[1]), float(norm_length)
         )
         r, t = batch["logp"].shape

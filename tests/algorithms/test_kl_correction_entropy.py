@@ -38,14 +38,12 @@ def test_kl_value_and_gradient(kind, dtype):
 
 
 @quick
-@given(
-    st.lists(st.floats(-30, 0), min_size=1, max_size=8), st.lists(st.floats(-30, 0), min_size=8, max_size=8)
-)
+@given(*[st.lists(st.floats(-30, 0), min_size=8, max_size=8)] * 2)
 def test_k3_is_never_negative(logp, ref):
     for clamp in (0.0, 10.0):
-        value = kl_estimate(jnp.asarray(logp), jnp.asarray(ref[: len(logp)]), "k3", value_clamp=clamp)
-        assert np.all(np.asarray(value) >= 0)
-    assert np.all(np.asarray(value) <= 10)
+        value = np.asarray(kl_estimate(jnp.asarray(logp), jnp.asarray(ref), "k3", value_clamp=clamp))
+        assert np.all(value >= 0)
+    assert np.all(value <= 10)
 
 
 @pytest.mark.parametrize(
