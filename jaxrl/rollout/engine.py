@@ -140,7 +140,9 @@ class Sampler:
         attention: str = "xla",
         placement: Placement | None = None,
     ):
-        for name, value in dict(max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk).items():
+        for name, value in dict(
+            max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk
+        ).items():
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.config, self.slots, self.chunk, self.dtype = config, slots, chunk, dtype
@@ -314,7 +316,9 @@ def insert(sampler: Sampler, cache, prompt, source, chosen, end: int):
         sizes = (n, P, len(chosen), window, axis)
         args = (source, chosen, np.int32(end))
         arrays.append(
-            tuple(sampler.call("insert", sizes, a, b, *args, axis=axis) for a, b in zip(pool, new, strict=True))
+            tuple(
+                sampler.call("insert", sizes, a, b, *args, axis=axis) for a, b in zip(pool, new, strict=True)
+            )
         )
     return cache.replace(k=arrays[0], v=arrays[1])
 

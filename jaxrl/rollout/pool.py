@@ -269,7 +269,7 @@ class Run:
 def _check(sampler, i: int, r) -> np.ndarray:
     """The limits of request i. Raises ValueError naming it."""
     limits = r.limits
-    low, high = limits.min(initial=sampler.max_tokens), limits.max(initial=1)
+    low, high = (limits.min(), limits.max()) if len(limits) else (1, 1)
     if not 1 <= len(r.prompt) <= sampler.max_prompt or not 1 <= low <= high <= sampler.max_tokens:
         raise ValueError(
             f"request {i}: prompt of {len(r.prompt)} and limit of {low if low < 1 else high} tokens; the sampler "
@@ -277,7 +277,9 @@ def _check(sampler, i: int, r) -> np.ndarray:
         )
     tokens = np.asarray(r.prompt)
     if tokens.min() < 0 or tokens.max() >= sampler.config.vocab_size:
-        raise ValueError(f"request {i}: prompt tokens outside the vocabulary, 0..{sampler.config.vocab_size - 1}")
+        raise ValueError(
+            f"request {i}: prompt tokens outside the vocabulary, 0..{sampler.config.vocab_size - 1}"
+        )
     if any(len(stop) == 0 for stop in r.stop):
         raise ValueError(f"request {i}: an empty stop sequence")
     return limits

@@ -1,0 +1,132 @@
+"""Stream a completion of a prompt.
+
+    python -m jaxrl.generate --model=DIR "Once upon a time"
+
+DIR is a Hugging Face directory or a run directory. The prompt goes through the tokenizer's chat template if it has
+one and --chat is not false. Flags and their defaults: --max_new_tokens=256 --temperature=1.0 --top_k=0 --top_p=1.0
+--min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32. Text goes to stdout, the rest to stderr.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+
+from jaxrl.errors import UserError
+from jaxrl.runtime import cli
+
+DEFAULTS = dict(
+    model=str,
+    max_new_tokens=256,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    seed=0,
+    samples=1,
+    chat=True,
+    dtype="float32",
+)
+
+
+def main(argv: list[str]) -> int:
+    flags = cli.parse_flags(argv, DEFAULTS, __doc__)
+    if len(flags["positional"]) != 1:
+        raise UserError('need one prompt: python -m jaxrl.generate --model=DIR "prompt"')
+    import jax.numpy as jnp
+
+    from jaxrl.rollout.engine import Sampler, Sampling
+    from jaxrl.runtime.model_source import load_model
+
+    if flags["dtype"] not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype={flags['dtype']!r}: float32 or bfloat16")
+    try:
+        sampling = Sampling(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+    except ValueError as e:
+        raise UserError(f"--{e}") from None
+    for name in ("max_new_tokens", "samples"):
+        if flags[name] < 1:
+            raise UserError(f"--{name}={flags[name]}: must be at least 1")
+    cli.use_compilation_cache()
+    config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]))
+    prompt = encode(tokenizer, flags["positional"][0], flags["chat"])
+    room = config.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, the model a context of {config.max_position_embeddings}"
+        )
+    limit = min(flags["max_new_tokens"], room)
+    sampler = Sampler(
+        config,
+        tokenizer.eos_ids,
+        max_prompt=len(prompt),
+        max_tokens=limit,
+        slots=1,
+        chunk=8,
+        dtype=flags["dtype"],
+    )
+    params = sampler.layout(params)
+    for sample in range(flags["samples"]):
+        if sample:
+            print("\n" + "-" * 40)
+        begin = time.perf_counter()
+        completion = stream(sampler, params, tokenizer, prompt, limit, sample, flags["seed"], sampling)
+        rate = completion.length / (time.perf_counter() - begin)
+        note = f"{completion.length} tokens, {completion.finish}, {rate:.0f} tokens/s, log-prob {completion.logprobs.sum():.1f}"
+        print(f"\n[{note}]", file=sys.stderr)
+    return 0
+
+
+def encode(tokenizer, text: str, chat: bool):
+    """int32 [p] prompt ids: the chat template's, or the plain text's after BOS. Raises UserError if empty."""
+    import numpy as np
+
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else None
+    if ids is None:
+        try:
+            ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
+        except ValueError as e:
+            raise UserError(str(e)) from None
+    if not ids:
+        raise UserError("the prompt is empty, and the tokenizer has no BOS to start from")
+    return np.array(ids, np.int32)
+
+
+def stream(sampler, params, tokenizer, prompt, limit: int, sample: int, seed: int, sampling):
+    """Print one completion while it is sampled; returns it."""
+    from jaxrl.rollout.engine import Request
+    from models.tokenizers import stream_text
+
+    ids: queue.Queue = queue.Queue()
+    out: list = []
+
+    def work():
+        request = Request(prompt, 1, limit, 0, first_sample=sample)
+        try:
+            out.append(
+                sampler.generate(
+                    params,
+                    [request],
+                    seed=seed,
+                    sampling=sampling,
+                    on_tokens=lambda _, __, tokens: [ids.put(int(t)) for t in tokens] and None,
+                )[0][0]
+            )
+        except BaseException as e:  # handed to the thread that prints
+            out.append(e)
+        ids.put(None)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    for text in stream_text(tokenizer, iter(ids.get, None)):
+        print(text, end="", flush=True)
+    worker.join()
+    if isinstance(out[0], BaseException):
+        raise out[0]
+    return out[0]
+
+
+if __name__ == "__main__":
+    cli.run(main)

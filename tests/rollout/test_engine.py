@@ -1,0 +1,263 @@
+"""The slot engine: the same completions whatever the schedule, and those of a plain loop."""
+
+import dataclasses
+import functools
+import logging
+
+import numpy as np
+import pytest
+
+from jaxrl.rollout.engine import Request, Sampling, bucket
+from tests.rollout import tiny
+
+
+@functools.cache
+def shared():
+    """One sampler for the tests that do not vary it, so that they share compiled programs."""
+    s = tiny.sampler(chunk=8, window=32)
+    return s, s.layout(tiny.params())
+
+
+def generate(requests, **options):
+    s, params = shared()
+    return s.generate(params, requests, seed=11, **options)
+
+
+@functools.cache
+def baseline():
+    return generate(tiny.requests())
+
+
+def test_the_workload_is_ragged():
+    lengths = {c.length for g in baseline() for c in g}
+    finishes = {c.finish for g in baseline() for c in g}
+    assert len(lengths) >= 5 and finishes == {"eos", "length"}
+
+
+def test_tokens_and_logprobs_are_those_of_a_plain_loop():
+    for request, group in zip(tiny.requests(), baseline(), strict=True):
+        for sample, completion in enumerate(group):
+            tokens, logps = tiny.reference(request, sample, seed=11)
+            np.testing.assert_array_equal(completion.tokens, tokens)
+            np.testing.assert_allclose(completion.logprobs, logps, atol=1e-5)
+            ended = tokens[-1] in tiny.EOS
+            assert completion.finish == ("eos" if ended else "length")
+            assert len(tokens) <= request.max_tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(slots=1, chunk=24, window=64),
+        dict(slots=3, chunk=5, window=32, refill=1.0),
+        dict(slots=16, chunk=3, window=24, refill=0.01),
+    ],
+    ids=str,
+)
+def test_same_completions_for_any_schedule(options):
+    s = tiny.sampler(**options)
+    tiny.same(s.generate(s.layout(tiny.params()), tiny.requests(), seed=11), baseline())
+
+
+def test_same_completions_in_any_order_of_requests_and_starts():
+    requests = tiny.requests()
+    order = [3, 0, 5, 4, 1, 2]
+    shuffled = [dataclasses.replace(requests[i], expected=float(i % 3)) for i in order]
+    tiny.same(generate(shuffled), [baseline()[i] for i in order])
+
+
+def test_shared_prefill_equals_separate_prefill():
+    alone = [dataclasses.replace(r, samples=1, first_sample=j) for r in tiny.requests() for j in range(3)]
+    tiny.same([sum(generate(alone)[3 * i : 3 * i + 3], []) for i in range(6)], baseline())
+
+
+def test_seed_step_and_key_all_change_the_tokens():
+    s, params = shared()
+    one = [dataclasses.replace(tiny.requests()[0], samples=2)]
+    first = s.generate(params, one, seed=1, step=2)[0]
+    assert not np.array_equal(first[0].tokens, first[1].tokens)
+    for changed in (
+        s.generate(params, one, seed=2, step=2),
+        s.generate(params, one, seed=1, step=3),
+        s.generate(params, [dataclasses.replace(one[0], key=101)], seed=1, step=2),
+    ):
+        assert not np.array_equal(changed[0][0].tokens, first[0].tokens)
+
+
+def test_greedy_is_argmax():
+    for request, group in zip(
+        tiny.requests(1)[:3], generate(tiny.requests(1)[:3], sampling=Sampling(temperature=0.0)), strict=True
+    ):
+        tokens, logps = tiny.reference(request, 0, seed=0, temperature=0)
+        np.testing.assert_array_equal(group[0].tokens, tokens)
+        np.testing.assert_allclose(group[0].logprobs, logps, atol=1e-5)
+
+
+def test_logprobs_are_tempered_and_untruncated():
+    requests = tiny.requests(2)[:3]
+    groups = generate(requests, sampling=Sampling(temperature=0.7, top_k=5, top_p=0.9))
+    for request, group in zip(requests, groups, strict=True):
+        for c in group:
+            z = tiny.all_logits([*request.prompt, *c.tokens])[len(request.prompt) - 1 : -1] / 0.7
+            full = (
+                z
+                - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
+                - z.max(-1, keepdims=True)
+            )
+            np.testing.assert_allclose(c.logprobs, full[np.arange(c.length), c.tokens], atol=1e-5)
+            ranks = (z > z[np.arange(c.length), c.tokens][:, None]).sum(-1)
+            assert ranks.max() < 5
+
+
+def test_top_k_draws_what_the_reference_draws():
+    def top3(w):
+        return np.where(w >= np.sort(w)[-3], w, 0)
+
+    request = dataclasses.replace(tiny.requests()[1], samples=2)
+    group = generate([request], sampling=Sampling(top_k=3))[0]
+    for sample, c in enumerate(group):
+        np.testing.assert_array_equal(c.tokens, tiny.reference(request, sample, seed=11, filtered=top3)[0])
+
+
+def test_min_tokens_holds_the_end_back():
+    bias = np.zeros(tiny.CONFIG.vocab_size, np.float32)
+    bias[tiny.EOS[0]] = 50.0  # always wants to end
+    free, held = generate(
+        [
+            Request(np.array([9], np.int32), 4, 12, 1),
+            Request(np.array([9], np.int32), 4, 12, 1, min_tokens=5),
+        ],
+        sampling=Sampling(bias=bias),
+    )
+    assert {c.length for c in free} == {1} and {c.length for c in held} == {6}
+    assert all(c.tokens[-1] == tiny.EOS[0] and c.finish == "eos" for c in held)
+
+
+def test_banned_tokens_are_never_drawn():
+    bias = np.full(tiny.CONFIG.vocab_size, -np.inf, np.float32)
+    allowed = np.array([5, 130, 299])  # one per block
+    bias[allowed] = 0.0
+    tokens = np.concatenate(
+        [c.tokens for g in generate(tiny.requests(), sampling=Sampling(bias=bias)) for c in g]
+    )
+    assert set(tokens) == set(allowed)
+
+
+def test_limits_may_differ_within_a_group():
+    request = dataclasses.replace(tiny.requests()[0], max_tokens=[1, 4, 24])
+    cut = generate([request])[0]
+    for limit, short, full in zip([1, 4, 24], cut, baseline()[0], strict=True):
+        np.testing.assert_array_equal(short.tokens, full.tokens[:limit])
+
+
+def test_stop_sequences_end_a_completion_after_their_last_token():
+    full = max(baseline()[0], key=lambda c: c.length)
+    sample = next(i for i, c in enumerate(baseline()[0]) if c is full)
+    at = full.length // 2
+    stop = tuple(int(t) for t in full.tokens[at - 2 : at])
+    cut = generate([dataclasses.replace(tiny.requests()[0], stop=((299, 299, 299), stop))])[0][sample]
+    first = next(i for i in range(full.length) if tuple(full.tokens[i : i + 2]) == stop)
+    np.testing.assert_array_equal(cut.tokens, full.tokens[: first + 2])
+    np.testing.assert_allclose(cut.logprobs, full.logprobs[: first + 2], atol=1e-6)
+    assert cut.finish == "stop"
+
+
+def test_the_callback_sees_every_token_in_order_and_may_stop():
+    seen = {}
+
+    def on_tokens(index, sample, tokens):
+        seen.setdefault((index, sample), []).extend(tokens.tolist())
+        return (index, sample) == (0, 1)
+
+    groups = generate(tiny.requests(), on_tokens=on_tokens)
+    for i, group in enumerate(groups):
+        for j, c in enumerate(group):
+            assert seen[i, j] == c.tokens.tolist()
+            if (i, j) == (0, 1):
+                full = baseline()[0][1].tokens
+                np.testing.assert_array_equal(c.tokens, full[: c.length])
+                assert c.finish in ("stop", "eos") and c.length <= 8
+            else:
+                np.testing.assert_array_equal(c.tokens, baseline()[i][j].tokens)
+
+
+def test_prompt_logprobs():
+    s, params = shared()
+    prompts = [r.prompt for r in tiny.requests()]
+    for prompt, logps in zip(prompts, s.prompt_logprobs(params, prompts), strict=True):
+        z = tiny.all_logits(prompt).astype(np.float64)
+        expected = z - np.log(np.exp(z).sum(-1, keepdims=True))
+        np.testing.assert_allclose(logps, expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-5)
+
+
+def test_counts():
+    s, _ = shared()
+    groups = generate(tiny.requests())
+    tokens = sum(c.length for g in groups for c in g)
+    assert s.stats.tokens == tokens
+    assert s.stats.prefill_tokens == sum(len(r.prompt) - 1 for r in tiny.requests())
+    assert 0 < s.stats.utilisation <= 1 and s.stats.slot_steps >= tokens
+    assert s.stats.seconds_total >= s.stats.seconds_decode > 0
+
+
+def test_nothing_compiles_after_warm_up(caplog):
+    s = tiny.sampler(slots=8, chunk=8, window=32)
+    params = s.layout(tiny.params())
+    assert s.warmup(params) > 0
+    compiled = dict(s.shapes)
+    with caplog.at_level(logging.WARNING):
+        s.generate(params, tiny.requests(), seed=11)
+        s.generate(params, tiny.requests(1)[:3] + tiny.requests(7)[3:], seed=12)
+        assert s.shapes == compiled and not caplog.records
+        for name, program in s.programs._asdict().items():  # what jax compiled is what was counted
+            if name in ("decode", "prefill", "insert", "rebase"):
+                assert program._cache_size() <= sum(key[0] == name for key in compiled)
+        s.generate(params, tiny.requests()[:1], seed=1, sampling=Sampling(top_k=3))
+        assert any("compiled decode" in r.getMessage() for r in caplog.records)
+
+
+def test_no_requests_and_no_samples():
+    assert generate([]) == []
+    empty, some = generate([dataclasses.replace(tiny.requests()[0], samples=0), tiny.requests(1)[1]])
+    assert empty == [] and len(some) == 1
+
+
+@pytest.mark.parametrize(
+    "request_, match",
+    [
+        (dict(prompt=np.zeros(0, np.int32)), "request 1: prompt of 0"),
+        (dict(prompt=np.full(41, 9, np.int32)), "request 1: prompt of 41.*1..40"),
+        (dict(max_tokens=0), "limit of 0"),
+        (dict(max_tokens=25), "limit of 25.*1..24"),
+        (dict(max_tokens=[1, 2]), "2,.*limits for 3 samples"),
+        (dict(prompt=np.array([300], np.int32)), "outside the vocabulary, 0..299"),
+        (dict(stop=((),)), "empty stop sequence"),
+    ],
+)
+def test_bad_requests_are_named(request_, match):
+    good = tiny.requests()[0]
+    with pytest.raises(ValueError, match=match):
+        generate([good, dataclasses.replace(good, **request_)])
+
+
+@pytest.mark.parametrize(
+    "field, value", [("temperature", -1), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("min_p", 2)]
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        Sampling(**{field: value})
+
+
+def test_bad_bias_and_sizes():
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\)"):
+        generate(tiny.requests(), sampling=Sampling(bias=np.zeros(3, np.float32)))
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(tiny.requests(), sampling=Sampling(bias=np.full(300, -np.inf, np.float32)))
+    with pytest.raises(ValueError, match="slots=0"):
+        tiny.sampler(slots=0)
+
+
+def test_buckets_grow_and_never_round_down():
+    sizes = [bucket(n, 32) for n in range(1, 3000)]
+    assert all(b >= n for n, b in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert len(set(sizes)) < 25 and all(bucket(b, 32) == b for b in set(sizes))

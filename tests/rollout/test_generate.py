@@ -1,0 +1,43 @@
+"""`python -m jaxrl.generate`: streamed text of a trained model, and one-line errors."""
+
+import json
+
+import pytest
+
+from jaxrl import generate
+from jaxrl.errors import UserError
+from tests.shared import shared_path
+
+
+@pytest.fixture
+def cache_left_alone(monkeypatch):
+    monkeypatch.setattr("jaxrl.runtime.cli.use_compilation_cache", lambda: None)
+
+
+def test_streams_the_published_text(capsys, cache_left_alone):
+    root = shared_path("data", "models", "stories260K")
+    text = json.loads((root / "reference.json").read_text())["text"].strip()
+    start = "Once upon a time, there was a little girl"
+    flags = ["--temperature=0", "--max_new_tokens=60", "--samples=2"]
+    assert generate.main(["generate", f"--model={root}", *flags, start]) == 0
+    out = capsys.readouterr()
+    first, second = out.out.split("\n" + "-" * 40 + "\n")
+    assert text.startswith(start + first) and len(first) > 100 and first == second
+    assert "60 tokens, length" in out.err
+
+
+@pytest.mark.parametrize(
+    "args, match",
+    [
+        ([], "one prompt"),
+        (["a", "b"], "one prompt"),
+        (["--top_p=0", "a"], "--top_p=0"),
+        (["--dtype=int3", "a"], "--dtype"),
+        (["--max_new_tokens=0", "a"], "--max_new_tokens=0"),
+        (["a"], "no such directory"),
+    ],
+)
+def test_errors_are_one_line(args, match, cache_left_alone):
+    with pytest.raises(UserError, match=match) as e:
+        generate.main(["generate", "--model=/nonexistent/model", *args])
+    assert "\n" not in str(e.value)
