@@ -154,8 +154,8 @@ def pack(
 
 
 def capacity_bucket(tokens: int, positions: int) -> int:
-    """tokens rounded up to an eighth of the positions, so that few capacities occur; at most all positions."""
-    step = -(-positions // 8)
+    """tokens rounded up to a sixteenth of the positions, so that few capacities occur; at most all positions."""
+    step = -(-positions // 16)
     return min(positions, max(step, -(-tokens // step) * step))
 
 
@@ -175,7 +175,7 @@ def _row_count(rows: int, T: int, micro_tokens: int, shards: int) -> tuple[int, 
     most = max(1, micro_tokens // (T * shards))
     counts = sorted({max(1, most // part) * shards for part in (1, 2, 4)}, reverse=True)
     R = min(counts, key=lambda R: -(-rows // R) * R)  # ties: the largest
-    return R, -(-rows // R)
+    return R, int(-(-rows // R))
 
 
 def _deal(row_of, response_lengths, num_micro: int, R: int, shards: int):

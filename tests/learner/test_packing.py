@@ -1,0 +1,116 @@
+"""Packing as a property of its output: nothing lost, nothing mixed, shapes few, waste small."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl.errors import UserError
+from jaxrl.learner.packing import capacity_bucket, default_row_lengths, pack
+
+
+def sequences(lengths, seed=0):
+    """Prompts, responses, advantages, log-probs with recognisable content; lengths: pairs (prompt, response)."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, 1000, p) for p, _ in lengths]
+    responses = [rng.integers(1000, 2000, n) for _, n in lengths]
+    return prompts, responses, rng.normal(size=len(lengths)), [rng.normal(size=n) for _, n in lengths]
+
+
+pairs = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 44)), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs, st.sampled_from([64, 128, 500]), st.sampled_from([1, 2, 4]))
+def test_every_sequence_comes_back_whole(lengths, micro_tokens, shards):
+    prompts, responses, advantages, logprobs = sequences(lengths)
+    batch, packing = pack(prompts, responses, advantages, logprobs, (32, 64, 96), micro_tokens, shards)
+    M, R, T = packing.shape
+    assert batch.tokens.shape == (M, R, T) and R % shards == 0 and T in (32, 64, 96)
+    assert M & (M - 1) == 0 and M // 2 < batch.num_micro <= M
+    assert R == shards or R * T <= micro_tokens
+    assert not batch.segment_ids[batch.num_micro :].any()
+    tokens, segments, positions = (getattr(batch, k).reshape(M * R, T) for k in ("tokens", "segment_ids", "positions"))
+    seen = np.zeros((M * R, T), int)
+    for i, (row, start, n) in enumerate(zip(packing.rows, packing.starts, packing.lengths, strict=True)):
+        begin, end = start - len(prompts[i]), start + n
+        np.testing.assert_array_equal(tokens[row, begin:end], np.concatenate([prompts[i], responses[i]]))
+        np.testing.assert_array_equal(positions[row, begin:end], np.arange(end - begin))
+        assert len(set(segments[row, begin:end])) == 1 and segments[row, begin] > 0
+        assert begin == 0 or segments[row, begin - 1] == segments[row, begin] - 1  # contiguous, counting up
+        seen[row, begin:end] += 1
+    assert (seen == (segments > 0)).all()
+    assert seen.sum() == sum(p + n for p, n in lengths)
+    assert batch.num_tokens == sum(n for _, n in lengths) == batch.response_mask.sum()
+    assert batch.num_sequences == len(lengths)
+    for got, want in zip(packing.collect(batch.sampler_logprobs), logprobs, strict=True):
+        np.testing.assert_allclose(got, np.float32(want))
+    for got, want in zip(packing.collect(batch.advantages), advantages, strict=True):
+        assert (got == np.float32(want)).all()
+    assert (batch.advantages[batch.response_mask == 0] == 0).all()
+    per_shard = batch.response_mask.reshape(M, shards, -1).sum(-1)
+    assert per_shard.max() <= batch.capacity <= R // shards * T
+
+
+def lspo_like(prompts, group, longest, seed):
+    """Log-normal response lengths, the middle and the very longest prompts removed as LSPO does."""
+    rng = np.random.default_rng(seed)
+    mean = rng.lognormal(np.log(longest / 4), 0.6, 3 * prompts).clip(1, longest)
+    low, high, most = np.quantile(mean, [0.3, 0.65, 0.95])
+    mean = mean[(mean <= low) | ((mean >= high) & (mean <= most))][:prompts]
+    response = np.rint(mean[:, None] * rng.lognormal(0, 0.4, (len(mean), group))).clip(1, longest).astype(int)
+    prompt = np.repeat(rng.integers(longest // 40, longest // 10, len(mean)), group)
+    return list(zip(prompt, response.ravel(), strict=True))
+
+
+@pytest.mark.parametrize("prompts, group, longest, micro, shards", [
+    (128, 16, 4096, 32768, 8), (64, 8, 2048, 8192, 1), (256, 8, 3072, 65536, 16)])
+def test_waste_on_lspo_batches_is_below_five_percent(prompts, group, longest, micro, shards):
+    lengths = lspo_like(prompts, group, longest, seed=prompts)
+    rows = default_row_lengths(max(p + n for p, n in lengths))
+    _, packing = pack(*sequences(lengths), rows, micro, shards)
+    assert packing.waste < 0.05
+    assert packing.waste_to_longest > 0.5  # what packing saves: padding to the longest wastes most
+
+
+def test_response_tokens_are_dealt_evenly_over_shards():
+    lengths = lspo_like(64, 8, 1024, seed=3)
+    batch, packing = pack(*sequences(lengths), (1280,), 8 * 4 * 1280, 8)
+    assert packing.shape[1] == 32 and batch.num_micro > 1
+    per_shard = batch.response_mask[: batch.num_micro].reshape(-1, packing.shape[1] // 8 * packing.shape[2]).sum(1)
+    assert per_shard.std() < 0.1 * per_shard.mean()
+
+
+def test_packing_is_deterministic_and_indifferent_to_what_does_not_matter():
+    lengths = lspo_like(16, 4, 256, seed=5)
+    a, b = (pack(*sequences(lengths), (320,), 1280)[0] for _ in range(2))
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    assert a.capacity == b.capacity
+
+
+@pytest.mark.parametrize("lengths, message", [
+    ([], "no sequences"),
+    ([(3, 4), (0, 5)], "sequence 1 has an empty"),
+    ([(3, 0)], "sequence 0 has an empty"),
+    ([(3, 4), (20, 45)], "row_tokens: rows of 64 tokens cannot hold a sequence of 65"),
+])
+def test_bad_sequences_are_one_line(lengths, message):
+    with pytest.raises(UserError, match=message) as error:
+        pack(*sequences(lengths), (32, 64), 64)
+    assert "\n" not in str(error.value)
+
+
+def test_few_shapes():
+    """Random batches of one kind meet a handful of (R, T, capacity), so the learner compiles a handful of times."""
+    shapes = set()
+    for seed in range(20):
+        batch, packing = pack(*sequences(lspo_like(32, 8, 1024, seed)), default_row_lengths(1200), 16384)
+        shapes.add((packing.shape, batch.capacity))
+    assert len(shapes) <= 8
+
+
+def test_helpers():
+    assert default_row_lengths(4096) == (1024, 2048, 4096)
+    assert default_row_lengths(100) == (128,)
+    assert capacity_bucket(1, 1600) == 100 and capacity_bucket(101, 1600) == 200 and capacity_bucket(1600, 1600) == 1600
+    assert capacity_bucket(5, 5) == 5
