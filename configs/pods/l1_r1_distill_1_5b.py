@@ -14,15 +14,13 @@ def get_config(stage: str = "exact"):
         raise ValueError(f"configs/pods/l1_r1_distill_1_5b.py:{stage}: choose exact or max")
     exact = stage == "exact"
     checkpoint = "DeepScaleR-1.5B-Preview" if exact else "l1_exact"
-    c = pod(f"l1_{stage}", checkpoint, R1_DISTILL_QWEN_1_5B, 1024, 4096 if exact else 4608)
-    c.topology = "v5e:2x4"
-    c.mesh.fsdp = 8
+    c = pod(f"l1_{stage}", checkpoint, R1_DISTILL_QWEN_1_5B, 1024, 4096 if exact else 4500)
+    c.topology = "v5e:2x2"
     c.steps = 700 if exact else 120
     c.task.data, c.task.eval_data = "deepscaler", "aime25"
     c.batch.prompts, c.batch.group_size, c.batch.updates = 128, 16, 2
-    c.batch.micro_tokens = 8 * c.batch.row_tokens
     c.sampling.temperature = 0.6
-    c.sampling.slots = 128
+    c.sampling.slots, c.sampling.tensor = 128, 2
     c.algorithm.loss, c.algorithm.kl_coef = "grpo", 1e-3
     c.algorithm.aggregation = "token-mean"
     c.length.mode = "exact" if exact else "both"

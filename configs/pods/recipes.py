@@ -6,7 +6,8 @@ from jaxrl.runtime.config import base_config
 def pod(name: str, checkpoint: str, shape: dict, prompt: int, response: int):
     """A base config for a slice: bf16 compute on fp32 parameters, remat, the checkpoint where setup.sh puts it.
 
-    prompt, response: the longest of each, in tokens.
+    prompt, response: the longest of each, in tokens. All chips form one fsdp axis and a micro-batch is one row a
+    chip, so a larger slice needs no other change than its name.
     """
     c = base_config()
     c.run_dir = f"runs/{name}"  # launch.sh sets a gs:// folder
@@ -16,7 +17,9 @@ def pod(name: str, checkpoint: str, shape: dict, prompt: int, response: int):
     c.model.remat = "full"
     c.sampling.max_prompt, c.sampling.max_tokens = prompt, response
     c.sampling.window = 512
-    c.batch.row_tokens = prompt + response
+    c.batch.row_tokens = -(-(prompt + response) // 512) * 512  # whole blocks of the attention kernel
+    c.batch.micro_tokens = c.batch.row_tokens
+    c.mesh.data, c.mesh.fsdp = 1, -1
     c.task.name = "math"
     c.checkpoint.every = 10
     c.watchdog.seconds = 3600.0

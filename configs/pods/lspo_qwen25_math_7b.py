@@ -1,0 +1,17 @@
+"""LSPO on Qwen2.5-Math-7B over GSPO, GRPO or DAPO, as in the paper's main table.
+
+    python -m jaxrl.train --config=configs/pods/lspo_qwen25_math_7b.py:gspo
+"""
+
+from configs.pods.recipes import lspo, pod
+from configs.pods.shapes import QWEN25_MATH_7B
+
+
+def get_config(loss: str = "gspo"):
+    """loss: gspo, grpo or dapo."""
+    if loss not in ("gspo", "grpo", "dapo"):
+        raise ValueError(f"configs/pods/lspo_qwen25_math_7b.py:{loss}: choose gspo, grpo or dapo")
+    c = lspo(pod(f"lspo_{loss}_7b", "Qwen2.5-Math-7B", QWEN25_MATH_7B, 2048, 2048), loss)
+    c.topology = "v6e:2x4"
+    c.sampling.slots, c.sampling.tensor = 128, 4
+    return c

@@ -1,0 +1,15 @@
+"""The same experiment as lspo_qwen25_math_7b.py on 256 chips of v5e: 64 hosts sample, 256 chips update.
+
+    python -m jaxrl.train --config=configs/pods/lspo_qwen25_math_7b_256.py:gspo
+"""
+
+from configs.pods import lspo_qwen25_math_7b
+
+
+def get_config(loss: str = "gspo"):
+    """loss: gspo, grpo or dapo."""
+    c = lspo_qwen25_math_7b.get_config(loss)
+    c.topology = "v5e:16x16"
+    c.mesh.data, c.mesh.fsdp = 4, 64
+    c.sampling.slots, c.sampling.tensor = 64, 4
+    return c

@@ -1,0 +1,317 @@
+"""Does this run fit that slice, and how fast can it be? Answered by the TPU compiler, without a TPU.
+
+    python -m jaxrl.preflight --config=configs/pods/lspo_qwen25_math_7b.py [--topology=v6e:2x4] [--config.KEY=VALUE]
+
+Compiles the programs that training runs, from shapes alone (no weights, no data), for the chips of the slice
+(default: config.topology). Memory is the compiler's own buffer assignment plus what else lives on the chip in that
+phase: during rollouts the learner's state, during scoring its optimizer moments.
+
+The table's time is the compiler's cycle estimate of every operation times how often it runs, with hand-written
+kernels at half of the peak, which have none, and collectives at link speed: those that the compiler made
+asynchronous hide behind the rest, the others do not. Measured against single operations the compiler's estimate is
+within 15 % for large matrix products and about twice too slow for pure copies. The roofline is what the chip could
+do at best: FLOPs at peak, or reading all arguments once (once per token in decoding), whichever is longer.
+
+Exit code 0 if everything fits, 1 if not (with the largest buffers and settings that would make it fit), 2 for
+an error in the input.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl import build
+from jaxrl.batch import row_lengths
+from jaxrl.errors import UserError
+from jaxrl.learner.learner import Learner
+from jaxrl.learner.update import abstract_batch
+from jaxrl.rollout.engine import bucket
+from jaxrl.rollout.placement import place
+from jaxrl.rollout.programs import Knobs, Rows
+from jaxrl.runtime import cli, hardware, tpu_compiler
+from jaxrl.runtime import mesh as meshes
+from jaxrl.runtime.config import get, parse_config, validate
+from models.decoder import Cache
+
+GIB = hardware.GIB
+KERNEL_SHARE = 0.5  # of the peak, that attention kernels are taken to reach
+
+
+class Program(NamedTuple):
+    """One compiled program of a run. lower: makes the lowering. resident: bytes on each chip besides its own.
+    trips: iterations of its data-dependent loop. tokens: positions or tokens that one call works on, all chips.
+    calls: calls per training step. passes: how often a call has to read its arguments."""
+
+    name: str
+    lower: Callable
+    resident: float
+    trips: float
+    tokens: float
+    calls: float
+    passes: float = 1
+
+
+class Row(NamedTuple):
+    """A program's line of the table. seconds: None where it does not fit, so that there is no estimate."""
+
+    program: Program
+    compiled: tpu_compiler.Compiled
+    needed: float
+    fits: bool
+    seconds: float | None
+    roofline: float
+
+
+# ------------------------------------------------------------------------------------------------ the programs
+
+
+def programs(config, decoder, mesh) -> list[Program]:
+    """The programs of a run on `mesh`, as training would build them."""
+    learner = Learner(config, decoder, mesh)
+    state = learner.abstract_state()
+    reference = _bytes(state.params) if config.algorithm.kl_coef else 0
+    lives = _bytes(state) + reference
+    return [
+        *_sampler_programs(config, decoder, mesh, state.params, lives),
+        *_learner_programs(config, learner, mesh, state, reference),
+    ]
+
+
+def _learner_programs(config, learner: Learner, mesh, state, reference: float) -> Iterator[Program]:
+    b, shards = config.batch, meshes.num_batch_shards(mesh)
+    row = max(row_lengths(config))
+    rows = max(1, b.micro_tokens // (row * shards)) * shards
+    sequences = b.prompts * b.group_size / b.updates
+    micro = max(1.0, sequences * mean_tokens(config) / (rows * row))
+    most = 1 << (math.ceil(sequences / rows) - 1).bit_length()
+    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row)
+    updates, work = b.updates * b.epochs, micro * rows * row
+    scores = updates * ((not learner.objective.on_policy) + bool(config.algorithm.kl_coef))
+    if scores:
+        lower = lambda: learner.programs.score.lower(state.params, batch)  # noqa: E731
+        resident = _bytes(state) - _bytes(state.params) + reference
+        yield Program("score", lower, resident, micro, work, scores)
+    yield Program("update", lambda: learner.programs.update.lower(state, batch), reference, micro, work, updates)
+
+
+def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[Program]:
+    sampler = build.sampler(config, decoder, types.SimpleNamespace(eos_ids=(0, 1)), mesh)
+    placement = sampler.placement or place(decoder, mesh)
+    run, slots, chunk, width = sampler.programs, sampler.slots, sampler.chunk, sampler.windows[-1]
+    on_host = NamedSharding(placement.mesh, P())
+    array = lambda d, *shape: jax.ShapeDtypeStruct(shape, d, sharding=on_host)  # noqa: E731
+
+    def empty_cache(rows, window):
+        cache = jax.eval_shape(lambda: run.new_cache(rows, window))
+        return Cache(*(_placed(pool, placement.cache()) for pool in (cache.k, cache.v)), array(jnp.int32, rows),
+                     array(jnp.int32))
+
+    def lower(program, *args, **kwargs):
+        with placement.use():
+            return program.lower(*args, **kwargs)
+
+    weights = _placed(jax.eval_shape(sampler._layout, params), placement.params(decoder))
+    cache, layer = empty_cache(slots, width), empty_cache(slots, width).v[0]
+    group, longest = config.batch.group_size, bucket(sampler.max_prompt - 1, 32)
+    needed = -(-slots // group)  # prompts that fill the pool
+    prompts = min(n for n in sampler.prefill_sizes() if n >= needed or n == max(sampler.prefill_sizes()))
+    waiting = _bytes(empty_cache(prompts, longest))
+    i32 = jnp.int32
+    rows = Rows(*(array(i32, slots) for _ in range(4)), array(bool, slots), array(jnp.uint32, slots, 2),
+                array(i32, slots))
+    knobs = Knobs(array(jnp.float32), array(i32, 2))
+
+    hosts = mesh.size // placement.mesh.size
+    total = (config.batch.generation_prompts or config.batch.prompts) / hosts  # prompts of one host
+    calls = total * group * config.sampling.max_tokens / 2 / slots / chunk
+    yield Program(
+        "layout", lambda: sampler._layout.lower(params), lives - _bytes(params) + _bytes(weights), 1, 0, 1,
+    )
+    yield Program(
+        "prefill", lambda: lower(run.prefill, weights, array(i32, prompts, longest), array(i32, prompts)),
+        lives + _bytes(cache), 1, prompts * longest * hosts, total / prompts,
+    )
+    yield Program(
+        "move layer", lambda: lower(run.rebase, layer, None, array(i32), window=width, axis=2),
+        lives + _bytes(weights) + waiting + _bytes(cache) - _bytes(layer), 1, 0, calls * 2 * decoder.num_layers,
+    )
+    yield Program(
+        "decode", lambda: lower(run.decode, weights, cache, rows, knobs, array(i32), array(i32)),
+        lives + waiting, chunk, chunk * slots * hosts, calls, passes=chunk,
+    )
+
+
+def mean_tokens(config) -> float:
+    """What is assumed where it matters: prompts of a quarter of the limit, answers of half of it."""
+    return config.sampling.max_prompt / 4 + config.sampling.max_tokens / 2
+
+
+def _placed(tree, shardings):
+    """Shapes with shardings: a tree of them, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _bytes(tree) -> float:
+    """Bytes of a tree of placed shapes on one chip."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# ---------------------------------------------------------------------------------------------------- the answer
+
+
+def check(program: Program, chip: hardware.Chip) -> Row:
+    """Compile one program and compare it with the chip."""
+    compiled = tpu_compiler.compile_program(program.lower(), program.trips)
+    counts, needed = compiled.counts, compiled.needed + program.resident
+    flops = counts.flops + counts.kernel_flops
+    roofline = max(flops / chip.flops, compiled.arguments * program.passes / chip.bandwidth)
+    seconds = None
+    if compiled.fits:
+        compute = counts.cycles / chip.clock + counts.kernel_flops / (KERNEL_SHARE * chip.flops)
+        seconds = max(compute + counts.blocking_bytes / chip.link, counts.collective_bytes / chip.link)
+    return Row(program, compiled, needed, compiled.fits and needed <= chip.hbm, seconds, roofline)
+
+
+def line(row: Row, chip: hardware.Chip) -> str:
+    """One line of the table."""
+    counts = row.compiled.counts
+    time = "-" if row.seconds is None else f"{row.seconds:.3g}"
+    share = "-" if not row.seconds else f"{row.roofline / row.seconds:.0%}"
+    speed = f"{row.program.tokens / row.seconds:,.0f}" if row.seconds and row.program.tokens else "-"
+    return (
+        f"{row.program.name:<11}{row.needed / GIB:>8.2f} of {chip.hbm / GIB:<6.2f}{'' if row.fits else 'NO':<3}"
+        f"{(counts.flops + counts.kernel_flops) / 1e12:>9.3g}{time:>9}{row.roofline:>9.3g}{share:>6}"
+        f"{counts.collective_count:>9,.0f}{counts.collective_bytes / 1e9:>9.3g}{speed:>12}"
+    )
+
+
+HEADER = (
+    f"{'program':<11}{'GiB per chip':>18}{'':<2}{'TFLOP':>9}{'time s':>9}{'roof s':>9}{'share':>6}"
+    f"{'collect.':>9}{'GB':>9}{'tokens/s':>12}"
+)
+
+
+def summary(rows: list[Row], config, mesh) -> str:
+    """What a whole training step adds up to."""
+    parts = {"rollout": ("layout", "prefill", "move layer", "decode"), "score": ("score",), "update": ("update",)}
+    spent = {
+        part: sum(r.seconds * r.program.calls for r in rows if r.program.name in names)
+        for part, names in parts.items()
+    }
+    prompts = config.batch.generation_prompts or config.batch.prompts
+    answers = prompts * config.batch.group_size * config.sampling.max_tokens / 2
+    total = sum(spent.values())
+    split = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in spent.items() if seconds)
+    return (
+        f"one step, one generation batch, answers of half the limit: {split}; {answers:,.0f} response tokens in "
+        f"{total:.0f} s, {answers / total:,.0f} tokens/s, {answers / total / mesh.size:,.0f} per chip"
+    )
+
+
+def suggest(name: str, config, chip: hardware.Chip, devices, decoder) -> str:
+    """Settings, tried one after another until the program fits."""
+    changed, flags = copy.deepcopy(config), []
+    for key, value in _remedies(name, config, len(devices)):
+        flags = [f for f in flags if not f.startswith(f"--config.{key}=")] + [f"--config.{key}={value}"]
+        parent, _, leaf = key.rpartition(".")
+        get(changed, parent)[leaf] = value
+        try:
+            mesh = make_mesh(changed, devices)
+            program = next(p for p in programs(changed, decoder, mesh) if p.name == name)
+        except UserError:
+            continue  # this value does not divide
+        if program.resident <= chip.hbm and (row := check(program, chip)).fits:
+            return f"{name} fits ({row.needed / GIB:.2f} GiB) with {' '.join(flags)}"
+    return f"no setting makes {name} fit; take more chips, or chips with more memory"
+
+
+def _remedies(name: str, config, chips: int) -> Iterator[tuple[str, Any]]:
+    """(key, value) to try, the cheapest first; each is kept when the next is tried."""
+    if name in ("update", "score"):
+        if config.model.remat != "full":
+            yield "model.remat", "full"
+        micro, least = config.batch.micro_tokens, max(row_lengths(config))
+        while micro > least:
+            micro = max(micro // 2, least)
+            yield "batch.micro_tokens", micro
+    else:
+        slots = config.sampling.slots
+        for _ in range(2):
+            slots //= 2
+            yield "sampling.slots", slots
+        for tensor in (2, 4):
+            if tensor > config.sampling.tensor:
+                yield "sampling.tensor", tensor
+    if config.mesh.data != 1:
+        yield "mesh.data", 1
+        yield "mesh.fsdp", -1
+    if config.optimizer.state_dtype != "bfloat16":
+        yield "optimizer.state_dtype", "bfloat16"
+
+
+def make_mesh(config, devices):
+    """The training mesh of config.mesh over the slice's devices."""
+    return meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+
+
+def preflight(config, topology: str, out=print) -> bool:
+    """Compile, print the table, and say what to change; True if everything fits.
+
+    Raises UserError for a configuration that cannot run, a missing libtpu, an unknown topology or a mesh that
+    does not match its chips.
+    """
+    if config.model.shape.hidden_size:  # the weights are on the workers, not here
+        config.model.path = ""
+    validate(config)
+    if not topology:
+        raise UserError("no slice: pass --topology=v5e:4x4, or set config.topology")
+    devices, chip = tpu_compiler.slice_devices(topology)
+    mesh = make_mesh(config, devices)
+    decoder = build.decoder_config(config, build.tokenizer(config) if config.model.tokenizer else None)
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    out(f"{build.describe(config, decoder, mesh)}")
+    out(f"{topology}: {len(devices)} chips {chip.name}, mesh {sizes}; FLOPs, times and bytes are per chip and call")
+    out(HEADER)
+    rows = []
+    for program in programs(config, decoder, mesh):
+        rows.append(check(program, chip))
+        out(line(rows[-1], chip))
+    failed = [r for r in rows if not r.fits]
+    if not failed:
+        out(summary(rows, config, mesh))
+    for row in failed:
+        name = row.program.name
+        out(f"{name} does not fit: {row.needed / GIB:.2f} GiB of {chip.hbm / GIB:.2f}; {row.program.resident / GIB:.2f}"
+            " of them hold what it does not use itself. Its largest buffers:")
+        for size, what in row.compiled.buffers[:6]:
+            out(f"  {size / GIB:8.2f} GiB  {what}")
+        out(suggest(name, config, chip, devices, decoder))
+    return not failed
+
+
+def main(argv: list[str]) -> int:
+    topology, rest = "", []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument.startswith("--topology"):
+            topology = argument.partition("=")[2] or next(arguments, "")
+        else:
+            rest.append(argument)
+    jax.config.update("jax_platforms", "cpu")  # compiles for the slice's chips; needs none of this machine's
+    config = parse_config(rest)
+    return 0 if preflight(config, topology or config.topology) else 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

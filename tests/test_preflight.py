@@ -1,0 +1,195 @@
+"""Preflight: real TPU compilations of small and of shipped configs (slow), and every way to ask wrongly (fast)."""
+
+import importlib.util
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxrl import build, preflight
+from jaxrl.errors import UserError
+from jaxrl.runtime import hardware, tpu_compiler
+from jaxrl.runtime.config import base_config, parse_config, validate
+from models.decoder import abstract_params
+
+ROOT = pathlib.Path(__file__).parents[1]
+PODS = [
+    ("l1_r1_distill_1_5b.py:exact", 1_777_088_000),
+    ("l1_r1_distill_1_5b.py:max", 1_777_088_000),
+    ("lspo_qwen25_math_7b.py:gspo", 7_615_616_512),
+    ("lspo_qwen25_math_7b.py:grpo", 7_615_616_512),
+    ("lspo_qwen25_math_7b.py:dapo", 7_615_616_512),
+    ("lspo_qwen25_math_7b_256.py:gspo", 7_615_616_512),
+    ("lspo_qwen3_4b.py", 4_022_468_096),
+    ("lspo_llama32_3b.py", 3_212_749_824),
+    ("maspo_qwen3_4b.py", 4_022_468_096),
+    ("maspo_r1_distill_7b.py", 7_615_616_512),
+    ("maspo_r1_distill_14b.py", 14_770_033_664),
+]
+libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+def pod(name):
+    config = parse_config(["preflight", f"--config={ROOT}/configs/pods/{name}"])
+    config.model.path = ""
+    return config
+
+
+def small():
+    config = base_config()
+    config.task.name, config.task.data = "math", "x.jsonl"
+    config.model.dtype, config.model.remat = "bfloat16", "full"
+    config.model.shape.update(
+        dict(vocab_size=1024, hidden_size=256, intermediate_size=512, num_layers=3, num_heads=4, num_kv_heads=2,
+             head_dim=128, max_position_embeddings=1024)
+    )
+    config.batch.prompts, config.batch.group_size, config.batch.updates = 8, 4, 2
+    config.batch.micro_tokens = config.batch.row_tokens = 512
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.sampling.max_prompt, config.sampling.max_tokens = 128, 384
+    config.sampling.slots, config.sampling.chunk, config.sampling.window = 16, 32, 128
+    return config
+
+
+# --------------------------------------------------------------------------------------------- asked wrongly
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9x:4x4", "4x4", "v5e:4by4", "h100:8"])
+@libtpu
+def test_topology_that_is_none(topology):
+    with pytest.raises(UserError, match="v5e:4x4, v5p:2x2x2 or v6e:4x4"):
+        preflight.preflight(small(), topology)
+
+
+@libtpu
+def test_shape_that_libtpu_refuses():
+    with pytest.raises(UserError, match="v5e:3x5.*libtpu"):
+        preflight.preflight(small(), "v5e:3x5")
+
+
+def test_no_topology():
+    with pytest.raises(UserError, match="--topology=v5e:4x4"):
+        preflight.preflight(small(), "")
+
+
+def test_missing_libtpu(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a))
+    with pytest.raises(UserError, match="pip install"):
+        preflight.preflight(small(), "v5e:2x2")
+
+
+@libtpu
+def test_mesh_that_does_not_match_the_chips():
+    config = small()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 3, 1, 1
+    with pytest.raises(UserError, match="mesh.data=3.*4, the number of devices"):
+        preflight.preflight(config, "v5e:2x2")
+
+
+@libtpu
+def test_slots_that_do_not_divide():
+    config = small()
+    config.sampling.slots = 6
+    with pytest.raises(UserError, match="config.sampling.slots=6 must be a multiple of 4"):
+        list(preflight.programs(config, build.decoder_config(config), slice_mesh(config, "v5e:2x2")))
+
+
+@libtpu
+def test_command_line_errors_are_one_line():
+    command = [sys.executable, "-m", "jaxrl.preflight", "--config=configs/pods/lspo_llama32_3b.py", "--topology=v5e:7"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: topology 'v5e:7'")
+
+
+# ------------------------------------------------------------------------------------------ the shipped configs
+
+
+def slice_mesh(config, topology):
+    return preflight.make_mesh(config, tpu_compiler.slice_devices(topology)[0])
+
+
+def test_every_pod_config_is_listed_here():
+    files = {p.name for p in (ROOT / "configs/pods").glob("*.py")} - {"__init__.py", "shapes.py", "recipes.py"}
+    assert files == {name.split(":")[0] for name, _ in PODS}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PODS)
+def test_pod_config_is_valid_and_has_the_published_size(name, parameters):
+    config = pod(name)
+    validate(config)
+    decoder = build.decoder_config(config)
+    assert sum(math.prod(a.shape) for a in jax.tree.leaves(abstract_params(decoder)[0])) == parameters
+    assert config.topology.split(":")[0] in ("v5e", "v5p", "v6e")
+    assert config.topology in (ROOT / "configs/pods" / name.split(":")[0]).read_text().split('"""')[1], "docstring"
+
+
+@pytest.mark.parametrize("name", [name for name, _ in PODS])
+@libtpu
+def test_pod_config_places_on_its_slice(name):
+    """Everything that preflight does short of compiling: meshes, shardings, shapes of every program."""
+    config = pod(name)
+    mesh = slice_mesh(config, config.topology)
+    chip = hardware.chip(mesh.devices.flat[0].device_kind)
+    found = preflight.programs(config, build.decoder_config(config), mesh)
+    assert [p.name for p in found] == ["layout", "prefill", "move layer", "decode", "score", "update"]
+    assert all(p.resident < chip.hbm for p in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "maspo_r1_distill_7b.py"])
+@libtpu
+def test_pod_config_fits(name):
+    config = pod(name)
+    lines = []
+    assert preflight.preflight(config, config.topology, lines.append), "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ a small one
+
+
+@pytest.mark.slow
+@libtpu
+def test_small_config_compiles_and_counts_every_loop():
+    config = small()
+    mesh = slice_mesh(config, "v5e:2x2")
+    decoder = build.decoder_config(config)
+    chip = hardware.chip(mesh.devices.flat[0].device_kind)
+    rows = {p.name: preflight.check(p, chip) for p in preflight.programs(config, decoder, mesh)}
+    assert all(r.fits and r.compiled.arguments < r.needed and r.seconds for r in rows.values())
+
+    def flops(name):
+        counts = rows[name].compiled.counts
+        return counts.flops + counts.kernel_flops
+
+    # a row of 512 on each of four chips; attention is causal, so a token sees 256 others on average
+    score = rows["score"].program
+    forward = score.trips * 512 * hardware.model_flops_per_token(decoder, 256)
+    assert score.tokens == score.trips * 4 * 512
+    assert flops("score") == pytest.approx(forward, rel=0.02)
+    # forward, backward, and the forward again (remat); the head is not computed a third time for free
+    assert flops("update") == pytest.approx(4 * forward, rel=0.1)
+    steps, slots = config.sampling.chunk, config.sampling.slots / 4
+    linear = hardware.model_flops_per_token(decoder, 0)
+    assert steps * slots * linear < flops("decode") < 1.6 * steps * slots * linear
+    assert rows["decode"].program.passes == steps
+    text = [preflight.line(r, chip) for r in rows.values()]
+    assert all(len(t) == len(preflight.HEADER) for t in text)
+
+
+@pytest.mark.slow
+@libtpu
+def test_too_large_names_buffers_and_a_setting_that_fits():
+    config = small()
+    config.sampling.slots = 12288
+    lines = []
+    assert not preflight.preflight(config, "v5e:2x2", lines.append)
+    text = "\n".join(lines)
+    assert "decode does not fit" in text and "update does not fit" not in text
+    assert "rows" in text or "cache" in text
+    assert "decode fits" in text and "--config.sampling.slots=6144" in text
