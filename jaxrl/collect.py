@@ -145,7 +145,7 @@ class Collector:
         middle = time.perf_counter()
         groups = self._grade([p for _, p in mine], requests, completions)
         groups = gather(groups)
-        groups = shape_rewards(groups, c, self.tokenizer)
+        groups = shape_rewards(groups, c, self.tokenizer, length_weight(c, step))
         for g in groups:
             self.mean_lengths[g.problem.id] = mean_length(g) if g.valid.any() else 0.0
         if c.batch.greso:
@@ -216,10 +216,17 @@ def with_budget(problem: Problem, config, position: int) -> Problem:
     return dataclasses.replace(problem, budget=budget, mode=mode)
 
 
-def shape_rewards(groups: list[Group], config, tokenizer=None) -> list[Group]:
+def length_weight(config, step: int) -> float:
+    """Weight of the length term at a step: config.length.weight, reached linearly in warmup_steps steps."""
+    c = config.length
+    return c.weight * min(1.0, step / c.warmup_steps) if c.warmup_steps else c.weight
+
+
+def shape_rewards(groups: list[Group], config, tokenizer=None, weight: float = 1.0) -> list[Group]:
     """Groups with the length reward of config.length applied; invalid completions keep out of its statistics.
 
-    Task rewards other than 0/1 (user functions) keep their value: shaping adds (shaped - correct) to them.
+    The term that is added to the task's reward is weight x (shaped - correct), so that the value of a user's
+    reward function is kept and the term can be warmed up.
     """
     name = config.length.reward
     if name == "none" or not groups:
@@ -240,7 +247,7 @@ def shape_rewards(groups: list[Group], config, tokenizer=None) -> list[Group]:
         np.repeat([g.problem.mode for g in groups], sizes)[valid],
         dict(config.length.hyper[name]),
     )
-    delta = np.split((shaped - correct).astype(np.float32), np.cumsum(sizes)[:-1])
+    delta = np.split((weight * (shaped - correct)).astype(np.float32), np.cumsum(sizes)[:-1])
     return [dataclasses.replace(g, rewards=g.rewards + d) for g, d in zip(groups, delta, strict=True)]
 
 

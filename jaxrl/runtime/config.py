@@ -111,7 +111,8 @@ def base_config() -> ConfigDict:
     c.length.low = 100
     c.length.high = 4000
     c.length.count = "response"  # response, thinking: which tokens the length reward counts
-    c.length.weight = 1.0  # of additive terms that have no scale of their own
+    c.length.weight = 1.0  # of the length term: reward = task reward + weight * (length reward - correctness)
+    c.length.warmup_steps = 0  # steps in which the weight rises from 0 (Kimi k1.5 warms its term up)
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-6
