@@ -248,6 +248,9 @@ class Decoder(nn.Module):
             },
         )["embedding"]
         x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        # On a mesh: each device looks its columns of the table up for all rows, then columns are traded for
+        # rows. The other way round would gather the table, and its gradient, on every device.
+        x = nn.with_logical_constraint(x, ("lookup_batch", None, "embed"))
         x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
         angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)
         sin, cos = jnp.sin(angle), jnp.cos(angle)

@@ -33,6 +33,7 @@ RULES = {
     "norm": None,
     # activations
     "batch": BATCH,
+    "lookup_batch": "data",  # during the embedding lookup, whose columns take the fsdp axis
     "seq": None,  # "tensor" with sequence parallelism
     "act_embed": None,
 }
