@@ -9,6 +9,7 @@ one and --chat is not false. Flags and their defaults: --max_new_tokens=256 --te
 
 from __future__ import annotations
 
+import itertools
 import queue
 import sys
 import threading
@@ -74,8 +75,8 @@ def main(argv: list[str]) -> int:
         begin = time.perf_counter()
         completion = stream(sampler, params, tokenizer, prompt, limit, sample, flags["seed"], sampling)
         rate = completion.length / (time.perf_counter() - begin)
-        note = f"{completion.length} tokens, {completion.finish}, {rate:.0f} tokens/s, log-prob {completion.logprobs.sum():.1f}"
-        print(f"\n[{note}]", file=sys.stderr)
+        what = f"{completion.length} tokens, {completion.finish}, {rate:.0f} tokens/s"
+        print(f"\n[{what}, log-prob {completion.logprobs.sum():.1f}]", file=sys.stderr)
     return 0
 
 
@@ -120,8 +121,12 @@ def stream(sampler, params, tokenizer, prompt, limit: int, sample: int, seed: in
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
-    for text in stream_text(tokenizer, iter(ids.get, None)):
-        print(text, end="", flush=True)
+    # a tokenizer may drop the space before the first token it sees, so it sees the prompt's last one too
+    last = int(prompt[-1])
+    skip = len(tokenizer.decode([last]))
+    for text in stream_text(tokenizer, itertools.chain([last], iter(ids.get, None))):
+        print(text[skip:], end="", flush=True)
+        skip = max(skip - len(text), 0)
     worker.join()
     if isinstance(out[0], BaseException):
         raise out[0]

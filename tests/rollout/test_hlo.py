@@ -1,0 +1,60 @@
+"""The decode program as compiled: the cache is updated in place."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.rollout.engine import idle_rows
+from jaxrl.rollout.programs import Knobs, build_programs
+from models.decoder import abstract_params, sampling_layout
+from tests.rollout import tiny
+
+ROWS, WINDOW, STEPS = 8, 96, 16
+
+
+def lower(platform: str, sharding=None):
+    """(lowered decode program, shapes of one layer's keys and values)."""
+    programs = build_programs(tiny.CONFIG, jnp.float32, STEPS, platform=platform)
+    cpu = platform == "cpu"
+    weights = jax.eval_shape(
+        lambda p: sampling_layout(p, tiny.CONFIG, jnp.float32, untie=cpu), abstract_params(tiny.CONFIG)[0]
+    )
+    cache = jax.eval_shape(lambda: programs.new_cache(ROWS, WINDOW))
+    knobs = Knobs(np.float32(1), np.array(tiny.EOS, np.int32))
+    args = (weights, cache, idle_rows(ROWS), knobs, np.int32(STEPS), np.int32(1))
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    return programs.decode.lower(*placed), {tuple(cache.k[0].shape), tuple(cache.v[0].shape)}
+
+
+def cache_copies(text: str, shapes) -> list[str]:
+    """Instructions that copy or transpose a whole cache array."""
+    wanted = "|".join(re.escape("[" + ",".join(map(str, shape)) + "]") for shape in shapes)
+    return re.findall(rf"= f32(?:{wanted})\S* (?:copy|copy-start|transpose|convert)\(.*", text)
+
+
+def check(compiled, shapes):
+    size = 4 * ROWS * WINDOW * tiny.CONFIG.num_kv_heads * tiny.CONFIG.head_dim
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * tiny.CONFIG.num_layers * size  # donated and reused
+    assert cache_copies(compiled.as_text(), shapes) == []
+
+
+def test_no_copy_of_the_cache_on_cpu():
+    lowered, shapes = lower("cpu")
+    check(lowered.compile(), shapes)
+
+
+@pytest.mark.slow
+def test_no_copy_of_the_cache_on_tpu():
+    from jaxrl.errors import UserError
+    from jaxrl.runtime import tpu_compiler
+
+    try:
+        device = tpu_compiler.slice_devices("v5e:2x2")[0][0]
+    except UserError as e:
+        pytest.skip(str(e))
+    lowered, shapes = lower("tpu", jax.sharding.SingleDeviceSharding(device))
+    check(lowered.compile(), shapes)
