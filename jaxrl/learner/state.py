@@ -60,9 +60,7 @@ def build_optimizer(
     Raises UserError for an unknown schedule, or a decaying one whose total_steps is not above warmup_steps.
     """
     lr = _schedule(learning_rate, warmup_steps, schedule, total_steps)
-    adam = optax.scale_by_adam(b1, b2, eps)
-    if jnp.dtype(state_dtype) != jnp.float32:
-        adam = _adam_stored_as(adam, jnp.dtype(state_dtype))
+    adam = _adam_stored_as(optax.scale_by_adam(b1, b2, eps), state_dtype)
     chain = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
     chain += [adam, optax.add_decayed_weights(weight_decay, mask=decays), optax.scale_by_learning_rate(lr)]
     return Optimizer(optax.chain(*chain), lr)
@@ -95,28 +93,33 @@ def decays(params):
 
 
 def _adam_stored_as(adam, dtype) -> optax.GradientTransformation:
-    """scale_by_adam whose moments rest in `dtype` (bfloat16); all arithmetic stays float32."""
+    """scale_by_adam whose moments rest in `dtype`, whatever the parameters' is; all arithmetic is float32."""
+    dtype = jnp.dtype(dtype)
 
-    def store(state, rounding_key):
-        def one(i, x):
-            bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-            noise = jax.random.bits(jax.random.fold_in(rounding_key, i), x.shape, jnp.uint16).astype(jnp.uint32)
-            return jax.lax.bitcast_convert_type((bits + noise) & 0xFFFF0000, jnp.float32).astype(dtype)
-
-        moments, tree = jax.tree.flatten((state.mu, state.nu))
-        mu, nu = jax.tree.unflatten(tree, [one(i, x) for i, x in enumerate(moments)])
-        return state._replace(mu=mu, nu=nu)
-
-    def init(params):
-        state = adam.init(params)
+    def cast(state, dtype):
         return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
 
+    def init(params):
+        return cast(adam.init(params), dtype)
+
     def update(grads, state, params=None):
-        full = state._replace(mu=optax.tree.cast(state.mu, jnp.float32), nu=optax.tree.cast(state.nu, jnp.float32))
-        updates, new = adam.update(grads, full, params)
-        return updates, store(new, jax.random.fold_in(jax.random.key(0), state.count))
+        updates, new = adam.update(optax.tree.cast(grads, jnp.float32), cast(state, jnp.float32), params)
+        if dtype == jnp.bfloat16:
+            moments, tree = jax.tree.flatten((new.mu, new.nu))
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.count), len(moments))
+            moments = [_round_stochastically(k, x) for k, x in zip(keys, moments, strict=True)]
+            mu, nu = jax.tree.unflatten(tree, moments)
+            new = new._replace(mu=mu, nu=nu)
+        return updates, cast(new, dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+def _round_stochastically(key, x):
+    """float32 -> bfloat16, up or down with the probabilities that make the expectation exact."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
 # --- creation ---------------------------------------------------------------------------------------------------

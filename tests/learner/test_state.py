@@ -1,0 +1,123 @@
+"""The optimizer against a NumPy AdamW in float64, its schedules and masks, and states created in shards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.errors import UserError
+from jaxrl.learner.state import abstract_state, build_optimizer, decays, fresh_state, init_state
+from jaxrl.runtime.mesh import make_mesh
+from models.config import DecoderConfig
+from models.decoder import abstract_params
+
+CONFIG = DecoderConfig(11, 8, 12, 2, 2, 1, 4, qkv_bias=True, model_type="qwen2")
+
+
+def numpy_adamw(params, grads, lr, b1=0.9, b2=0.999, eps=1e-8, decay=0.0, clip=0.0):
+    """Loshchilov and Hutter's AdamW over a list of gradients, float64; decay only where the name says matrix."""
+    params = {k: np.float64(v) for k, v in params.items()}
+    m, v = ({k: np.zeros_like(x) for k, x in params.items()} for _ in range(2))
+    for t, g in enumerate(grads, 1):
+        norm = np.sqrt(sum((x**2).sum() for x in g.values()))
+        scale = min(1.0, clip / norm) if clip else 1.0
+        for k in params:
+            m[k] = b1 * m[k] + (1 - b1) * g[k] * scale
+            v[k] = b2 * v[k] + (1 - b2) * (g[k] * scale) ** 2
+            step = m[k] / (1 - b1**t) / (np.sqrt(v[k] / (1 - b2**t)) + eps)
+            params[k] = params[k] - lr(t - 1) * (step + (decay * params[k] if k == "matrix" else 0))
+    return params
+
+
+def run(optimizer, params, grads):
+    state = fresh_state(jax.tree.map(jnp.float32, params), optimizer)
+    params, opt_state = state.params, state.opt_state
+    update = jax.jit(optimizer.transform.update)
+    for g in grads:
+        updates, opt_state = update(jax.tree.map(jnp.float32, g), opt_state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params, opt_state
+
+
+def example(steps, size=5, seed=0):
+    rng = np.random.default_rng(seed)
+    make = lambda: {"matrix": rng.normal(size=(size, 3)), "q_bias": rng.normal(size=size)}  # noqa: E731
+    return make(), [make() for _ in range(steps)]
+
+
+def test_matches_numpy_adamw_with_clip_decay_and_warm_up():
+    params, grads = example(12)
+    optimizer = build_optimizer(
+        1e-2, warmup_steps=4, schedule="linear", total_steps=12, b2=0.95, weight_decay=0.1, grad_clip=1.5)
+    want = numpy_adamw(params, grads, lambda t: 1e-2 * min((t + 1) / 4, 1) * (1 - max(t - 4, 0) / 8),
+                       b2=0.95, decay=0.1, clip=1.5)
+    got, _ = run(optimizer, params, grads)
+    for k in want:
+        np.testing.assert_allclose(got[k], want[k], rtol=2e-5, atol=2e-6)
+
+
+def test_schedules():
+    lr = {kind: build_optimizer(2.0, 10, kind, 110).schedule for kind in ("constant", "linear", "cosine")}
+    for schedule in lr.values():
+        assert schedule(0) == pytest.approx(0.2) and schedule(9) == pytest.approx(2.0) == schedule(10)
+    assert [float(lr["constant"](t)) for t in (60, 500)] == [2.0, 2.0]
+    assert [float(lr["linear"](t)) for t in (60, 110, 500)] == pytest.approx([1.0, 0, 0], abs=1e-6)
+    assert [float(lr["cosine"](t)) for t in (35, 60, 110)] == pytest.approx([1 + 0.5**0.5, 1.0, 0], abs=1e-6)
+    assert float(build_optimizer(2.0).schedule(0)) == 2.0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(schedule="exponential"), "schedule='exponential'"),
+    (dict(schedule="cosine", warmup_steps=5, total_steps=5), "must be after"),
+])
+def test_schedule_mistakes_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        build_optimizer(1e-3, **arguments)
+
+
+def test_decay_spares_norms_and_biases():
+    params, _ = abstract_params(CONFIG)
+    named = jax.tree_util.tree_leaves_with_path(decays(params))
+    spared = {jax.tree_util.keystr(p, simple=True, separator="/") for p, decayed in named if not decayed}
+    assert spared == {"final_norm/scale", "layers/attn_norm/scale", "layers/mlp_norm/scale", "layers/attn/q_bias",
+                      "layers/attn/k_bias", "layers/attn/v_bias"}
+
+
+def test_bfloat16_moments_follow_float32_ones():
+    """Over hundreds of steps, through a drop of the gradient by 30: rounding to nearest would freeze the second
+    moment (its relative change per step, 0.001, is below half a bfloat16 step) and with it the step size."""
+    rng = np.random.default_rng(0)
+    grads = [{"matrix": rng.normal(size=(64, 64)) * (1.0 if t < 20 else 0.03)} for t in range(500)]
+    params = {"matrix": np.zeros((64, 64))}
+    optimizer = build_optimizer(1e-3, state_dtype=jnp.bfloat16)
+    _, stored = run(optimizer, params, grads)
+    _, full = run(build_optimizer(1e-3), params, grads)
+    adam = next(s for s in stored if hasattr(s, "nu"))
+    reference = next(s for s in full if hasattr(s, "nu"))
+    assert adam.nu["matrix"].dtype == adam.mu["matrix"].dtype == jnp.bfloat16
+    ratio = np.float32(adam.nu["matrix"]) / np.float32(reference.nu["matrix"])
+    assert abs(ratio.mean() - 1) < 0.01 and np.abs(ratio - 1).max() < 0.2
+    nearest = jnp.float32(1.0)
+    for g in grads[20:]:  # what this guards against, on one element
+        nearest = jnp.float32(jnp.bfloat16(0.999 * nearest + 0.001 * g["matrix"][0, 0] ** 2))
+    assert nearest > 0.99
+
+
+def test_moments_keep_their_dtype_beside_bfloat16_parameters():
+    state = fresh_state({"w": jnp.ones((3, 2), jnp.bfloat16)}, optimizer := build_optimizer(1e-3))
+    _, after = optimizer.transform.update({"w": jnp.ones((3, 2))}, state.opt_state, state.params)
+    for opt_state in (state.opt_state, after):
+        assert {x.dtype for x in jax.tree.leaves(opt_state) if x.ndim} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_state_is_what_its_abstract_says():
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    optimizer = build_optimizer(1e-3, grad_clip=1.0, state_dtype=jnp.bfloat16)
+    abstract = abstract_state(CONFIG, optimizer, mesh, param_dtype=jnp.bfloat16)
+    state = init_state(CONFIG, optimizer, mesh, jax.random.key(0), param_dtype=jnp.bfloat16)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+    given = init_state(CONFIG, optimizer, mesh, params=jax.tree.map(jnp.copy, state.params), param_dtype=jnp.bfloat16)
+    for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
