@@ -177,7 +177,9 @@ def build_programs(
         params = _cast(state.params, dtype)
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
         arguments = (hyper, num_tokens, num_sequences)
-        (_, (sums, maxima)), _ = jax.eval_shape(gradient, params, _micro(batch, 0), *arguments)
+        # hyper is closed over: MASPO's differentiable_gate chooses a formula and must stay a Python bool.
+        shapes = jax.eval_shape(lambda p, b: gradient(p, b, *arguments), params, _micro(batch, 0))
+        (_, (sums, maxima)), _ = shapes
 
         def one(i, carry):
             total, grads, sums, maxima = carry
