@@ -36,6 +36,6 @@ setup(
         "cuda": ["jax[cuda]>=0.10"],
         "wandb": ["wandb"],
         "hub": ["datasets"],
-        "test": ["pytest", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
 )
