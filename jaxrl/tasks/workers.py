@@ -30,7 +30,7 @@ from typing import Any
 from jaxrl.errors import UserError
 
 START_TIMEOUT = 120.0  # seconds for a supervisor to import its libraries on a busy machine
-_GRACE = 5  # seconds after the limit at which the worker's own alarm ends it
+_GRACE = 2  # seconds after the limit at which the worker's own alarm ends it
 _MAX_DEATHS = 6  # workers in a row that live less than a second, before the supervisor gives up
 
 

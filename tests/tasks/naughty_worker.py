@@ -30,6 +30,9 @@ def handle(job):
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1e6)
+    if kind == "touch and sleep":
+        open(value, "w").close()
+        time.sleep(1e6)
     if kind == "sleep":
         time.sleep(1e6)
     if kind == "memory":

@@ -13,6 +13,7 @@ FOUND = [
     (r"\boxed{5}, \boxed{6}", "5, 6"),
     (r"\boxed{5} ... I mean, \boxed{5}", "5"),
     (r"\boxed{\text{so } \boxed{5}}", "5"),
+    (r"\boxed{5} or rather, hmm, \boxed{6}, and so, finally, \boxed{6}", "6"),
     (r"\boxed{" * 400 + "5" + "}" * 400, "5"),
     (r"\fbox{7}", "7"),
     (r"\boxed 42", "42"),

@@ -207,6 +207,15 @@ def test_nothing_of_the_algebra_system_is_imported_in_the_caller():
     assert done.stdout == "['correct']\n[]\n"
 
 
+def test_no_accelerator_library_in_the_worker():
+    code = (
+        "import sys\nfrom jaxrl.tasks.grader_worker import compare\nassert compare('x+1', '1+x') == 'correct'\n"
+        "print(sorted({'jax', 'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_version_and_outcomes_are_fixed():
     assert GRADER_VERSION == "1"
     assert OUTCOMES == ("correct", "wrong", "unparsed", "timeout", "crashed")

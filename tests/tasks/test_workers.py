@@ -35,7 +35,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_until(condition) -> bool:
-    for _ in range(2000):
+    for _ in range(6000):
         if condition():
             return True
         time.sleep(0.01)
@@ -127,8 +127,9 @@ def test_close_leaves_no_process(pool):
     assert wait_until(lambda: not alive(pid) and not alive(supervisor))
 
 
-def test_workers_end_with_their_parent():
-    """The parent is killed with -9 while a job runs for ever: the pipe closes and the alarm ends the worker."""
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_their_parent(busy, tmp_path):
+    """The parent is killed with -9: idle workers see the pipe close, the alarm ends one that works for ever."""
     import signal
     import subprocess
     import sys
@@ -136,9 +137,10 @@ def test_workers_end_with_their_parent():
     code = (
         "import sys, threading\n"
         "from jaxrl.tasks.workers import Pool\n"
-        f"p = Pool({MODULE!r}, [], 1, 1.0)\n"
+        f"p = Pool({MODULE!r}, [], 1, 1.5)\n"
         "pid = p.map([['pid', 0]])[0][1]\n"
-        "p.timeout = 1e5\n"
+        f"job = ['touch and sleep', {str(tmp_path / 'busy')!r}]\n"
+        f"if {busy}: threading.Thread(target=p.map, args=([job],), daemon=True).start()\n"
         "print(pid, p._members[0].process.pid, flush=True)\n"
         "sys.stdin.read()\n"
     )
@@ -147,6 +149,7 @@ def test_workers_end_with_their_parent():
     )
     pids = [int(x) for x in parent.stdout.readline().split()]
     assert len(pids) == 2 and all(map(alive, pids))
+    assert not busy or wait_until((tmp_path / "busy").exists)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert wait_until(lambda: not any(map(alive, pids)))
