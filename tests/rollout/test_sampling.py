@@ -174,3 +174,10 @@ def test_uniforms_are_uniform_and_independent_of_each_other():
     counts = np.histogram2d(u[:, 0], u[:, 1], bins=16, range=[[0, 1], [0, 1]])[0].ravel()
     stat, freedom = chi_square(counts, np.full(256, 1 / 256))
     assert stat < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_a_target_that_underflows_still_draws_a_candidate():
+    weights = np.zeros((1, 300), np.float32)
+    weights[0, [5, 6]] = 2e-38  # times 2**-24 is zero: every running sum reaches it
+    u = np.full((1, 2), 2.0**-24, np.float32)
+    assert inverse_cdf(weights, u).tolist() in ([5], [6])
