@@ -192,4 +192,4 @@ def test_algebra_on_scrambled_formulas():
 
 @pytest.mark.slow
 def test_algebra_on_many_scrambled_formulas():
-    algebra(1, 6000)
+    algebra(1, 2000)
