@@ -16,6 +16,7 @@ setup(
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "grain>=0.2",
         "ml-collections>=1.0",
         "absl-py",
         "numpy",
