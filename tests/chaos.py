@@ -65,20 +65,22 @@ def run_until_done(module, args, run_dir, kills, seed, *, kinds=KINDS, limit=360
         wanted = records + rng.randint(1, 3)
         pid, code = _fork(module, args, log, write), None
         starts += 1
-        while code is None:
-            if time.monotonic() - begin > limit:
+        try:
+            while code is None:
+                assert time.monotonic() - begin < limit, f"not done after {limit} s and {landed}:\n{_tail(log)}"
+                now = _records(run_dir)
+                if now > records and startup == 1.0:
+                    startup = time.monotonic() - started
+                if (kind == "start" and time.monotonic() - started >= moment) or (
+                        kind == "step" and now >= wanted) or (kind == "save" and _saving(run_dir)):
+                    time.sleep(0 if kind == "start" else moment)
+                    _kill(pid)
+                time.sleep(0.002)
+                done, status = os.waitpid(pid, os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status) if done else None
+        finally:
+            if code is None:  # an error above, or Ctrl-C
                 _kill(pid)
-                raise AssertionError(f"not done after {limit} s and {landed}:\n{_tail(log)}")
-            now = _records(run_dir)
-            if now > records and startup == 1.0:
-                startup = time.monotonic() - started
-            if (kind == "start" and time.monotonic() - started >= moment) or (
-                    kind == "step" and now >= wanted) or (kind == "save" and _saving(run_dir)):
-                time.sleep(0 if kind == "start" else moment)
-                _kill(pid)
-            time.sleep(0.002)
-            done, status = os.waitpid(pid, os.WNOHANG)
-            code = os.waitstatus_to_exitcode(status) if done else None
         if code == -signal.SIGKILL:
             landed[kind] += 1
         else:
