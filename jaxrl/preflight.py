@@ -197,7 +197,7 @@ def line(row: Row, chip: hardware.Chip) -> str:
 
 
 HEADER = (
-    f"{'program':<11}{'GiB per chip':>18}{'':<2}{'TFLOP':>9}{'time s':>9}{'roof s':>9}{'share':>6}"
+    f"{'program':<11}{'GiB per chip':>18}{'':<3}{'TFLOP':>9}{'time s':>9}{'roof s':>9}{'share':>6}"
     f"{'collect.':>9}{'GB':>9}{'tokens/s':>12}"
 )
 

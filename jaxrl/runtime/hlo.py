@@ -87,7 +87,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
                 entry = match[2] if match[1] else entry
         elif line.startswith("  "):
             lines.append(line)
-        elif line == "}":
+        elif re.fullmatch(r"\}(, execution_thread=.*)?", line):
             found = filter(None, map(_instruction, lines))
             current.update((instruction.name, instruction) for instruction in found)
             current = None

@@ -72,17 +72,19 @@ def compile_program(lowered, loop_trips: float = 1) -> Compiled:
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        text = None
+        fits = True
         try:
-            text = lowered.compile(compiler_options=options).as_text()
+            lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
-        fits, dumped = text is not None, _dumped(folder, "after_optimizations.txt")
+            fits = False
+        # the later text has the cycle estimates; read from the dump, because as_text() cannot print all of them
+        text = _dumped(folder, "after_codegen.txt" if fits else "after_optimizations.txt")
         assignment = _dumped(folder, "after_optimizations-buffer-assignment.txt")
-    names = {op.name: _origin(op) for body in hlo.parse(dumped)[0].values() for op in body.values()}
+    names = {op.name: _origin(op) for body in hlo.parse(text)[0].values() for op in body.values()}
     needed, arguments, buffers = _allocations(assignment, names)
-    return Compiled(needed, arguments, fits, buffers, hlo.count(text or dumped, loop_trips))
+    return Compiled(needed, arguments, fits, buffers, hlo.count(text, loop_trips))
 
 
 def _dumped(folder: str, ending: str) -> str:

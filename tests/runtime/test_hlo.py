@@ -84,7 +84,7 @@ TPU = """HloModule m, is_scheduled=true
   %piece = bf16[32,8]{1,0} all-gather(%a), channel_id=7, dimensions={0}
   %same = bf16[32,8]{1,0} all-gather(%a), channel_id=7, dimensions={0}
   ROOT %c = bf16[4,8]{1,0} copy(%a), backend_config={"estimated_cycles":"99"}
-}
+}, execution_thread="sparsecore"
 
 ENTRY %main (x.1: bf16[4,8], q: bf16[3,5,7], k: bf16[3,6,7]) -> bf16[3,5,6] {
   %x.1 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
