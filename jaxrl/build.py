@@ -154,30 +154,40 @@ def watchdog(config, run: RunDir):
     return contextlib.nullcontext(types.SimpleNamespace(beat=lambda *_: None))
 
 
-def run_dir(config, decoder: DecoderConfig, tok: Tokenizer) -> RunDir:
-    """The run directory, locked, with what others need to read it: the resolved config, the decoder's
-    config.json and the tokenizer. Only process 0 writes there."""
+def run_dir(config) -> RunDir:
+    """The run directory, locked; only process 0 writes there, and before `describe_run` nothing but the lock."""
     if not distributed.is_main():
         return RunDir(pathlib.Path(config.run_dir))
-    run = open_run_dir(config.run_dir, config.resume)
+    return open_run_dir(config.run_dir, config.resume)
+
+
+def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, step: int) -> None:
+    """Writes what others need to read the run: the resolved config, the decoder's config.json, the tokenizer.
+
+    Only once it is known that the checkpoints fit: a start with another model must leave the run readable.
+    step: where the run goes on; rollout samples of later steps are removed, as they will be made again.
+    """
+    if not distributed.is_main():
+        return
+    run.drop_samples_after(step)
     run.write_config(config.to_dict())
     home = run.root / "model"
     home.mkdir(exist_ok=True)
     tok.save(home)
     atomic_write(home / "config.json", json.dumps(to_hf(decoder), indent=2) + "\n")
     atomic_write(home / "generation_config.json", json.dumps({"eos_token_id": list(tok.eos_ids)}) + "\n")
-    return run
 
 
-def reference(config, run: RunDir, learner, params, fresh: bool):
+def reference(config, run: RunDir, learner, params):
     """Parameters of the frozen reference model (those at step 0), or None if the config has no KL term.
 
-    They are kept in run_dir/reference, so that a resumed run compares with the same model.
+    They are kept in run_dir/reference, so that a resumed run compares with the same model. params: of a new run,
+    copied; None reads them back. Raises UserError if they are not there.
     """
     if not config.algorithm.kl_coef:
         return None
     with Checkpointer(run.root / "reference", keep_last=1) as store:
-        if fresh:
+        if params is not None:
             copy = jax.tree.map(jnp.copy, params)
             store.save(0, {"params": copy}, {})
             return copy

@@ -15,7 +15,7 @@ from jaxrl.batch import kl_in_reward, make_batches, sample_rows
 from jaxrl.collect import Collector
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
-from jaxrl.runtime import cli, distributed
+from jaxrl.runtime import cli, distributed, nonfinite
 from jaxrl.runtime.config import parse_config, validate
 from jaxrl.runtime.console import Console, before_after
 from jaxrl.runtime.mesh import num_batch_shards
@@ -43,10 +43,14 @@ def train(config) -> int:
         collector = Collector(config, task, tokenizer, sampler)
 
         # ---- the run directory: a new run, or the newest checkpoint of this one
-        run = build.run_dir(config, decoder, tokenizer)
+        run = build.run_dir(config)
+        if run.lock:
+            stack.callback(run.lock.release)
         checkpoints = stack.enter_context(build.checkpointer(config, run))
         found = checkpoints.restore(learner.abstract_state())
         step, host = (found.step, found.host) if found else (0, {})
+        build.describe_run(run, config, decoder, tokenizer, step)
+        rollbacks = host.get("rollbacks", 0)
         writer = stack.enter_context(contextlib.closing(build.writer(config, run, host.get("writer"))))
         console = stack.enter_context(Console(config.steps, step, enabled=main))
         stop = stack.enter_context(StopRequest())
@@ -56,22 +60,23 @@ def train(config) -> int:
             return evaluate_task(config, sampler, sampler.layout(state.params), tokenizer, task)
 
         def save(state, step, record):
-            host = {"collector": collector.state(), "writer": writer.state() if main else {}}
+            host = {"collector": collector.state(), "writer": writer.state() if main else {}, "rollbacks": rollbacks}
             checkpoints.save(step, state, distributed.broadcast(host), metrics=record)
 
         if found:
             console.note(f"continuing {run.root} after step {step}")
             state = found.arrays
             collector.restore(host["collector"])
+            reference = build.reference(config, run, learner, None)
         else:
             console.note(f"{build.describe(config, decoder, mesh)}\nrun directory: {run.root}")
             params = build.params_maker(config, decoder, mesh)()
             state = learner.init(sft.warm_start(config, decoder, mesh, params, tokenizer, console.note))
+            reference = build.reference(config, run, learner, state.params)  # before the save: a restart needs it
             record = evaluate(state)
             writer.write(0, record)
             console.note(f"before RL: accuracy {record['eval/accuracy']:.3f}" if "eval/accuracy" in record else "")
             save(state, 0, record)
-        reference = build.reference(config, run, learner, state.params, fresh=not found)
 
         # ---- the loop
         while step < config.steps:
@@ -82,6 +87,22 @@ def train(config) -> int:
             begin_update = time.perf_counter()
             state, learned = learner.update(state, [b.data for b in batches], reference)
             step += 1
+            in_a_row = 0
+            if skipped := learned.get("nonfinite/updates"):
+                in_a_row = int(state.skipped_in_a_row)
+                if main:
+                    nonfinite.store_batches(run.root, step, {i: batches[i].data for i in skipped})
+                if nonfinite.must_roll_back(in_a_row, config.nonfinite.max_in_a_row, rollbacks, step, run.root):
+                    state, ahead, rollbacks = None, collector.position, rollbacks + 1  # frees the memory first
+                    found = checkpoints.restore(learner.abstract_state())
+                    console.note(f"{in_a_row} updates in a row were not finite: back from step {step} to {found.step}")
+                    state, step = found.arrays, found.step
+                    collector.restore(found.host["collector"])
+                    collector.position = ahead  # on with other problems
+                    writer.close()
+                    writer = stack.enter_context(contextlib.closing(build.writer(config, run, found.host["writer"])))
+                    build.describe_run(run, config, decoder, tokenizer, step)
+                    continue
             now = time.perf_counter()
             record = {**collected.metrics, **packing_metrics(batches), **learned}
             record |= {"time/update": now - begin_update, "time/step": now - begin}
@@ -95,7 +116,9 @@ def train(config) -> int:
             watchdog.beat(step, record)
             if main and config.log.samples:
                 run.write_samples(step, sample_rows(collected, config, tokenizer, config.log.samples))
-            if step % config.checkpoint.every == 0 or last or stopping:
+            # In the middle of skipped updates nothing is saved: that is not a state to go back to.
+            in_trouble = in_a_row and config.nonfinite.max_in_a_row
+            if last or ((stopping or step % config.checkpoint.every == 0) and not in_trouble):
                 save(state, step, record)
             if stopping and not last:
                 return stop.exit_code

@@ -93,7 +93,8 @@ class Learner:
         parameters of the frozen reference model, when the objective has a KL term.
 
         Returns:
-          (state, metrics): means over the updates, maxima for names ending in /max, a sum for "nonfinite".
+          (state, metrics): means over the updates, maxima for names ending in /max, a sum for "nonfinite"; if that
+          is not 0, "nonfinite/updates" lists the numbers of the updates that were skipped.
         """
         placed = [place_batch(b, self.mesh) for b in batches]
         if not self.objective.on_policy:
@@ -104,7 +105,9 @@ class Learner:
         for batch in placed:
             state, metrics = self.programs.update(state, batch)
             records.append(metrics)
-        return state, combine(jax.device_get(records))
+        records = jax.device_get(records)
+        skipped = [i for i, record in enumerate(records) if record["nonfinite"]]
+        return state, combine(records) | ({"nonfinite/updates": skipped} if skipped else {})
 
 
 def combine(records: list[dict]) -> dict[str, float]:

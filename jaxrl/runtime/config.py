@@ -140,7 +140,7 @@ def base_config() -> ConfigDict:
     c.checkpoint = ConfigDict(dict(every=20, keep=2, keep_best=""))
     c.log = ConfigDict(dict(tensorboard=True, wandb=False, wandb_project="jaxrl", samples=2))
     c.watchdog = ConfigDict(dict(seconds=0.0))  # 0 = off
-    c.nonfinite = ConfigDict(dict(max_in_a_row=3))
+    c.nonfinite = ConfigDict(dict(max_in_a_row=3))  # skipped updates before going back to a checkpoint, once; 0 = off
     c.compilation_cache = True  # keep compiled programs in the user's cache directory
     return c
 
@@ -274,6 +274,8 @@ def validate(config: ConfigDict) -> None:
             f"config.batch.group_size=1: the {a.advantage!r} advantage compares completions of one "
             "prompt and would be zero everywhere; use group_size >= 2"
         )
+    if 0 < config.sft.steps <= config.sft.warmup_steps:
+        raise UserError(f"config.sft.warmup_steps={config.sft.warmup_steps} must be below sft.steps={config.sft.steps}")
     if b.updates > b.prompts * b.group_size:
         raise UserError(
             f"config.batch.updates={b.updates} is more than the {b.prompts * b.group_size} completions"

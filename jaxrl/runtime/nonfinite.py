@@ -1,0 +1,60 @@
+"""Updates that were skipped because loss or gradient were not finite: kept for a look, and not for ever.
+
+The update itself leaves the state as it was (jaxrl/learner/update.py). The training loop then stores the
+mini-batch here and, when too many in a row were skipped, goes back to the last checkpoint once and draws other
+problems from there: with the same ones a deterministic run would only come to the same end.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxrl.errors import UserError
+from jaxrl.learner.packing import PackedBatch
+from jaxrl.runtime.blobs import pack_arrays
+from jaxrl.runtime.rundir import atomic_write
+
+MOST_FILES = 16  # a run that skips now and then must not fill the disk
+
+
+def store_batches(run_dir: str | os.PathLike, step: int, batches: Mapping[int, PackedBatch]) -> pathlib.Path | None:
+    """Writes the skipped mini-batches of a step, {number of the update: batch}, to nonfinite/step_00000012.npz.
+
+    Arrays are named "update0/tokens", ... (see PackedBatch; old_logprobs and ref_logprobs are scored on the
+    devices and not stored). Returns the path, or None once MOST_FILES are there.
+    """
+    folder = pathlib.Path(run_dir) / "nonfinite"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step_{step:08d}.npz"
+    if not path.exists() and len(list(folder.glob("step_*.npz"))) >= MOST_FILES:
+        return None
+    scored = ("old_logprobs", "ref_logprobs", "capacity")
+    arrays = {
+        f"update{i}/{name}": np.asarray(value)
+        for i, batch in batches.items()
+        for name, value in vars(batch).items()
+        if name not in scored
+    }
+    atomic_write(path, pack_arrays(arrays))
+    return path
+
+
+def must_roll_back(in_a_row: int, limit: int, rollbacks: int, step: int, run_dir: str | os.PathLike) -> bool:
+    """Whether the run should go back to its last checkpoint after `in_a_row` skipped updates.
+
+    limit: config.nonfinite.max_in_a_row, 0 = never. rollbacks: how often this run has gone back already.
+    Raises UserError instead of a second time.
+    """
+    if not 0 < limit <= in_a_row:
+        return False
+    if rollbacks:
+        raise UserError(
+            f"step {step}: loss or gradient were not finite in {in_a_row} updates in a row, again after going "
+            f"back to a checkpoint; the mini-batches are in {pathlib.Path(run_dir) / 'nonfinite'}. Lower "
+            "config.optimizer.learning_rate, or set config.nonfinite.max_in_a_row=0 to skip such updates for ever"
+        )
+    return True
