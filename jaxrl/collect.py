@@ -95,9 +95,9 @@ class Collector:
             kept, reasons = select(groups, a.selection, hyper)
             batches += 1
             chosen += kept
-            keys = {id(g.problem) for g in kept}
+            keys = {id(g.prompt_tokens) for g in kept}  # one array a group; a problem may have been drawn twice
             sampled += groups
-            kept_flags += [id(g.problem) in keys for g in groups]
+            kept_flags += [id(g.prompt_tokens) in keys for g in groups]
             accepted += sum(int(g.lengths.sum()) for g in kept)
             for reason, count in reasons.items():
                 dropped[f"selection/dropped/{reason}"] = dropped.get(f"selection/dropped/{reason}", 0) + count

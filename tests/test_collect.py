@@ -1,0 +1,352 @@
+"""The collector on a sampler and a task made of plain rules: no model, no device."""
+
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+
+from jaxrl import collect
+from jaxrl.algorithms.length import LENGTH_REWARDS
+from jaxrl.batch import trained_completions
+from jaxrl.collect import Collector, group_from_json, group_to_json, shape_rewards, with_budget
+from jaxrl.errors import UserError
+from jaxrl.runtime.config import base_config
+from jaxrl.runtime.metrics import deterministic_view
+from jaxrl.tasks.task import Grade, Task
+from jaxrl.types import Completion, Group, Problem
+
+WRONG, RIGHT, CRASH = 10, 11, 12  # the first token of a completion says how it will be graded
+G = 4
+
+
+class Tokenizer:
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+    def encode(self, text):
+        return [int(t) for t in text.split()]
+
+
+class RuleSampler:
+    """Completion i of the problem at a position: rule(position, i) -> (first token, length). Remembers requests."""
+
+    def __init__(self, rule):
+        self.rule, self.requests, self.stats = rule, [], types.SimpleNamespace(slot_steps=0)
+
+    def generate(self, params, requests, *, seed, step, sampling):
+        self.requests.append(requests)
+        out = []
+        for r in requests:
+            drawn = [self.rule(r.key, i) for i in range(r.samples)]
+            out.append(
+                [
+                    Completion(
+                        np.array([first] + [5] * (n - 1), np.int32),
+                        np.random.default_rng([r.key, i, n]).normal(size=n).astype(np.float32),
+                        "length" if n >= r.max_tokens else "eos",
+                    )
+                    for i, (first, n) in enumerate(drawn)
+                ]
+            )
+        self.stats.slot_steps = 2 * sum(c.length for group in out for c in group)
+        return out
+
+
+def task_of(count):
+    outcome = {WRONG: (0.0, "wrong"), RIGHT: (1.0, "correct"), CRASH: (0.0, "crashed")}
+
+    def grade(problems, texts):
+        rows = [outcome[int(t.split()[0])] for t in texts]
+        return [Grade(correct, correct, name != "crashed", name) for correct, name in rows]
+
+    problems = [Problem(f"p{i}", f"question {i}", str(i)) for i in range(count)]
+    return Task(problems, [], lambda p: [1, 2, p.budget or 3], grade)
+
+
+def mixed(position, i):
+    return (RIGHT if i % 2 else WRONG), 2 + (position + i) % 5
+
+
+def even_mixed(position, i):
+    return mixed(position, i) if position % 2 == 0 else (RIGHT, 3)
+
+
+def make(rule=mixed, changes=(), problems=50):
+    c = base_config()
+    c.batch.prompts, c.batch.group_size, c.sampling.max_tokens = 4, G, 12
+    c.algorithm.selection = "accuracy"
+    c.update_from_flattened_dict(dict(changes))
+    sampler = RuleSampler(rule)
+    return Collector(c, task_of(problems), Tokenizer(), sampler), sampler
+
+
+def positions(sampler):
+    return [[r.key for r in requests] for requests in sampler.requests]
+
+
+def test_tops_up_until_full_and_reports_what_it_cost():
+    collector, sampler = make(even_mixed)
+    got = collector.collect(None, 0)
+    assert positions(sampler) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    order = [collector.task.train[int(collector.order[p])].id for p in range(8)]
+    assert [g.problem.id for g in got.chosen] == order[::2]
+    assert [g.problem.id for g in got.sampled] == order
+    assert got.kept == [True, False] * 4
+    m = got.metrics
+    assert m["selection/generation_batches"] == 2 and m["selection/groups"] == 4
+    assert m["selection/dropped/accuracy/all_correct"] == 4
+    kept, everything = (sum(int(g.lengths.sum()) for g in gs) for gs in (got.chosen, got.sampled))
+    assert everything == kept + 4 * G * 3 == m["generated_tokens"]
+    assert m["acceptance_rate"] == kept / everything
+    assert m["perf/slot_utilisation"] == 0.5
+    assert m["selection/kept_lengths"] == [round(float(g.lengths.mean()), 2) for g in got.chosen]
+    assert m["selection/dropped_lengths"] == [3.0] * 4
+    assert m["accuracy"] == 0.75 and m["zero_std_fraction"] == 0.5
+    assert m["outcome/correct"] == 8 * G - 8 and m["outcome/wrong"] == 8
+
+
+def test_groups_beyond_the_batch_are_discarded_or_kept():
+    wide = {"batch.generation_prompts": 6}
+    collector, sampler = make(changes=wide)
+    first = collector.collect(None, 0)
+    assert [len(first.chosen), len(first.sampled), first.metrics["selection/surplus"]] == [4, 6, 0]
+    assert first.metrics["acceptance_rate"] == 1.0  # selected, though not used: the filter let them pass
+    collector.collect(None, 1)
+    assert positions(sampler) == [[*range(6)], [*range(6, 12)]]
+
+    collector, sampler = make(changes={**wide, "batch.keep_surplus": True})
+    steps = [collector.collect(None, s) for s in range(3)]
+    assert positions(sampler) == [[*range(6)], [*range(6, 12)]]  # 2 of 6 wait, then 4 of 8: the third needs none
+    assert [s.metrics["selection/surplus"] for s in steps] == [2, 4, 0]
+    ids = [g.problem.id for s in steps for g in s.chosen]
+    assert ids == [collector.task.train[int(collector.order[p])].id for p in range(12)]
+    assert steps[2].metrics["generated_tokens"] == 0 and steps[2].sampled == []
+    assert steps[2].metrics["selection/generation_batches"] == 0
+
+
+def test_what_happens_when_the_limit_of_generation_batches_is_reached():
+    never = lambda position, i: (WRONG, 3)  # noqa: E731
+    limit = {"batch.max_generation_batches": 3}
+    collector, sampler = make(never, limit)
+    got = collector.collect(None, 0)
+    assert got.chosen == [] and len(sampler.requests) == 3 and len(got.sampled) == 12
+    assert got.metrics["selection/dropped/accuracy/all_wrong"] == 12 and got.metrics["acceptance_rate"] == 0
+    collector, _ = make(even_mixed, {"batch.max_generation_batches": 1})
+    assert len(collector.collect(None, 0).chosen) == 2
+    collector, _ = make(never, {**limit, "batch.on_short": "error"})
+    with pytest.raises(UserError, match="step 7: 0 of 4 groups after 3 batches; raise config.batch.max_gen"):
+        collector.collect(None, 7)
+    # A limit that is met just in time is no error; no limit at all goes on.
+    collector, _ = make(even_mixed, {"batch.max_generation_batches": 2, "batch.on_short": "error"})
+    assert len(collector.collect(None, 0).chosen) == 4
+    late = lambda position, i: mixed(position, i) if position >= 60 else (WRONG, 2)  # noqa: E731
+    collector, sampler = make(late, {"batch.max_generation_batches": 0})
+    assert len(collector.collect(None, 0).chosen) == 4 and len(sampler.requests) == 16
+
+
+def test_a_problem_drawn_twice_is_two_groups():
+    collector, _ = make(even_mixed, problems=1)
+    got = collector.collect(None, 0)
+    assert got.kept == [True, False] * 4 and len(got.metrics["selection/dropped_lengths"]) == 4
+
+
+def crashing(share):
+    """The first `share` of the G completions of every group cannot be graded."""
+    return lambda position, i: (CRASH, 4) if i < share else mixed(position, i)
+
+
+def test_completions_without_a_grade_take_no_part():
+    collector, _ = make(crashing(1))
+    got = collector.collect(None, 0)
+    for g in got.chosen:
+        assert g.valid.tolist() == [False, True, True, True] and g.outcomes[0] == "crashed"
+    trained = trained_completions(got.chosen, collector.config)
+    assert [t.index for t in trained] == [1, 2, 3] * 4
+    assert trained[0].advantage == pytest.approx((1 - 2 / 3) / np.std([1, 0, 1], ddof=1), rel=1e-5)
+    assert got.metrics["accuracy"] == pytest.approx(2 / 3) and got.metrics["reward/mean"] == pytest.approx(2 / 3)
+    assert got.metrics["outcome/crashed"] == 4
+
+
+def test_too_many_failures_stop_the_run():
+    collector, _ = make(crashing(2))
+    collector.collect(None, 0)  # half of them: as many as max_failures allows
+    collector, _ = make(crashing(3), {"algorithm.selection": "none"})
+    with pytest.raises(UserError, match=r"step 5: 12 of 16 completions could not be graded .*'crashed': 12.*0.5"):
+        collector.collect(None, 5)
+
+
+def test_nonfinite_log_probs_of_the_sampler_are_not_trained_on():
+    collector, sampler = make()
+    sampled = sampler.generate
+    def broken(*args, **kwargs):
+        out = sampled(*args, **kwargs)
+        out[1][2].logprobs[-1] = np.nan
+        return out
+    sampler.generate = broken
+    groups = collector.collect(None, 0).chosen
+    assert groups[1].outcomes == ["wrong", "correct", "nonfinite", "correct"]
+    assert groups[1].valid.tolist() == [True, True, False, True] and groups[0].valid.all()
+
+
+def test_longest_first_next_time():
+    collector, sampler = make(lambda p, i: (i % 2 + WRONG, 2 + p), problems=4)
+    collector.collect(None, 0)
+    collector.collect(None, 1)
+    first, second = sampler.requests
+    assert [r.expected for r in first] == [0] * 4
+    ids = [int(collector.order[p]) for p in range(8)]
+    assert [r.expected for r in second] == [2.0 + ids[:4].index(i) for i in ids[4:]]
+
+
+def test_budgets_depend_on_seed_and_position_only():
+    changes = {"length.mode": "both", "length.low": 10, "length.high": 20, "length.reward": "lcpo_max"}
+    collector, sampler = make(changes=changes)
+    c, problem = collector.config, Problem("a", "q", "1")
+    drawn = [with_budget(problem, c, p) for p in range(200)]
+    assert drawn == [with_budget(problem, c, p) for p in range(200)]
+    assert {p.budget for p in drawn} == set(range(10, 21)) and {p.mode for p in drawn} == {"exact", "max"}
+    other = c.copy_and_resolve_references()
+    other.seed = 1
+    assert [p.budget for p in drawn] != [with_budget(problem, other, p).budget for p in range(200)]
+    own = dataclasses.replace(problem, budget=3, mode="max")
+    assert with_budget(own, c, 0) is own
+    got = collector.collect(None, 0)
+    for position, (group, request) in enumerate(zip(got.sampled, sampler.requests[0], strict=True)):
+        assert (group.problem.budget, group.problem.mode) == (drawn[position].budget, drawn[position].mode)
+        assert request.prompt.tolist() == [1, 2, drawn[position].budget]
+    lengths = np.concatenate([g.lengths for g in got.sampled])
+    budgets = np.repeat([p.budget for p in drawn[:4]], G)
+    assert got.metrics["length/deviation"] == pytest.approx(np.mean(np.abs(lengths - budgets) / budgets))
+    c.length.mode = "none"
+    assert with_budget(problem, c, 0) is problem
+
+
+def random_groups(rng, count, mode="exact"):
+    """Groups of G with everything that can vary: lengths, truncation, ungraded completions, budgets or none."""
+    groups = []
+    for i in range(count):
+        lengths = rng.integers(1, 13, G)
+        problem = Problem(f"p{i}", "q", "1", budget=int(rng.integers(4, 12)) if i % 3 else None,
+                          mode=mode if i % 3 else "none", info={"source": ["x", {"y": 0.1}]})  # fmt: skip
+        correct = (rng.random(G) < 0.6).astype(np.float32)
+        valid = rng.random(G) < 0.8
+        groups.append(
+            Group(
+                problem=problem,
+                prompt_tokens=rng.integers(0, 9, 3).astype(np.int32),
+                completions=[
+                    Completion(
+                        rng.integers(0, 9, n).astype(np.int32),
+                        rng.normal(size=n).astype(np.float32),
+                        "length" if n == 12 else "eos",
+                    )
+                    for n in lengths
+                ],
+                texts=[f"täxt {n}" for n in lengths],
+                correct=correct,
+                rewards=correct.copy(),
+                valid=valid,
+                outcomes=["correct" if x else "wrong" for x in correct],
+            )
+        )
+    return groups
+
+
+@pytest.mark.parametrize("name", sorted(set(LENGTH_REWARDS) - {"none"}))
+def test_length_rewards_are_computed_over_what_was_graded(name):
+    c = base_config()
+    c.length.reward, c.sampling.max_tokens = name, 12
+    groups = random_groups(np.random.default_rng(3), 6)
+    flat = [(i, g, j) for i, g in enumerate(groups) for j in range(G) if g.valid[j]]
+    assert 0 < len(flat) < 6 * G and len({g.problem.mode for g in groups}) == 2
+    expected = LENGTH_REWARDS[name].fn(
+        np.array([g.correct[j] for _, g, j in flat]),
+        np.array([g.completions[j].length for _, g, j in flat]),
+        np.array([g.problem.budget or 0 for _, g, j in flat]),
+        np.array([i for i, _, _ in flat]),
+        np.array([g.completions[j].finish == "length" for _, g, j in flat]),
+        12,
+        np.array([g.problem.mode for _, g, j in flat]),
+        LENGTH_REWARDS[name].defaults,
+    )
+    shaped = shape_rewards(groups, c)
+    np.testing.assert_allclose([shaped[i].rewards[j] for i, _, j in flat], expected, rtol=1e-6, atol=1e-6)
+    for before, after in zip(groups, shaped, strict=True):
+        assert np.array_equal(after.rewards[~before.valid], before.rewards[~before.valid])
+        assert after.rewards.dtype == np.float32 and after.prompt_tokens is before.prompt_tokens
+    # A user's reward of another scale keeps its value; the length term comes on top.
+    partial = [dataclasses.replace(g, rewards=g.rewards * 3 + 1) for g in groups]
+    for a, b, g in zip(shape_rewards(partial, c), shaped, groups, strict=True):
+        np.testing.assert_allclose(a.rewards - (g.rewards * 3 + 1), b.rewards - g.rewards, atol=1e-6)
+
+
+def test_thinking_counts_up_to_the_end_of_thinking():
+    group = dataclasses.replace(
+        random_groups(np.random.default_rng(0), 1)[0], texts=["1 2 3 </think> 4 5", "1 2 3 4", "</think> 1", "1"]
+    )
+    group.completions[:] = [Completion(np.zeros(6, np.int32), np.zeros(6, np.float32), "eos")] * G
+    counted = collect.counted_lengths(group, "thinking", Tokenizer())
+    assert counted.tolist() == [3, 4, 0, 1] and collect.counted_lengths(group, "response", None).tolist() == [6] * G
+
+
+def test_groups_survive_json_exactly():
+    groups = random_groups(np.random.default_rng(5), 4, "max")
+    extremes = np.array([1e-45, -3.4028235e38, np.float32(0.1), -0.0, np.nan, -np.inf, 1 / 3], np.float32)
+    groups[0].completions[0] = Completion(np.arange(7, dtype=np.int32), extremes, "eos")
+    for before in groups:
+        after = group_from_json(json.loads(json.dumps(group_to_json(before))))
+        assert after.problem == before.problem and after.texts == before.texts and after.outcomes == before.outcomes
+        for name in ("prompt_tokens", "correct", "rewards", "valid", "lengths", "truncated"):
+            a, b = getattr(after, name), getattr(before, name)
+            assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), name
+        for a, b in zip(after.completions, before.completions, strict=True):
+            assert a.finish == b.finish and a.tokens.dtype == np.int32 and a.logprobs.dtype == np.float32
+            assert a.tokens.tobytes() == b.tokens.tobytes() and a.logprobs.tobytes() == b.logprobs.tobytes()
+
+
+def hard_or_easy(position, i):
+    return [(WRONG, 3), (RIGHT, 2), mixed(position, i)][position % 3]
+
+
+def views(collected):
+    return [
+        (repr(sorted(deterministic_view(c.metrics).items())), [group_to_json(g) for g in c.chosen], c.kept)
+        for c in collected
+    ]
+
+
+def test_goes_on_from_its_state_as_if_nothing_had_happened():
+    changes = {"batch.generation_prompts": 7, "batch.keep_surplus": True, "batch.greso": True}
+    collector, sampler = make(hard_or_easy, changes, problems=20)
+    whole, waiting = [collector.collect(None, s) for s in range(8)], 0
+    for split in range(1, 8):
+        first, first_sampler = make(hard_or_easy, changes, problems=20)
+        before = [first.collect(None, s) for s in range(split)]
+        state = json.loads(json.dumps(first.state()))
+        assert state["greso"]["streaks"] and state["mean_lengths"]
+        waiting += len(state["surplus"])
+        second, second_sampler = make(hard_or_easy, changes, problems=20)
+        second.restore(state)
+        after = [second.collect(None, s) for s in range(split, 8)]
+        assert views(whole) == views(before + after)
+        requests = first_sampler.requests + second_sampler.requests
+        assert [[(r.key, r.expected) for r in rs] for rs in requests] == [
+            [(r.key, r.expected) for r in rs] for rs in sampler.requests
+        ]
+    assert waiting
+    drawn = [p for ps in positions(sampler) for p in ps]
+    assert len(set(drawn)) == len(drawn) < collector.position  # GRESO skipped some, none came twice
+
+
+def test_the_shares_of_two_hosts_come_together_in_order(monkeypatch):
+    groups = random_groups(np.random.default_rng(1), 5)
+    shares = [groups[0::2], groups[1::2]]
+    monkeypatch.setattr(collect.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        collect.distributed, "allgather", lambda mine: [[group_to_json(g) for g in share] for share in shares]
+    )
+    gathered = collect.gather(shares[0])
+    assert [g.problem.id for g in gathered] == [g.problem.id for g in groups]
+    assert [g.lengths.tolist() for g in gathered] == [g.lengths.tolist() for g in groups]
