@@ -38,7 +38,7 @@ from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.segments import count_sequences
 from jaxrl.learner.logprobs import HeadSettings, response_logprobs
 from jaxrl.learner.packing import PackedBatch
-from jaxrl.learner.state import Optimizer, TrainState
+from jaxrl.learner.state import Optimizer, TrainState, abstract_state, sharding_of
 from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, shardings, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
@@ -103,8 +103,7 @@ def build_programs(
     attention = default_implementation(platform) if attention == "auto" else attention
     model = Decoder(config, dtype=dtype, remat=remat, attention=attention)
     rules = logical_rules(mesh, config.num_kv_heads, config.vocab_size, sequence_parallel)
-    abstract, specs = abstract_params(config)
-    param_shardings = shardings(mesh, specs, rules, abstract)
+    param_shardings = shardings(mesh, abstract_params(config)[1], rules)
     head = HeadSettings(
         temperature=objective.temperature,
         tied=config.tie_embeddings,
@@ -200,17 +199,12 @@ def build_programs(
         metrics = _metrics(total, grad_norm, sums, maxima, batch.num_tokens, optimizer.schedule(state.step), ok)
         return _apply(state, grads, optimizer, ok), metrics
 
-    return Programs(update=_jit_update(update, mesh), score=jax.jit(score))
-
-
-def _jit_update(update, mesh):
-    """jit with the state donated and left where it is, the metrics on every device."""
-
-    def placed(state, batch):
-        new, metrics = update(state, batch)
-        return new, jax.tree.map(lambda x: lax.with_sharding_constraint(x, replicated(mesh)), metrics)
-
-    return jax.jit(placed, donate_argnums=0)
+    # Results lie exactly as the inputs do, so that no second call compiles again.
+    state = sharding_of(abstract_state(config, optimizer, mesh, rules))
+    return Programs(
+        update=jax.jit(update, donate_argnums=0, out_shardings=(state, replicated(mesh))),
+        score=jax.jit(score, out_shardings=NamedSharding(mesh, P(None, BATCH))),
+    )
 
 
 def _apply(state: TrainState, grads, optimizer: Optimizer, ok) -> TrainState:

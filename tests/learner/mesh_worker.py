@@ -1,0 +1,79 @@
+"""Runs one update on each of several meshes of eight fake devices; a process of its own, because the number of
+devices is fixed at start-up.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
+
+A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism. For each, OUT holds the gradient (SGD with
+rate 1: old minus new parameters), the metrics, and the collectives of the compiled program.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl.learner.packing import pack
+from jaxrl.learner.state import Optimizer, init_state
+from jaxrl.learner.update import Objective, build_programs, place_batch
+from jaxrl.runtime import hlo
+from jaxrl.runtime.mesh import make_mesh
+from models.config import DecoderConfig
+
+# Sizes that tell arrays apart: V 208, D 32, F 80, q 64, kv 32. Two key-value heads, so tensor=8 replicates them.
+CONFIG = DecoderConfig(208, 32, 80, 3, 8, 2, 8, qk_norm=True, model_type="qwen3", init_std=0.2)
+OBJECTIVE = Objective(loss="gspo", kl_coef=0.1, entropy_coef=0.01, temperature=0.9)
+
+
+def batch(seed=0):
+    """64 sequences in rows of 48 tokens, 24 rows a micro-batch (3 for each of eight devices)."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, 208, rng.integers(2, 9)) for _ in range(64)]
+    responses = [rng.integers(1, 208, rng.integers(3, 39)) for _ in range(64)]
+    logprobs = [-5 + 0.1 * rng.normal(size=len(r)) for r in responses]
+    data, packing = pack(prompts, responses, rng.normal(size=64), logprobs, (48,), 24 * 48, shards=8)
+    data = data.replace(old_logprobs=packing.spread(logprobs), ref_logprobs=packing.spread(logprobs))
+    return data.replace(capacity=24 * 48)  # for the mesh whose one shard holds all rows
+
+
+def collectives(text):
+    """[[computation, kind, [shapes]]] of every collective, and the totals with loops counted out."""
+    computations, entry = hlo.parse(text)
+    found = []
+    for name, body in computations.items():
+        for op in body.values():
+            if (kind := op.opcode.removesuffix("-start")) in hlo.COLLECTIVES:
+                shapes = [[int(d) for d in dims.split(",") if d] for _, dims in hlo._ARRAY.findall(op.shape)]
+                found.append(["entry" if name == entry else name, kind, shapes])
+    counts = hlo.count(text, loop_trips=1).collectives
+    return found, {kind: int(n) for kind, (n, _) in counts.items()}
+
+
+def main(out, *names):
+    jax.config.update("jax_disable_most_optimizations", True)  # the same partitioning, compiled in half the time
+    optimizer, record = Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1)), {}
+    for name in names:
+        sizes = [int(n) for n in name.removesuffix("+sp").split(",")]
+        mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+        programs = build_programs(CONFIG, mesh, optimizer, OBJECTIVE, sequence_parallel=name.endswith("+sp"))
+        state = init_state(CONFIG, optimizer, mesh, jax.random.key(0))
+        before, data = jax.tree.map(np.array, state.params), place_batch(batch(), mesh)
+        program = programs.update.lower(state, data).compile()
+        found, counts = collectives(program.as_text())
+        placed = [str(x.sharding.spec) for x in jax.tree.leaves(state)]
+        state, metrics = program(state, data)
+        assert placed == [str(x.sharding.spec) for x in jax.tree.leaves(state)], "the update moved the state"
+        gradient = jax.tree.map(lambda a, b: a - np.array(b), before, state.params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+            record[f"{name}|{jax.tree_util.keystr(path)}"] = leaf
+        metrics = {k: float(v) for k, v in metrics.items()}
+        shards = {jax.tree_util.keystr(p): list(x.addressable_shards[0].data.shape)
+                  for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
+        record[name] = json.dumps(dict(metrics=metrics, found=found, counts=counts, shards=shards))
+    np.savez(out, **record)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
