@@ -170,7 +170,8 @@ def assert_same_run(run_dir, reference_dir):
     host = [json.loads((c.path / "host.json").read_text()) for c in (ours, theirs)]
     assert len({json.dumps({k: v for k, v in h.items() if k not in ("writer", "metrics")}) for h in host}) == 1
     samples = [{p.name: p.read_bytes() for p in (d / "samples").glob("*")} for d in runs]
-    assert samples[0] == samples[1]
+    assert samples[0].keys() == samples[1].keys(), f"samples: {sorted(samples[0].keys() ^ samples[1].keys())[:4]}"
+    assert samples[0] == samples[1], "samples differ"
 
 
 def arrays_of(path):

@@ -172,4 +172,7 @@ def open_run_dir(root: str | os.PathLike, resume: bool) -> RunDir:
         lock.release()
         raise UserError(f"config.run_dir: {root} already holds a run; set config.resume=True to continue it, "
                         "or choose another directory")
+    for depth in (".*.tmp-*", "*/.*.tmp-*"):  # what a kill leaves of an atomic write
+        for leftover in root.glob(depth):
+            leftover.unlink()
     return dataclasses.replace(run, lock=lock)

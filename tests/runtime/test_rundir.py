@@ -37,6 +37,17 @@ def test_old_run_is_not_overwritten(tmp_path):
         open_run_dir(tmp_path, resume=False)
 
 
+def test_leftovers_of_killed_writes_are_removed(tmp_path):
+    run = open_run_dir(tmp_path, resume=False)
+    run.write_samples(1, [])
+    run.lock.release()
+    for name in (".config.json.tmp-17", "samples/.step_00000001.jsonl.tmp-17"):
+        (tmp_path / name).write_text("half")
+    open_run_dir(tmp_path, resume=True).lock.release()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoints", "samples"]
+    assert [p.name for p in run.samples.iterdir()] == ["step_00000001.jsonl"]
+
+
 def test_run_dir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="config.run_dir: cannot make .*file"):
