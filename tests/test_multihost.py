@@ -1,0 +1,54 @@
+"""Two processes of four devices train as one process of eight."""
+
+import json
+import pathlib
+import socket
+
+import pytest
+
+from jaxrl.runtime.manifest import list_checkpoints
+from jaxrl.runtime.metrics import read_metrics
+from jaxrl.runtime.model_source import load_model
+from tests.test_train import assert_metrics_close, cli_train, on_fake_devices, smooth
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_two_hosts_train_as_one(tmp_path, dial_model, fsdp):
+    def start(folder, devices, **env):
+        changes = {"steps": 3, "mesh.fsdp": fsdp, "batch.updates": 2, "algorithm.kl_coef": 0.01}
+        changes |= {"batch.generation_prompts": 5, "batch.keep_surplus": True, "run_dir": tmp_path / folder}
+        flags = smooth(dial_model, **changes, distributed=bool(env))
+        return cli_train(*flags, env={**on_fake_devices(devices), **env})
+
+    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    hosts = [start("two", 4, **address, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    try:
+        printed = [child.communicate(timeout=900) for child in hosts]
+    finally:
+        for child in hosts:
+            child.kill()
+    for child, (_, error) in zip(hosts, printed, strict=True):
+        assert child.returncode == 0, error[-3000:]
+    assert "8 cpu device(s)" in printed[0][0] and "step" not in printed[1][0]  # only process 0 speaks
+    one = start("one", 8)
+    out, error = one.communicate(timeout=900)
+    assert one.returncode == 0, error[-3000:]
+    assert "8 cpu device(s)" in out
+    assert_metrics_close(tmp_path / "two", tmp_path / "one")
+    records = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    assert [r["step"] for r in records] == [0, 1, 2, 3] and any(r.get("grad_norm", 0) > 0 for r in records)
+    assert any(r.get("selection/surplus") for r in records)
+    states = [json.loads((last(tmp_path / name) / "host.json").read_text())["collector"] for name in ("one", "two")]
+    assert states[0]["position"] == states[1]["position"]
+    load_model(tmp_path / "two")  # one process reads what two have saved
+
+
+def last(run) -> pathlib.Path:
+    return list_checkpoints(run / "checkpoints")[-1].path
