@@ -32,7 +32,7 @@ def get_config():
         )
     )
     c.task.name = "dial"
-    c.sft.steps, c.sft.full_steps = 560, 420
+    c.sft.steps, c.sft.full_steps = 700, 560
     c.batch.prompts, c.batch.group_size, c.batch.generation_prompts = 16, 16, 48
     c.batch.max_generation_batches = 3
     c.batch.updates = 2
