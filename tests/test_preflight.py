@@ -126,7 +126,6 @@ def test_pod_config_is_valid_and_has_the_published_size(name, parameters):
     decoder = build.decoder_config(config)
     assert sum(math.prod(a.shape) for a in jax.tree.leaves(abstract_params(decoder)[0])) == parameters
     assert config.topology.split(":")[0] in ("v5e", "v5p", "v6e")
-    assert config.topology in (ROOT / "configs/pods" / name.split(":")[0]).read_text().split('"""')[1], "docstring"
 
 
 @pytest.mark.parametrize("name", [name for name, _ in PODS])

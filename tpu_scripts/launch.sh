@@ -2,7 +2,7 @@
 # Starts the same training command on all workers, in the background, and returns. A job still running
 # there is stopped first (it saves a checkpoint). With a --run-dir used before, training resumes.
 #
-#   tpu_scripts/launch.sh --project=P --zone=Z --name=N --config=configs/pods/lspo_gspo_qwen25_math_7b.py \
+#   tpu_scripts/launch.sh --project=P --zone=Z --name=N --config=configs/pods/lspo_qwen25_math_7b.py \
 #       --run-dir=gs://bucket/runs/first [--config.steps=100 ...]
 #
 # Next: tpu_scripts/logs.sh (follow it), tpu_scripts/status.sh, or tpu_scripts/resume.sh instead of this

@@ -7,7 +7,7 @@
 # Started a second time, it takes up a running job instead of restarting it.
 #
 #   tpu_scripts/resume.sh --project=P --zone=Z --name=N --accelerator-type=v5litepod-16 \
-#       --config=configs/pods/lspo_gspo_qwen25_math_7b.py --run-dir=gs://bucket/runs/first \
+#       --config=configs/pods/lspo_qwen25_math_7b.py --run-dir=gs://bucket/runs/first \
 #       [--fetch=gs://bucket/models/M] [--config.steps=100 ...]
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"

@@ -10,6 +10,6 @@ def get_config(loss: str = "gspo"):
     """loss: gspo, grpo or dapo."""
     c = lspo_qwen25_math_7b.get_config(loss)
     c.topology = "v5e:16x16"
-    c.mesh.data, c.mesh.fsdp = 4, 64
+    c.mesh.fsdp, c.mesh.tensor = 64, 4  # 64 rows a micro-batch: a mini-batch of 256 answers does not fill 256
     c.sampling.slots, c.sampling.tensor = 64, 4
     return c

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import pathlib
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -132,7 +133,9 @@ def _tensorboard(root: pathlib.Path, first_step: int):
     from tensorboardX import SummaryWriter  # here, since it takes a while to import
 
     # purge_step makes TensorBoard forget what a killed run had written beyond the checkpoint.
-    return SummaryWriter(str(root / "tensorboard"), purge_step=first_step)
+    # The suffix keeps a restart within the same second from overwriting the file of the run before it.
+    suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+    return SummaryWriter(str(root / "tensorboard"), purge_step=first_step, filename_suffix=suffix)
 
 
 def _send(name: str, sink, scalars: Mapping, step: int) -> None:
