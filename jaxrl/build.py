@@ -75,7 +75,8 @@ def tokenizer(config) -> Tokenizer:
     try:
         return load_tokenizer(f"{source}/model" if is_run(source) else source)
     except (ValueError, OSError) as e:
-        raise UserError(f"config.model.tokenizer: {e}") from e
+        key = "tokenizer" if config.model.tokenizer else "path"
+        raise UserError(f"config.model.{key}={source}: {e}") from e
 
 
 def param_shardings(decoder: DecoderConfig, on) -> tuple[Any, Any]:

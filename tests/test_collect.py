@@ -112,6 +112,7 @@ def test_groups_beyond_the_batch_are_discarded_or_kept():
     collector, sampler = make(changes=wide)
     first = collector.collect(None, 0)
     assert [len(first.chosen), len(first.sampled), first.metrics["selection/surplus"]] == [4, 6, 0]
+    assert first.metrics["selection/groups"] == 4
     assert first.metrics["acceptance_rate"] == 1.0  # selected, though not used: the filter let them pass
     collector.collect(None, 1)
     assert positions(sampler) == [[*range(6)], [*range(6, 12)]]
@@ -227,9 +228,9 @@ def random_groups(rng, count, mode="exact"):
     """Groups of G with everything that can vary: lengths, truncation, ungraded completions, budgets or none."""
     groups = []
     for i in range(count):
-        lengths = rng.integers(1, 13, G)
-        problem = Problem(f"p{i}", "q", "1", budget=int(rng.integers(4, 12)) if i % 3 else None,
-                          mode=mode if i % 3 else "none", info={"source": ["x", {"y": 0.1}]})  # fmt: skip
+        lengths = np.minimum(rng.integers(1, 17, G), 12)
+        budget, kind = (int(rng.integers(4, 12)), (mode, "exact")[i % 3 - 1]) if i % 3 else (None, "none")
+        problem = Problem(f"p{i}", "q", "1", budget=budget, mode=kind, info={"source": ["x", {"y": 0.1}]})
         correct = (rng.random(G) < 0.6).astype(np.float32)
         valid = rng.random(G) < 0.8
         groups.append(
@@ -258,9 +259,11 @@ def random_groups(rng, count, mode="exact"):
 def test_length_rewards_are_computed_over_what_was_graded(name):
     c = base_config()
     c.length.reward, c.sampling.max_tokens = name, 12
-    groups = random_groups(np.random.default_rng(3), 6)
+    mode = "exact" if name == "lcpo_exact" else "max"  # lcpo_max takes both
+    groups = random_groups(np.random.default_rng(3), 6, mode)
     flat = [(i, g, j) for i, g in enumerate(groups) for j in range(G) if g.valid[j]]
-    assert 0 < len(flat) < 6 * G and len({g.problem.mode for g in groups}) == 2
+    assert 0 < len(flat) < 6 * G and len({g.problem.mode for g in groups}) >= 2
+    assert any(g.correct[j] and g.truncated[j] for _, g, j in flat)
     expected = LENGTH_REWARDS[name].fn(
         np.array([g.correct[j] for _, g, j in flat]),
         np.array([g.completions[j].length for _, g, j in flat]),
