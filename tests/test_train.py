@@ -226,8 +226,8 @@ def write_tokenizer(folder, eos):
     (folder / "tokenizer_config.json").write_text(json.dumps(config | ({"eos_token": "</s>"} if eos else {})))
 
 
-MISTAKES = ["unknown key", "short warm start", "missing file", "truncated gzip", "line without answer", "long prompt", "long context",
-            "empty data", "tokenizer without EOS"]  # fmt: skip
+MISTAKES = ["unknown key", "short warm start", "missing file", "truncated gzip", "line without answer", "long prompt",
+            "long context", "empty data", "tokenizer without EOS"]  # fmt: skip
 
 
 def check_error(code, error, words):

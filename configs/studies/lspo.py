@@ -3,7 +3,8 @@
     python -m jaxrl.study --config=configs/studies/lspo.py
 
 The paper (2510.01459): both ends beat the middle, percentiles beat absolute lengths, length beats accuracy.
-Task and updates as in core.py. The baseline is the accuracy filter alone, on the same number of prompts per generation batch.
+Task and updates as in core.py. The baseline is the accuracy filter alone, on as many prompts per generation
+batch.
 """
 
 RULES = (
