@@ -1,6 +1,6 @@
 """Does this run fit that slice, and how fast can it be? Answered by the TPU compiler, without a TPU.
 
-    python -m jaxrl.preflight --config=configs/pods/lspo_qwen25_math_7b.py [--topology=v6e:2x4] [--config.KEY=VALUE]
+    python -m jaxrl.preflight --config=configs/pods/lspo_qwen25_math_7b.py [--topology=v5p:2x2x2] [--config.KEY=VALUE]
 
 Compiles the programs that training runs, from shapes alone (no weights, no data), for the chips of the slice
 (default: config.topology). Memory is the compiler's own buffer assignment plus what else lives on the chip in that
@@ -43,6 +43,7 @@ from jaxrl.runtime.config import get, parse_config, validate
 from models.decoder import Cache
 
 GIB = hardware.GIB
+SAMPLING = ("layout", "prefill", "move layer", "decode")
 KERNEL_SHARE = 0.5  # of the peak, that attention kernels are taken to reach
 
 
@@ -150,6 +151,21 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
     )
 
 
+def sampling_refused(mesh, chip: hardware.Chip) -> str:
+    """Why a host cannot sample on its own chips of this slice; "" if it can.
+
+    libtpu compiles for part of a slice where every chip reaches every other (v5p), or where the slice is small;
+    on a larger one it stops the whole process, so it must not be tried.
+    """
+    hosts = {d.process_index for d in mesh.devices.flat}
+    if len(hosts) == 1 or mesh.size <= 8 or chip.name not in ("v5e", "v6e"):
+        return ""
+    return (
+        f"sampling is not possible on this slice: on {chip.name} beyond 2x4 chips the TPU compiler refuses programs "
+        "for one host's share (limited ICI routing); use at most 2x4, or v5p"
+    )
+
+
 def mean_tokens(config) -> float:
     """What is assumed where it matters: prompts of a quarter of the limit, answers of half of it."""
     return config.sampling.max_prompt / 4 + config.sampling.max_tokens / 2
@@ -204,7 +220,7 @@ HEADER = (
 
 def summary(rows: list[Row], config, mesh) -> str:
     """What a whole training step adds up to."""
-    parts = {"rollout": ("layout", "prefill", "move layer", "decode"), "score": ("score",), "update": ("update",)}
+    parts = {"rollout": SAMPLING, "score": ("score",), "update": ("update",)}
     spent = {
         part: sum(r.seconds * r.program.calls for r in rows if r.program.name in names)
         for part, names in parts.items()
@@ -283,12 +299,16 @@ def preflight(config, topology: str, out=print) -> bool:
     out(f"{build.describe(config, decoder, mesh)}")
     out(f"{topology}: {len(devices)} chips {chip.name}, mesh {sizes}; FLOPs, times and bytes are per chip and call")
     out(HEADER)
-    rows = []
+    rows, refused = [], sampling_refused(mesh, chip)
     for program in programs(config, decoder, mesh):
+        if refused and program.name in SAMPLING:
+            continue
         rows.append(check(program, chip))
         out(line(rows[-1], chip))
     failed = [r for r in rows if not r.fits]
-    if not failed:
+    if refused:
+        out(refused)
+    elif not failed:
         out(summary(rows, config, mesh))
     for row in failed:
         name = row.program.name
@@ -297,7 +317,7 @@ def preflight(config, topology: str, out=print) -> bool:
         for size, what in row.compiled.buffers[:6]:
             out(f"  {size / GIB:8.2f} GiB  {what}")
         out(suggest(name, config, chip, devices, decoder))
-    return not failed
+    return not failed and not refused
 
 
 def main(argv: list[str]) -> int:

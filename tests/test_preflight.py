@@ -91,6 +91,14 @@ def test_mesh_that_does_not_match_the_chips():
 
 
 @libtpu
+@pytest.mark.parametrize(("topology", "refused"), [("v5e:4x4", True), ("v6e:2x4", False), ("v5p:4x4x4", False)])
+def test_slices_on_which_a_host_cannot_sample_are_known_without_trying(topology, refused):
+    mesh = slice_mesh(small(), topology)
+    reason = preflight.sampling_refused(mesh, hardware.chip(mesh.devices.flat[0].device_kind))
+    assert bool(reason) == refused and (not refused or "v5p" in reason)
+
+
+@libtpu
 def test_slots_that_do_not_divide():
     config = small()
     config.sampling.slots = 6

@@ -1,6 +1,10 @@
 """LSPO on Qwen2.5-Math-7B over GSPO, GRPO or DAPO, as in the paper's main table.
 
     python -m jaxrl.train --config=configs/pods/lspo_qwen25_math_7b.py:gspo
+
+Smallest slice of v6e: v6e:2x4 (v6e-8). Preflight: prefill needs 26.78 of 31.24 GiB a chip, update 19.51; a step of
+12,288 answers of 1024 tokens takes 702 s by the compiler's estimate (rollout 520, score 41, update 141),
+17,927 tokens/s.
 """
 
 from configs.pods.recipes import lspo, pod

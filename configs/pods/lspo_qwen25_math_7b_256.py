@@ -1,4 +1,4 @@
-"""The same experiment as lspo_qwen25_math_7b.py on 256 chips of v5e: 64 hosts sample, 256 chips update.
+"""The same experiment as lspo_qwen25_math_7b.py on 256 chips of v5p: 64 hosts sample, 256 chips update.
 
     python -m jaxrl.train --config=configs/pods/lspo_qwen25_math_7b_256.py:gspo
 """
@@ -9,7 +9,7 @@ from configs.pods import lspo_qwen25_math_7b
 def get_config(loss: str = "gspo"):
     """loss: gspo, grpo or dapo."""
     c = lspo_qwen25_math_7b.get_config(loss)
-    c.topology = "v5e:16x16"
+    c.topology = "v5p:4x8x8"
     c.mesh.fsdp, c.mesh.tensor = 64, 4  # 64 rows a micro-batch: a mini-batch of 256 answers does not fill 256
-    c.sampling.slots, c.sampling.tensor = 64, 4
+    c.sampling.slots, c.sampling.tensor = 192, 1  # 12288 answers on 64 hosts: each starts all of its own at once
     return c
