@@ -4,9 +4,10 @@
 
 --model is a Hugging Face directory or a run directory (--step, --all_checkpoints choose its checkpoints).
 --data lists files (jsonl, jsonl.gz, parquet), names of benchmarks, or the embedded task with its settings
-("dial:n_max=12:seed=7"). --budgets=512,1024 --budget_mode=exact asks for each length in the prompt and
-measures what comes back. --reward=module:function grades with a function of yours. A killed evaluation
-continues when the same command is given again.
+("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over lengths: asked for in the prompt (--budget_mode=exact
+or max), enforced from outside by s1's budget forcing (forced), or only compared with (none).
+--reward=module:function grades with a function of yours. A killed evaluation continues when the same command is
+given again.
 
 Written to --out: result.json, table.md, and every completion under completions/.
 """
@@ -31,7 +32,7 @@ from jaxrl import build
 from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_set
-from jaxrl.evaluation.lengths import MODES, generation_cap, length_metrics, sweep_metrics
+from jaxrl.evaluation.lengths import MODES, forced_generate, generation_cap, length_metrics, sweep_metrics
 from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
 from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
 from jaxrl.rollout.engine import Sampler, Sampling
@@ -48,6 +49,7 @@ FLAGS = dict(
     model=str, data=str, out=str, samples=1, limit=0, max_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0,
     min_p=0.0, seed=0, template="", data_dir="", split="", problem_field="", answer_field="", id_field="",
     skip_bad_rows=False, reward="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
+    waits=0, answer_tokens=0, end_thinking="</think>",
     batch=0, slots=64, tensor=1, dtype="float32", grader_workers=2, grader_timeout=5.0,
 )  # fmt: skip
 
@@ -113,7 +115,8 @@ def _check(flags: dict) -> None:
         raise UserError(f"--budget_mode={flags['budget_mode']!r}: choose one of {', '.join(MODES)}")
     if flags["dtype"] not in ("float32", "bfloat16"):
         raise UserError(f"--dtype={flags['dtype']!r}: choose float32 or bfloat16")
-    for name, low in dict(samples=1, limit=0, max_new_tokens=0, batch=0, slots=1, top_k=0).items():
+    lows = dict(samples=1, limit=0, max_new_tokens=0, batch=0, slots=1, top_k=0, waits=0, answer_tokens=0)
+    for name, low in lows.items():
         if flags[name] < low:
             raise UserError(f"--{name}={flags[name]} must be at least {low}")
     if flags["temperature"] < 0 or not 0 < flags["top_p"] <= 1 or not 0 <= flags["min_p"] < 1:
@@ -137,20 +140,22 @@ def evaluate_sets(
     config, params, tokenizer, sets: Sequence[EvalSet], step, flags, out, placement=None
 ) -> list[dict]:
     """Every set, at every budget if there are any: one summary each. params: as load_model returns them."""
-    jobs = []  # (set, problems, prompts, limit, budget)
+    mode, jobs = flags["budget_mode"], []  # (set, problems, prompts, limit, budget)
+    asked = mode if mode in ("exact", "max") else "none"
     for data in sets:
         for budget in _budgets(flags) or [None]:
             problems = data.problems
             if budget is not None:
-                mode = flags["budget_mode"]
-                problems = [dataclasses.replace(p, budget=budget, mode=mode) for p in problems]
+                problems = [dataclasses.replace(p, budget=budget, mode=asked) for p in problems]
             limit = flags["max_new_tokens"] or data.max_tokens
-            if budget is not None:
-                limit = generation_cap(budget, flags["budget_mode"], flags["max_new_tokens"])
+            if budget is not None and mode != "none":
+                limit = generation_cap(budget, mode, flags["max_new_tokens"])
             limit = min(limit, config.max_position_embeddings)
             jobs.append((data, problems, [data.encode(p) for p in problems], limit, budget))
     context = config.max_position_embeddings
     longest = max((len(p) for job in jobs for p in job[2] if len(p) < context), default=1)
+    if mode == "forced":  # the answer is asked for with the thinking in the prompt
+        longest += max((job[3] for job in jobs if job[4]), default=0)
     replicas = placement.row_multiple if placement else 1
     sampler = Sampler(
         config,
@@ -164,19 +169,26 @@ def evaluate_sets(
     layout = sampler.layout(params)
     results = []
     for data, problems, prompts, limit, budget in jobs:
-        name = data.name + (f" @ {budget}" if budget else "") + ("" if step is None else f" step {step}")
-        store = Store(out / "completions" / f"{_slug(name)}.jsonl", _settings(flags, limit, budget, data))
-        run_set(store, name, data, problems, prompts, limit, sampler, layout, tokenizer, flags)
+        suffix = "" if step is None else f" step {step}"
+        name = data.name + (f" @ {budget}" if budget else "") + suffix
+        # left alone, a model answers alike whatever its lengths are compared with
+        own = name if mode != "none" else data.name + suffix
+        store = Store(out / "completions" / f"{_slug(own)}.jsonl", _settings(flags, limit, budget, data))
+        force = None
+        if budget and mode == "forced":
+            answer = flags["answer_tokens"] or data.answer_tokens
+            force = forced_generate(sampler, budget, data.delimiters, answer, flags["waits"])
+        run_set(store, name, data, problems, prompts, limit, sampler, layout, tokenizer, flags, force)
         records = store.read()
-        records = [records[p.id] for p in problems]
+        records = [records[p.id] | {"budget": p.budget} for p in problems]
         row = {"name": name, "data": data.name, "step": step, "budget": budget}
-        row |= {"mode": problems[0].mode, **summarize(records)}
+        row |= {"mode": mode if budget else problems[0].mode, **summarize(records)}
         results.append(row | length_metrics(records, flags["soft_tolerance"]))
     return results
 
 
-def run_set(store, name, data, problems, prompts, limit, sampler, params, tokenizer, flags) -> None:
-    """Samples and grades what the store does not hold yet, some problems at a time."""
+def run_set(store, name, data, problems, prompts, limit, sampler, params, tokenizer, flags, force=None) -> None:
+    """Samples and grades what the store does not hold yet, some problems at a time. force: see forced_generate."""
     done = store.read()
     todo = [i for i, p in enumerate(problems) if p.id not in done]
     todo.sort(key=lambda i: len(prompts[i]))  # prompts of one prefill bucket together
@@ -197,6 +209,8 @@ def run_set(store, name, data, problems, prompts, limit, sampler, params, tokeni
             seed=flags["seed"],
             max_tokens=limit,
             vote=data.vote,
+            generate=force,
+            room=limit if force else 1,
         )
         for i, record in zip(part, records, strict=True):
             record["prompt"] = tokenizer.decode(prompts[i])
@@ -251,7 +265,9 @@ class Store:
 
 def _settings(flags: dict, limit: int, budget: int | None, data: EvalSet) -> dict:
     """Everything that a completion or its grade depends on."""
-    keys = ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype")
+    forced = flags["budget_mode"] == "forced" and budget
+    keys = ("waits", "answer_tokens", "end_thinking") if forced else ()
+    keys += ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype")
     model = str(pathlib.Path(flags["model"]).resolve())
     mode = flags["budget_mode"] if budget else None
     own = dict(data=data.spec, template=data.template, grader=data.grader_version, limit=limit, mode=mode)

@@ -3,6 +3,7 @@
     python -m jaxrl.study --config=configs/studies/core.py      run what is missing, then print the table
         --print_commands    only print the commands of what is missing
         --table             only the table of what is there
+        --in_process        run here instead of in a process each: saves their start, but a crash ends the study
         --only=a,b --seeds=0,1      a part of the grid
 
 A finished run is not run again and an unfinished one is continued, so the same command resumes a study, and
@@ -22,6 +23,7 @@ from, in place of a warm start of its own; "entry": "sft" makes a stage that onl
 
 from __future__ import annotations
 
+import importlib
 import json
 import pathlib
 import runpy
@@ -45,7 +47,9 @@ REQUIRED = {"config": str, "out": str, "seeds": list, "methods": dict}
 
 def main(argv: list[str]) -> int:
     flags = cli.parse_flags(
-        argv, dict(config=str, out="", only="", seeds="", print_commands=False, table=False), __doc__
+        argv,
+        dict(config=str, out="", only="", seeds="", print_commands=False, table=False, in_process=False),
+        __doc__,
     )
     study = load_study(flags["config"])
     study["out"] = flags["out"] or study["out"]
@@ -61,7 +65,8 @@ def main(argv: list[str]) -> int:
             if is_finished(study, label, seed):
                 continue
             print(shlex.join(line), flush=True)
-            if not flags["print_commands"] and subprocess.run(line).returncode:
+            start = run_here if flags["in_process"] else run_apart
+            if not flags["print_commands"] and start(line):
                 failed.append(f"{label} seed {seed}")
     if not flags["print_commands"]:
         print(write_table(study))
@@ -129,6 +134,20 @@ def command(study: dict, label: str, seed: int) -> list[str]:
     overrides |= {"run_dir": str(run_dir(study, label, seed)), "seed": seed}
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [sys.executable, "-m", f"jaxrl.{entry}", f"--config={study['config']}", *flags]
+
+
+def run_apart(line: list[str]) -> int:
+    """The exit code of a command."""
+    return subprocess.run(line).returncode
+
+
+def run_here(line: list[str]) -> int:
+    """The same without a process of its own; `line` is [python, "-m", module, flag, ...]."""
+    try:
+        return importlib.import_module(line[2]).main(line[2:]) or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
 
 
 def is_finished(study: dict, label: str, seed: int) -> bool:

@@ -107,6 +107,37 @@ def test_budget_sweep(model, tmp_path):
     assert "Control" in (tmp_path / "table.md").read_text()
 
 
+def test_sweep_of_budget_forcing(model, tmp_path):
+    flags = ("--data=dial:n_max=3", "--limit=6", "--samples=2", "--budget_mode=forced")
+    result, files = run(model, tmp_path, *flags, "--budgets=5,9", "--waits=100")
+    for row, budget in zip(result["results"], (5, 9), strict=True):
+        assert (row["budget"], row["mode"], row["hard_violation"]) == (budget, "forced", 0.0)
+        rows = [json.loads(line) for line in files[f"dial_n_max_3___{budget}.jsonl"][1:]]
+        samples = [s for r in rows for s in r["samples"]]
+        assert not any(r["prompt"].startswith("[") for r in rows)  # the model is not told
+        assert all(dial.ARROW in s["text"] for s in samples)  # a model with random weights never gets there itself
+        # prolonged to the budget: working, " => ", and an answer of one or two tokens
+        assert {s["tokens"] for s in samples} <= {budget - 1, budget}
+        assert row["mean_error"] == pytest.approx(np.mean([s["tokens"] for s in samples]) / budget - 1)
+    with pytest.raises(UserError, match="waits=100, now 0"):
+        run(model, tmp_path, *flags, "--budgets=5")
+    with pytest.raises(UserError, match="--budgets=3: budget forcing needs more than 3 tokens"):
+        run(model, tmp_path / "b", *flags, "--budgets=3")
+
+
+def test_sweep_of_an_uncontrolled_model_samples_once(model, tmp_path):
+    flags = ("--data=dial:n_max=3", "--limit=4", "--samples=2")
+    plain, _ = run(model, tmp_path / "plain", *flags)
+    result, files = run(model, tmp_path / "none", *flags, "--budget_mode=none", "--budgets=7,10")
+    assert list(files) == ["dial_n_max_3.jsonl"] and len(files["dial_n_max_3.jsonl"]) == 5
+    for row, budget in zip(result["results"], (7, 10), strict=True):
+        assert (row["budget"], row["mode"]) == (budget, "none")
+        for key in ("accuracy", "mean_tokens"):
+            assert row[key] == plain["results"][0][key]
+        assert row["mean_error"] == pytest.approx(row["mean_tokens"] / budget - 1)
+    assert result["sweeps"]["dial:n_max=3"]["log_linear_slope"] is None  # one length has no slope
+
+
 @pytest.fixture
 def training_run(model, tmp_path):
     """A run directory with checkpoints of steps 3 and 7; returns the newer parameters too."""

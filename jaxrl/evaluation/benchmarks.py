@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from jaxrl.errors import UserError
+from jaxrl.rollout.budget_forcing import Delimiters
 from jaxrl.runtime.model_source import is_run
 from jaxrl.tasks import dial
 from jaxrl.tasks.answers import choice_letter, extract
@@ -21,12 +22,13 @@ from jaxrl.tasks.templates import TEMPLATES, encode_prompt
 from jaxrl.types import Problem
 
 log = logging.getLogger(__name__)
+S1_PIECES = ("\nFinal Answer:", "Wait", "\n")  # closes, prolongs, ends a line (s1's evaluation code)
 MAX_TOKENS = 8192  # L1's limit; the model's context may end earlier
 
 
 class EvalSet(NamedTuple):
     """Problems ready to be asked. spec: as given. encode, grade: as in Task. vote: the answer in a normal
-    form, or None. max_tokens: response limit when none is given."""
+    form, or None. max_tokens: response limit when none is given. delimiters, answer_tokens: for budget forcing."""
 
     spec: str
     name: str
@@ -37,6 +39,8 @@ class EvalSet(NamedTuple):
     template: str
     grader_version: str
     max_tokens: int
+    delimiters: Delimiters
+    answer_tokens: int
 
 
 def load_dial(spec: str, tokenizer, limit: int) -> EvalSet:
@@ -65,6 +69,8 @@ def load_dial(spec: str, tokenizer, limit: int) -> EvalSet:
         template="dial",
         grader_version="dial 1",
         max_tokens=2 * settings["n_max"] + 8,
+        delimiters=Delimiters(tuple(tokenizer.encode(dial.ARROW)), wait=tuple(tokenizer.encode(dial.FILLER))),
+        answer_tokens=2,
     )
 
 
@@ -105,6 +111,8 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
         template=template,
         grader_version=f"{GRADER_VERSION} {reward.spec}" if reward else GRADER_VERSION,
         max_tokens=MAX_TOKENS,
+        delimiters=Delimiters(*(tuple(tokenizer.encode(s)) for s in (flags["end_thinking"], *S1_PIECES))),
+        answer_tokens=64,
     )
 
 

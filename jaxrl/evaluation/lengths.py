@@ -1,22 +1,58 @@
-"""Length control measured as L1 does (2503.04697 section 5), and accuracy as a function of tokens spent."""
+"""Length control measured as L1 does (2503.04697 section 5), and accuracy as a function of tokens spent.
+
+A sweep asks the same problems at several budgets, in one of four modes: "exact" and "max" name the budget in the
+prompt (LCPO); "forced" does not, and holds the response to it from outside (s1's budget forcing); "none" leaves
+the model alone and measures how far its own length is from each budget.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from jaxrl.algorithms.length_metrics import budget_metrics, control, performance, scaling
+from jaxrl.errors import UserError
 from jaxrl.evaluation.scoring import Records
+from jaxrl.rollout.budget_forcing import Delimiters, generate_forced
+from jaxrl.rollout.engine import Sampler
+from jaxrl.types import Completion
 
-MODES = ("exact", "max")
+MODES = ("exact", "max", "forced", "none")
 MAX_MODE_CAP = 8192  # L1's generation limit for "at most" budgets
 
 
 def generation_cap(budget: int, mode: str, max_tokens: int = 0) -> int:
-    """Response limit for a budget: twice the budget ("exact") or 8192 ("max"), unless given."""
-    return max_tokens or (2 * budget if mode == "exact" else MAX_MODE_CAP)
+    """Response limit for a budget: the budget ("forced"), else max_tokens if given, else twice the budget ("exact")
+    or 8192 ("max", "none")."""
+    caps = {"forced": budget, "exact": max_tokens or 2 * budget}
+    return caps.get(mode, max_tokens or MAX_MODE_CAP)
+
+
+def forced_generate(sampler: Sampler, budget: int, delimiters: Delimiters, answer_tokens: int, waits: int) -> Callable:
+    """A stand-in for sampler.generate whose responses are held to `budget` tokens by s1's budget forcing.
+
+    The budget is that of the whole response, as in every other mode: thinking gets what the closing delimiters
+    and `answer_tokens` leave (s1's own figure counts thinking only). waits: how often an early end of thinking is
+    taken back, which s1 uses to prolong (L1's baseline: 100). Raises UserError for a budget with no room to think.
+    """
+    d = delimiters
+    closing = len(d.newline) + len(d.end_thinking) + len(d.final_answer)
+    thinking = budget - closing - answer_tokens
+    if thinking < 1:
+        raise UserError(
+            f"--budgets={budget}: budget forcing needs more than {closing + answer_tokens} tokens here, {closing} to "
+            f"close the thinking and {answer_tokens} for the answer (--answer_tokens)"
+        )
+
+    def generate(params, requests, *, seed, step, sampling):
+        limits = dict(max_thinking=thinking, max_answer=answer_tokens, ignore=waits)
+        options = dict(seed=seed, step=step, sampling=sampling)
+        drawn = generate_forced(sampler, params, requests, delimiters, **limits, **options)
+        return [[Completion(r.tokens, r.logprobs, r.finish) for r in group] for group in drawn]
+
+    return generate
 
 
 def length_metrics(records: Records, tolerance: int = 500) -> dict[str, float]:

@@ -39,6 +39,8 @@ def evaluate_problems(
     seed: int = 0,
     max_tokens: int | None = None,
     vote: Callable[[Problem, str], Hashable | None] | None = None,
+    generate: Callable | None = None,
+    room: int = 1,
 ) -> tuple[Records, dict[str, float]]:
     """Samples every problem `samples` times, grades, and summarises. On several hosts each does its share.
 
@@ -49,6 +51,7 @@ def evaluate_problems(
         the model's context get what is left.
       vote: (problem, text) -> the answer in a normal form for majority voting, None if there is none. The
         votes of correct samples are one and the same whatever their form. None leaves maj@k out.
+      generate: in place of sampler.generate. room: tokens that the context must leave for a response.
 
     A problem's completions depend on (seed, problem id, sample index) only: not on which others are
     evaluated with it.
@@ -70,6 +73,8 @@ def evaluate_problems(
         sampling,
         seed,
         max_tokens,
+        generate or sampler.generate,
+        room,
     )
     if jax.process_count() > 1:
         shares = distributed.allgather(records)
@@ -78,12 +83,12 @@ def evaluate_problems(
 
 
 def _evaluate(
-    sampler, params, tokenizer, problems, prompts, grade, vote, samples, sampling, seed, max_tokens
+    sampler, params, tokenizer, problems, prompts, grade, vote, samples, sampling, seed, max_tokens, generate, room
 ):
     context = sampler.config.max_position_embeddings
     limits = [min(max_tokens or sampler.max_tokens, context - len(prompt)) for prompt in prompts]
     fits = [
-        0 < len(prompt) <= sampler.max_prompt and limit > 0
+        0 < len(prompt) <= sampler.max_prompt and limit >= room
         for prompt, limit in zip(prompts, limits, strict=True)
     ]
     requests = [
@@ -91,7 +96,7 @@ def _evaluate(
         for problem, prompt, limit, fit in zip(problems, prompts, limits, fits, strict=True)
         if fit
     ]
-    drawn = sampler.generate(params, requests, seed=seed, step=EVALUATION_STEP, sampling=sampling)
+    drawn = generate(params, requests, seed=seed, step=EVALUATION_STEP, sampling=sampling)
     asked = [problem for problem, fit in zip(problems, fits, strict=True) if fit for _ in range(samples)]
     texts = [tokenizer.decode(completion.tokens) for group in drawn for completion in group]
     rows = [

@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from jaxrl.errors import UserError
+from jaxrl.evaluation import lengths
 from jaxrl.evaluation.lengths import generation_cap, length_metrics, log_linear_slope, sweep_metrics
+from jaxrl.rollout.budget_forcing import Delimiters, Forced
 
 
 def records(*rows):
@@ -25,11 +28,27 @@ def test_length_metrics_by_hand():
 
 
 def test_caps_are_l1s():
-    assert [generation_cap(512, "exact"), generation_cap(512, "max"), generation_cap(512, "max", 9)] == [
-        1024,
-        8192,
-        9,
-    ]
+    cases = [(512, "exact"), (512, "max"), (512, "max", 9), (512, "none"), (512, "forced"), (512, "forced", 9)]
+    assert [generation_cap(*case) for case in cases] == [1024, 8192, 9, 8192, 512, 512]
+
+
+def test_a_forced_budget_covers_the_whole_response(monkeypatch):
+    seen = []
+
+    def fake(sampler, params, requests, delimiters, **options):
+        seen.append(options)
+        forced = Forced(np.arange(5), np.zeros(5, np.float32), np.ones(5, bool), 3, 2, 1, True, "eos")
+        return [[forced] for _ in requests]
+
+    monkeypatch.setattr(lengths, "generate_forced", fake)
+    d = Delimiters((1, 2), (3, 4, 5), newline=(6,))
+    generate = lengths.forced_generate(None, 30, d, answer_tokens=10, waits=2)
+    (out,), _ = generate("params", ["a", "b"], seed=1, step=2, sampling=None)
+    # 30 tokens less newline (1), end of thinking (2), "final answer" (3) and the answer (10)
+    assert seen[0] == dict(max_thinking=14, max_answer=10, ignore=2, seed=1, step=2, sampling=None)
+    assert (out.tokens.tolist(), out.finish, out.length) == ([0, 1, 2, 3, 4], "eos", 5)
+    with pytest.raises(UserError, match="needs more than 16 tokens"):
+        lengths.forced_generate(None, 16, d, answer_tokens=10, waits=0)
 
 
 def test_log_linear_slope_recovers_a_line():
