@@ -18,6 +18,7 @@ from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
+from jaxrl.tasks.data import DUPLICATES
 from models.attention import IMPLEMENTATIONS
 from models.decoder import REMAT_POLICIES
 
@@ -52,6 +53,7 @@ def base_config() -> ConfigDict:
     c.task.id_field = "id"
     c.task.template = "boxed"  # plain, boxed, chat
     c.task.skip_bad_rows = False
+    c.task.duplicates = "drop"  # drop, error, keep: rows whose id was used before (counted and printed)
     c.task.long_prompts = "error"  # error, drop
     c.task.reward = ""  # "module:function": reward(problem, completion_text, answer, **info) -> float | None
     c.task.grader_workers = 2
@@ -246,6 +248,7 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "task.name", ("dial", "math", "choice", "user"))
     _one_of(config, "task.template", ("plain", "boxed", "chat"))
     _one_of(config, "task.long_prompts", ("error", "drop"))
+    _one_of(config, "task.duplicates", DUPLICATES)
     _one_of(config, "batch.on_short", ("smaller", "error"))
     for key in ("model.dtype", "model.param_dtype", "optimizer.state_dtype"):
         _one_of(config, key, ("float32", "bfloat16"))

@@ -12,6 +12,8 @@ lettered options and the letter as the answer, task "choice".
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import hashlib
 import numbers
 import pathlib
@@ -24,11 +26,12 @@ from jaxrl.types import Problem
 
 FIELDS = {"problem": "problem", "answer": "answer", "id": "id", "choices": "choices"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DUPLICATES = ("drop", "error", "keep")
 
 
 class Loaded(NamedTuple):
-    """problems: in file order. skipped: one message per bad row left out. duplicates: rows left out for
-    their id."""
+    """problems: in file order. skipped: one message per bad row left out. duplicates: how many rows were
+    left out because their id was used before."""
 
     problems: list[Problem]
     skipped: list[str]
@@ -107,21 +110,22 @@ def load_problems(
     hub data set; split also picks files of a directory by their names. fields: {"problem" | "answer" | "id"
     | "choices": field name in the rows}. Rows without an id get "NAME/ROW". All other fields end up in
     Problem.info. task: of the problems that are not multiple choice. skip_bad_rows: leave out rows that
-    cannot be used, and say which. duplicates of an id: "error", or "drop" all but the first. limit: rows to
-    keep at most.
+    cannot be used, and say which. duplicates of an id: "error", "drop" all but the first, or "keep" all (the
+    later ones as ID#2, ID#3, ...). limit: rows to keep at most.
 
     Raises UserError, naming file and line, for: an unreadable or truncated file, a row that is not UTF-8 or
     not a JSON object, a missing or empty problem or answer, a repeated id, nothing left; and for an unknown
     data set.
     """
-    if duplicates not in ("error", "drop"):
-        raise UserError(f"duplicates={duplicates!r}; valid: error, drop")
+    if duplicates not in DUPLICATES:
+        raise UserError(f"duplicates={duplicates!r}; valid: {', '.join(DUPLICATES)}")
     unknown = set(fields or {}) - set(FIELDS)
     if unknown:
         raise UserError(f"fields: no such key: {', '.join(sorted(unknown))}; valid: {', '.join(FIELDS)}")
     name, rows, source = _open(spec, data_dir, split, config)
     problems, skipped, repeated = [], [], 0
     seen: dict[str, str] = {}
+    copies: collections.Counter[str] = collections.Counter()
     for place, row in rows:
         try:
             if isinstance(row, BadRow):
@@ -142,10 +146,16 @@ def load_problems(
             if duplicates == "error":
                 first = seen[problem.id]
                 raise UserError(
-                    f'{place}: id {problem.id!r} already used at {first}; duplicates="drop" keeps the first'
+                    f"{place}: id {problem.id!r} already used at {first}; duplicates=drop keeps the first, "
+                    "duplicates=keep all"
                 )
-            repeated += 1
-            continue
+            if duplicates == "drop":
+                repeated += 1
+                continue
+            original = problem.id
+            while problem.id in seen:
+                copies[original] += 1
+                problem = dataclasses.replace(problem, id=f"{original}#{copies[original] + 1}")
         seen[problem.id] = place
         problems.append(problem)
         if limit is not None and len(problems) >= limit:

@@ -70,9 +70,12 @@ def _load(config, spec: str, split: str) -> list[Problem]:
         fields={k: v for k, v in fields.items() if v != names[k]},
         task=t.name,
         skip_bad_rows=t.skip_bad_rows,
+        duplicates=t.duplicates,
     )
     if loaded.skipped:
         log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])
+    if loaded.duplicates:
+        log.warning("%s: %d rows left out, their ids were used before (task.duplicates)", spec, loaded.duplicates)
     return loaded.problems
 
 

@@ -1,5 +1,6 @@
 """Data sets: real files, other schemas, and every kind of damage with file and line in the message."""
 
+import contextlib
 import gzip
 import json
 
@@ -8,8 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from jaxrl.errors import UserError
+from jaxrl.runtime.config import base_config
 from jaxrl.tasks.data import NAMES, check_prompt_lengths, format_choices, load_problems
+from jaxrl.tasks.load import open_task
 from jaxrl.types import Problem
+from models.tokenizers import vocab_tokenizer
 from tests.shared import shared_path
 
 GOOD = {"id": "a", "problem": "1+1?", "answer": "2", "level": 3}
@@ -232,6 +236,26 @@ def test_duplicates(write):
     assert f"{path}:3" in message and f"{path}:1" in message and "'a'" in message
     loaded = load_problems(path, duplicates="drop")
     assert [(p.id, p.answer) for p in loaded.problems] == [("a", "2"), ("b", "2")] and loaded.duplicates == 2
+    path = write("y.jsonl", GOOD, {**GOOD, "id": "a#2"}, {**GOOD, "answer": "9"}, GOOD)
+    loaded = load_problems(path, duplicates="keep")
+    assert [(p.id, p.answer) for p in loaded.problems] == [("a", "2"), ("a#2", "2"), ("a#3", "9"), ("a#4", "2")]
+    assert loaded.duplicates == 0
+
+
+@pytest.mark.parametrize("duplicates, ids", [("drop", "ab"), ("keep", ["a", "b", "a#2"]), ("error", None)])
+def test_duplicates_of_a_run_are_counted_and_printed(write, caplog, duplicates, ids):
+    path = write("x.jsonl", GOOD, {**GOOD, "id": "b"}, GOOD)
+    config = base_config()
+    config.task.name, config.task.data, config.task.duplicates = "math", path, duplicates
+    tokenizer = vocab_tokenizer([*map(chr, range(32, 127)), "<end>", "<pad>"], "<end>", "<pad>")
+    with caplog.at_level("WARNING"), contextlib.ExitStack() as stack:
+        if ids is None:
+            with pytest.raises(UserError, match=f"{path}:3: id 'a' already used at {path}:1"):
+                stack.enter_context(open_task(config, tokenizer))
+            return
+        assert [p.id for p in stack.enter_context(open_task(config, tokenizer)).train] == list(ids)
+    counted = f"{path}: 1 rows left out, their ids were used before"
+    assert (counted in caplog.text) == (duplicates == "drop")
 
 
 @pytest.mark.parametrize("cut", [1, 30, 200, -9, -1])
@@ -266,7 +290,7 @@ def test_other_wrong_files(tmp_path, write):
     assert ".parquet" in error(str(tmp_path / "x.csv"))
     (tmp_path / "x.json").write_text('{"a": 1}')
     assert "not a list" in error(str(tmp_path / "x.json"))
-    assert "duplicates='keep'" in error("x.jsonl", duplicates="keep")
+    assert "duplicates='all'" in error("x.jsonl", duplicates="all")
     assert "question" in error("x.jsonl", fields={"question": "q"})
 
 
