@@ -32,7 +32,7 @@ from models.tokenizers import Tokenizer, load_tokenizer, vocab_tokenizer
 def start_backend(config) -> None:
     """Join the other hosts, if any, and point jax at the compilation cache; before anything touches a device."""
     if config.distributed:
-        distributed.initialize()
+        distributed.initialize(heartbeat_seconds=config.watchdog.heartbeat)
     if config.compilation_cache:
         cli.use_compilation_cache()
 

@@ -53,8 +53,13 @@ def train(config) -> int:
         rollbacks = host.get("rollbacks", 0)
         writer = stack.enter_context(contextlib.closing(build.writer(config, run, host.get("writer"))))
         console = stack.enter_context(Console(config.steps, step, enabled=main))
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(config.watchdog.grace))
         watchdog = stack.enter_context(build.watchdog(config, run))
+        sampler.on_progress = watchdog.beat
+
+        def note(text):
+            console.note(text)
+            watchdog.beat()
 
         def evaluate(state):
             return evaluate_task(config, sampler, sampler.layout(state.params), tokenizer, task)
@@ -71,7 +76,7 @@ def train(config) -> int:
         else:
             console.note(f"{build.describe(config, decoder, mesh)}\nrun directory: {run.root}")
             params = build.params_maker(config, decoder, mesh)()
-            state = learner.init(sft.warm_start(config, decoder, mesh, params, tokenizer, console.note))
+            state = learner.init(sft.warm_start(config, decoder, mesh, params, tokenizer, note))
             reference = build.reference(config, run, learner, state.params)  # before the save: a restart needs it
             record = evaluate(state)
             writer.write(0, record)
@@ -105,7 +110,7 @@ def train(config) -> int:
                     continue
             now = time.perf_counter()
             record = {**collected.metrics, **packing_metrics(batches), **learned}
-            record |= {"time/update": now - begin_update, "time/step": now - begin}
+            record |= {"time/update": now - begin_update, "time/step": now - begin, **checkpoints.timings}
             record["tokens_per_second"] = record["generated_tokens"] / record["time/step"]
             last = step == config.steps
             if step % config.eval.every == 0 or last:

@@ -40,9 +40,11 @@ KINDS = ("step", "save", "write", "start")
 
 @dataclasses.dataclass
 class Outcome:
-    """kills: how many of each kind hit a living process. starts: how often the command was started."""
+    """kills: how many of each kind hit a living process. half_written: how many of them left a new half-written
+    checkpoint behind. starts: how often the command was started."""
 
     kills: dict[str, int]
+    half_written: int
     starts: int
     seconds: float
 
@@ -55,13 +57,13 @@ def run_until_done(module, args, run_dir, kills, seed, *, kinds=KINDS, limit=360
     """
     importlib.import_module(module)
     run_dir, rng, begin = pathlib.Path(run_dir), random.Random(seed), time.monotonic()
-    landed, starts, startup = dict.fromkeys(KINDS, 0), 0, 1.0
+    landed, half_written, starts, startup = dict.fromkeys(KINDS, 0), 0, 0, 1.0
     log = run_dir.with_name(run_dir.name + ".log")
     while True:
         kind = rng.choice(kinds) if sum(landed.values()) < kills else None
         write = rng.randint(1, 24) if kind == "write" else 0
         moment = rng.uniform(0, {"start": startup, "step": 0.05, "save": 0.03}.get(kind, 0))
-        records, started = _records(run_dir), time.monotonic()
+        records, started, torn = _records(run_dir), time.monotonic(), _half_written(run_dir)
         wanted = records + rng.randint(1, 3)
         pid, code = _fork(module, args, log, write), None
         starts += 1
@@ -72,7 +74,7 @@ def run_until_done(module, args, run_dir, kills, seed, *, kinds=KINDS, limit=360
                 if now > records and startup == 1.0:
                     startup = time.monotonic() - started
                 if (kind == "start" and time.monotonic() - started >= moment) or (
-                        kind == "step" and now >= wanted) or (kind == "save" and _saving(run_dir)):
+                        kind == "step" and now >= wanted) or (kind == "save" and _half_written(run_dir) - torn):
                     time.sleep(0 if kind == "start" else moment)
                     _kill(pid)
                 time.sleep(0.002)
@@ -83,10 +85,11 @@ def run_until_done(module, args, run_dir, kills, seed, *, kinds=KINDS, limit=360
                 _kill(pid)
         if code == -signal.SIGKILL:
             landed[kind] += 1
+            half_written += bool(_half_written(run_dir) - torn)
         else:
             assert code == 0, f"exit code {code} after {landed}:\n{_tail(log)}"
             assert sum(landed.values()) >= kills, f"done after {landed} of {kills} kills: it needs more steps"
-            return Outcome(landed, starts, time.monotonic() - begin)
+            return Outcome(landed, half_written, starts, time.monotonic() - begin)
 
 
 def run_once(module, args, log):
@@ -139,11 +142,13 @@ def _records(run_dir):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _saving(run_dir):
+def _half_written(run_dir):
+    """(name, inode) of every checkpoint that has no final name yet."""
     try:
-        return any(n.endswith(".tmp") for n in os.listdir(run_dir / "checkpoints"))
+        with os.scandir(run_dir / "checkpoints") as found:
+            return {(entry.name, entry.inode()) for entry in found if entry.name.endswith(".tmp")}
     except FileNotFoundError:
-        return False
+        return set()
 
 
 def assert_same_run(run_dir, reference_dir):

@@ -169,6 +169,7 @@ class Sampler:
         self.shapes: dict[tuple, float] = {}  # (program, sizes) -> seconds of its first call
         self.warm = False
         self.stats = Stats()
+        self.on_progress: Callable[[], object] = lambda: None  # called after every decode call
 
     def layout(self, params):
         """Training parameters -> sampling parameters; once per rollout phase."""

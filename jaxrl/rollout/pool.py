@@ -75,6 +75,7 @@ class Run:
         while self.queue or self.pending or self.slots.active.any():
             self.refill()
             self.decode()
+            self.s.on_progress()
 
     def refill(self):
         """Fill free slots from prefilled prompts, prefilling as many more prompts as that takes."""

@@ -57,8 +57,8 @@ class Checkpointer:
     keep_last: newest checkpoints kept (>= 1). keep_best: further ones kept for the best values of
     `best_metric` ("max" or "min" in `best_mode`) among the metrics given to `save`. timeout_seconds bounds a
     background save.
-    timings: of the last finished save: perf/checkpoint_blocking_seconds (the caller waited),
-        perf/checkpoint_seconds (until committed), perf/checkpoint_bytes.
+    timings: of the last finished save: perf/checkpoint_blocking_seconds (the caller waited, also for the save
+        before), perf/checkpoint_seconds (until committed), perf/checkpoint_bytes.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_best: int = 0,
@@ -98,6 +98,7 @@ class Checkpointer:
         here or by the next `save`, `wait` or `close`. Saving the step that was committed last does nothing.
         Raises TypeError for state that would not come back as it was.
         """
+        begin = time.perf_counter()
         self.wait()
         if step == self._committed:
             return
@@ -119,7 +120,7 @@ class Checkpointer:
         except Exception as e:
             self._give_up(step, tmp, e)
             return
-        blocked = time.perf_counter() - start
+        blocked = time.perf_counter() - begin
         self._thread = threading.Thread(target=self._finish, args=(step, tmp, files, meta, start, blocked))
         self._thread.start()
 

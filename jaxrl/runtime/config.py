@@ -141,7 +141,10 @@ def base_config() -> ConfigDict:
     c.eval = ConfigDict(dict(every=20, problems=512, samples=1, temperature=1.0, max_tokens=0))
     c.checkpoint = ConfigDict(dict(every=20, keep=2, keep_best=""))
     c.log = ConfigDict(dict(tensorboard=True, wandb=False, wandb_project="jaxrl", samples=2))
-    c.watchdog = ConfigDict(dict(seconds=0.0))  # 0 = off
+    c.watchdog = ConfigDict()
+    c.watchdog.seconds = 3600.0  # without progress, before the run dumps its stacks and ends with 76; 0 = off
+    c.watchdog.heartbeat = 100  # seconds of silence after which a process of several is given up, and the others end
+    c.watchdog.grace = 300.0  # seconds from SIGTERM or Ctrl-C to the exit, saved or not
     c.nonfinite = ConfigDict(dict(max_in_a_row=3))  # skipped updates before going back to a checkpoint, once; 0 = off
     c.compilation_cache = True  # keep compiled programs in the user's cache directory
     return c
@@ -250,6 +253,8 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "task.long_prompts", ("error", "drop"))
     _one_of(config, "task.duplicates", DUPLICATES)
     _one_of(config, "batch.on_short", ("smaller", "error"))
+    if config.watchdog.seconds < 0 or config.watchdog.grace < 0 or config.watchdog.heartbeat < 1:
+        raise UserError("config.watchdog: seconds and grace must be at least 0, heartbeat at least 1")
     for key in ("model.dtype", "model.param_dtype", "optimizer.state_dtype"):
         _one_of(config, key, ("float32", "bfloat16"))
     for name in a.selection.split("+"):

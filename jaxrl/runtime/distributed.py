@@ -27,7 +27,10 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     Explicit arguments win, then JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
     JAX_PROCESS_ID; on TPU pods, Slurm and Open MPI jobs with more than one task, JAX finds all three by
     itself.
-    heartbeat_seconds: when a process is silent for so long, the others are ended (each with an error).
+    heartbeat_seconds: when a process is silent for so long (it was killed, or its machine is gone), the
+    coordination service ends the others by SIGABRT (exit code 134 in a shell), whatever they are doing; when
+    process 0 dies they end at once. A process that ends with an error takes the others along in three times as
+    long.
     Raises UserError if only some of the three are known.
     """
     env = os.environ
@@ -44,7 +47,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
                         "JAX_NUM_PROCESSES and JAX_PROCESS_ID; "
                         f"got {coordinator}, {num_processes}, {process_id}")
     jax.distributed.initialize(coordinator, num_processes, process_id,
-                               heartbeat_timeout_seconds=heartbeat_seconds)
+                               heartbeat_timeout_seconds=heartbeat_seconds,
+                               shutdown_timeout_seconds=3 * heartbeat_seconds)
 
 
 def _in_cluster(env) -> bool:

@@ -18,10 +18,10 @@ class Watchdog:
     """Ends the process with exit code 76 if `beat` is not called for `timeout_seconds`.
 
     Before that, the stacks of all threads and the last metrics go to stderr and to run_dir/watchdog.txt. Use
-    as a context manager around the training loop; beat at least once a step (a step that compiles is a long
-    one). If the interpreter itself is stuck (native code that never gives the GIL back), no Python code can
-    run; faulthandler's own thread then dumps the stacks to stderr after 1.5 times the limit and ends the
-    process with 1.
+    as a context manager around the training loop; beat wherever something was done that cannot repeat for ever
+    (a step, a call of the decoder). If the interpreter itself is stuck (native code that never gives the GIL
+    back), no Python code can run; faulthandler's own thread then dumps the stacks to stderr after 1.5 times the
+    limit and ends the process with 1.
     """
 
     def __init__(self, run_dir: str | os.PathLike, timeout_seconds: float):
@@ -31,7 +31,7 @@ class Watchdog:
         self._last = (time.monotonic(), 0, {})
 
     def __enter__(self) -> Watchdog:
-        self.beat(0, {})
+        self.beat()
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self
 
@@ -39,10 +39,12 @@ class Watchdog:
         self._stop.set()
         faulthandler.cancel_dump_traceback_later()
 
-    def beat(self, step: int, metrics: Mapping | None = None) -> None:
-        """Progress was made. metrics: the last record, shown if this was the last beat (None keeps the one
-        before)."""
-        self._last = (time.monotonic(), step, self._last[2] if metrics is None else dict(metrics))
+    def beat(self, step: int | None = None, metrics: Mapping | None = None) -> None:
+        """Progress was made. step, metrics: the last finished step and its record, shown if this was the last
+        beat (None keeps what was given before)."""
+        _, last_step, last_metrics = self._last
+        self._last = (time.monotonic(), last_step if step is None else step,
+                      last_metrics if metrics is None else dict(metrics))
         faulthandler.dump_traceback_later(1.5 * self._timeout, exit=True, file=2)
 
     def remaining(self) -> float:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from jaxrl.runtime import watchdog
+from jaxrl.runtime import signals, watchdog
 
 PRELUDE = """
 import ctypes, os, sys, threading
@@ -148,6 +148,32 @@ def test_a_beat_winds_the_watchdog_up(tmp_path, monkeypatch):
     faulthandler.cancel_dump_traceback_later()
     now[0] = 80.0
     assert dog.remaining() == 90.0
+    dog.beat(2, {"loss": 0.5})
+    now[0] = 90.0
+    dog.beat()
+    faulthandler.cancel_dump_traceback_later()
+    assert dog._last == (90.0, 2, {"loss": 0.5})  # what is shown stays
+
+
+def test_a_preemption_notice_stops_all_processes_after_the_same_step(monkeypatch):
+    seen = []
+    monkeypatch.setattr(signals.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(signals.distributed, "allgather", lambda value: [value, value])
+    monkeypatch.setattr(signals.multihost_utils, "reached_preemption_sync_point",
+                        lambda step: seen.append(step) or step == 7)  # fmt: skip
+    stop = signals.StopRequest()
+    assert [stop.agreed(step) for step in (6, 7)] == [False, True] and seen == [6, 7]
+    assert (stop.requested, stop.exit_code) == ("preemption notice", 75)
+
+
+def test_no_preemption_service_is_no_reason_to_stop(monkeypatch):
+    def off(step):
+        raise RuntimeError("switched off")
+
+    monkeypatch.setattr(signals.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(signals.distributed, "allgather", lambda value: [value, value])
+    monkeypatch.setattr(signals.multihost_utils, "reached_preemption_sync_point", off)
+    assert not signals.StopRequest().agreed(1)
 
 
 def test_watchdog_leaves_a_run_alone_that_makes_progress(tmp_path):
