@@ -7,8 +7,9 @@
         --only=a,b --seeds=0,1      a part of the grid
 
 A finished run is not run again and an unfinished one is continued, so the same command resumes a study, and
-commands printed with --print_commands can be spread over machines that share the directory. table.md and
-results.json are written to the study's directory.
+commands printed with --print_commands can be spread over machines that share the directory. The table and the
+figures behind it are written to it as NAME.md and NAME.json, NAME being that of the study file. Studies may share
+a directory: a label names the same run in all of them.
 
 A study file has get_study(), which returns a dict:
 
@@ -82,8 +83,8 @@ def load_study(path: str) -> dict[str, Any]:
     module = runpy.run_path(path)
     if "get_study" not in module:
         raise UserError(f"{path}: a study file needs a function get_study()")
-    study = DEFAULTS | module["get_study"]()
-    if unknown := sorted(set(study) - set(DEFAULTS) - set(REQUIRED)):
+    study = DEFAULTS | module["get_study"]() | {"name": pathlib.Path(path).stem}
+    if unknown := sorted(set(study) - set(DEFAULTS) - set(REQUIRED) - {"name"}):
         valid = ", ".join([*REQUIRED, *DEFAULTS])
         raise UserError(f"{path}: {unknown[0]!r} is not a key of a study; there are {valid}")
     for key, kind in REQUIRED.items():
@@ -130,7 +131,7 @@ def command(study: dict, label: str, seed: int) -> list[str]:
     if start:
         source = run_dir(study, start, seed)
         source = source / "model" if everything[start].get("entry") == "sft" else source
-        overrides = {"model.path": str(source), "sft.steps": 0} | overrides
+        overrides |= {"model.path": str(source), "sft.steps": 0}  # whatever the warm start's settings in common
     overrides |= {"run_dir": str(run_dir(study, label, seed)), "seed": seed}
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [sys.executable, "-m", f"jaxrl.{entry}", f"--config={study['config']}", *flags]
@@ -233,13 +234,13 @@ def _mean_and_half(values: Sequence[float]) -> list[float]:
 
 
 def write_table(study: dict) -> str:
-    """table.md and results.json in the study's directory; returns the table."""
+    """NAME.md and NAME.json in the study's directory; returns the table."""
     results = [compare(study, metric) for metric in study["metrics"]]
     text = "\n".join(table(study, result) for result in results)
     out = pathlib.Path(study["out"])
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "results.json", json.dumps({"study": study, "results": results}, indent=1) + "\n")
-    atomic_write(out / "table.md", text)
+    atomic_write(out / f"{study['name']}.json", json.dumps({"study": study, "results": results}, indent=1) + "\n")
+    atomic_write(out / f"{study['name']}.md", text)
     return text
 
 

@@ -33,7 +33,7 @@ def grid(tmp_path):
     file.write_text(
         "def get_study():\n    return " + repr(dict(
             config="configs/quickstart.py", out=str(tmp_path / "runs"), seeds=[0, 1, 2], baseline="base",
-            common={"steps": 4}, stages={"warm": {"entry": "sft"}},
+            common={"steps": 4, "sft.steps": 9}, stages={"warm": {"entry": "sft"}},
             methods={"base": {"start": "warm"}, "new & better": {"algorithm.loss": "maspo", "start": "warm"}},
         ))
     )  # fmt: skip
@@ -53,8 +53,8 @@ def test_commands(grid, tmp_path):
     runs = tmp_path / "runs"
     assert study.command(s, "new & better", 2) == [
         sys.executable, "-m", "jaxrl.train", "--config=configs/quickstart.py",
-        f"--config.model.path={runs}/warm/seed2/model", "--config.sft.steps=0", "--config.steps=4",
-        "--config.algorithm.loss=maspo", f"--config.run_dir={runs}/new---better/seed2", "--config.seed=2",
+        "--config.steps=4", "--config.sft.steps=0", "--config.algorithm.loss=maspo",
+        f"--config.model.path={runs}/warm/seed2/model", f"--config.run_dir={runs}/new---better/seed2", "--config.seed=2",
     ]  # fmt: skip
     assert study.command(s, "warm", 0)[2:4] == ["jaxrl.sft", "--config=configs/quickstart.py"]
 
@@ -106,7 +106,8 @@ def test_table_by_hand(grid, tmp_path):
         f"{100 * np.mean(new):.1f} ±" in text
         and f"+{100 * difference.mean():.1f} ± {100 * half:.1f}*" in text
     )
-    assert json.loads((runs / "results.json").read_text())["results"][0]["rows"]
+    assert json.loads((runs / "study.json").read_text())["results"][0]["rows"]
+    assert (runs / "study.md").read_text() == text
 
 
 def test_accuracy_between_two_evaluations_is_interpolated(tmp_path):
@@ -143,3 +144,23 @@ def test_every_run_of_the_shipped_studies_has_a_valid_config(name, monkeypatch):
     for label, _ in study.plan(s, list(s["methods"]))[: 1 + len(s["methods"])]:
         flags = [f for f in study.command(s, label, 0)[3:] if "model.path" not in f]
         validate(parse_config(["train", *flags]))
+
+
+def test_in_one_process_a_mistake_of_one_run_does_not_end_the_study(grid, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def fake(argv):
+        ran.append(argv[1:])
+        if "--config.seed=1" in argv:
+            raise UserError("config.steps: no")
+        return 0
+
+    monkeypatch.setattr("jaxrl.train.main", fake)
+    for seed in (1, 2):
+        (tmp_path / "runs" / "warm" / f"seed{seed}" / "model").mkdir(parents=True)
+        (tmp_path / "runs" / "warm" / f"seed{seed}" / "model" / "model.safetensors").touch()
+    s = study.load_study(str(grid))
+    assert study.main(["study", f"--config={grid}", "--seeds=1,2", "--only=base", "--in_process"]) == 1
+    assert ran == [study.command(s, "base", seed)[3:] for seed in (1, 2)]
+    said = capsys.readouterr().err
+    assert "error: config.steps: no" in said and "not finished: base seed 1; " in said
