@@ -17,6 +17,8 @@ A study file has get_study(), which returns a dict:
     methods   {label: {dotted config key: value}}                seeds     list of integers
     baseline  the label that others are compared with            common    overrides of every run
     metrics   held-out metrics to tabulate                       stages    as methods, but not in the table
+    sweeps    {label: {"run": a method, flag of jaxrl.evaluate: value}}: its runs evaluated over budgets
+    sweep     flags of all sweeps; the results are averaged over seeds
 
 Two pseudo-keys of a method or stage: "start" names a stage (or method) whose run of the same seed it starts
 from, in place of a warm start of its own; "entry": "sft" makes a stage that only does the warm start.
@@ -37,12 +39,13 @@ from typing import Any
 import numpy as np
 
 from jaxrl.errors import UserError
+from jaxrl.evaluation.seeds import average_sweeps, mean_and_half, plus_minus, sweep_tables
 from jaxrl.evaluation.tables import markdown
-from jaxrl.reporting.runs import Run, read_run, t_half_width
+from jaxrl.reporting.runs import Run, read_run
 from jaxrl.runtime import cli
 from jaxrl.runtime.rundir import atomic_write
 
-DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"]}
+DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"], "sweeps": {}, "sweep": {}}
 REQUIRED = {"config": str, "out": str, "seeds": list, "methods": dict}
 
 
@@ -61,8 +64,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--only: {unknown[0]!r} is not a method; there are {', '.join(study['methods'])}")
     failed = []
     if not flags["table"]:
-        for label, seed in plan(study, wanted):
-            line = command(study, label, seed)
+        sweeps = [label for label in study["sweeps"] if study["sweeps"][label]["run"] in wanted]
+        for label, seed in plan(study, wanted) + [(label, seed) for seed in study["seeds"] for label in sweeps]:
+            line = sweep_command(study, label, seed) if label in sweeps else command(study, label, seed)
             if is_finished(study, label, seed):
                 continue
             print(shlex.join(line), flush=True)
@@ -98,6 +102,9 @@ def load_study(path: str) -> dict[str, Any]:
             raise UserError(
                 f"{path}: {label!r} starts from {overrides['start']!r}, which is not in the study"
             )
+    for label, flags in study["sweeps"].items():
+        if flags.get("run") not in study["methods"] or label in everything:
+            raise UserError(f"{path}: sweep {label!r} needs a name of its own and the key 'run', naming a method")
     return study
 
 
@@ -119,8 +126,11 @@ def plan(study: dict, wanted: Sequence[str]) -> list[tuple[str, int]]:
 
 def run_dir(study: dict, label: str, seed: int) -> pathlib.Path:
     """Where a run of the study lives."""
-    slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in label)
-    return pathlib.Path(study["out"]) / slug / f"seed{seed}"
+    return pathlib.Path(study["out"]) / _slug(label) / f"seed{seed}"
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in label)
 
 
 def command(study: dict, label: str, seed: int) -> list[str]:
@@ -135,6 +145,18 @@ def command(study: dict, label: str, seed: int) -> list[str]:
     overrides |= {"run_dir": str(run_dir(study, label, seed)), "seed": seed}
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [sys.executable, "-m", f"jaxrl.{entry}", f"--config={study['config']}", *flags]
+
+
+def sweep_dir(study: dict, label: str, seed: int) -> pathlib.Path:
+    """Where a sweep of the study lives: in the run that it evaluates."""
+    return run_dir(study, study["sweeps"][label]["run"], seed) / f"sweep-{_slug(label)}"
+
+
+def sweep_command(study: dict, label: str, seed: int) -> list[str]:
+    """The command line of one sweep."""
+    flags = {**study["sweep"], **study["sweeps"][label]}
+    flags |= {"model": run_dir(study, flags.pop("run"), seed), "out": sweep_dir(study, label, seed)}
+    return [sys.executable, "-m", "jaxrl.evaluate", *(f"--{key}={value}" for key, value in flags.items())]
 
 
 def run_apart(line: list[str]) -> int:
@@ -152,7 +174,9 @@ def run_here(line: list[str]) -> int:
 
 
 def is_finished(study: dict, label: str, seed: int) -> bool:
-    """Whether a run holds the record of its last step; for a warm start, the weights."""
+    """Whether a run holds the record of its last step; a warm start, the weights; a sweep, its result."""
+    if label in study["sweeps"]:
+        return (sweep_dir(study, label, seed) / "result.json").exists()
     path = run_dir(study, label, seed)
     if (study["stages"] | study["methods"])[label].get("entry") == "sft":
         return (path / "model" / "model.safetensors").exists()
@@ -213,10 +237,10 @@ def compare(study: dict, metric: str) -> dict[str, Any]:
     for label, found in values.items():
         row: dict[str, Any] = {"method": label, "seeds": sorted(found)}
         for i, name in enumerate(("updates", "tokens")):
-            row[name] = _mean_and_half([v[i] for v in found.values()])
+            row[name] = mean_and_half([v[i] for v in found.values()])
             paired = [found[seed][i] - base[seed][i] for seed in found if seed in base]
             row[f"difference_{name}"] = (
-                _mean_and_half(paired) if paired and label != study["baseline"] else None
+                mean_and_half(paired) if paired and label != study["baseline"] else None
             )
         row["spent"] = float(np.mean([tokens_spent(run) for run in runs[label].values()]))
         row["length"] = float(
@@ -227,19 +251,25 @@ def compare(study: dict, metric: str) -> dict[str, Any]:
     return {"metric": metric, "step": step, "tokens": tokens, "rows": rows}
 
 
-def _mean_and_half(values: Sequence[float]) -> list[float]:
-    """[mean, half-width of its 95 % t interval]; NaN for the latter with one value."""
-    array = np.asarray(values, np.float64)
-    return [float(array.mean()), float(t_half_width(array)) if len(array) > 1 else float("nan")]
+def read_sweeps(study: dict) -> dict[str, dict]:
+    """{label: evaluation.seeds.average_sweeps} of the seeds that are finished."""
+    found = {}
+    for label in study["sweeps"]:
+        paths = [sweep_dir(study, label, s) for s in study["seeds"] if is_finished(study, label, s)]
+        if paths:
+            found[label] = average_sweeps([json.loads((p / "result.json").read_text()) for p in paths])
+    return found
 
 
 def write_table(study: dict) -> str:
     """NAME.md and NAME.json in the study's directory; returns the table."""
     results = [compare(study, metric) for metric in study["metrics"]]
-    text = "\n".join(table(study, result) for result in results)
+    sweeps = read_sweeps(study)
+    text = "\n".join(table(study, result) for result in results) + sweep_tables(sweeps)
     out = pathlib.Path(study["out"])
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / f"{study['name']}.json", json.dumps({"study": study, "results": results}, indent=1) + "\n")
+    content = {"study": study, "results": results, "sweeps": sweeps}
+    atomic_write(out / f"{study['name']}.json", json.dumps(content, indent=1) + "\n")
     atomic_write(out / f"{study['name']}.md", text)
     return text
 
@@ -254,10 +284,10 @@ def table(study: dict, result: dict) -> str:
         [
             row["method"],
             len(row["seeds"]),
-            _percent(row["updates"]),
-            _percent(row["difference_updates"], signed=True),
-            _percent(row["tokens"]),
-            _percent(row["difference_tokens"], signed=True),
+            plus_minus(row["updates"]),
+            plus_minus(row["difference_updates"], signed=True, star=True),
+            plus_minus(row["tokens"]),
+            plus_minus(row["difference_tokens"], signed=True, star=True),
             f"{row['length']:.1f}",
             f"{row['spent'] / 1e3:,.0f} k",
         ]
@@ -269,16 +299,6 @@ def table(study: dict, result: dict) -> str:
         f"updates: step {result['step']:.0f}. Equal tokens: {result['tokens'] / 1e3:,.0f} k generated.\n"
     )
     return markdown(header, rows) + "\n" + said
-
-
-def _percent(pair: Sequence[float] | None, signed: bool = False) -> str:
-    if pair is None:
-        return ""
-    mean, half = 100 * pair[0], 100 * pair[1]
-    said = f"{mean:+.1f}" if signed else f"{mean:.1f}"
-    if not np.isfinite(half):
-        return said
-    return f"{said} ± {half:.1f}" + ("*" if signed and abs(mean) > half else "")
 
 
 if __name__ == "__main__":

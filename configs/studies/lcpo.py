@@ -1,29 +1,61 @@
-"""LCPO on the embedded task: Exact, Max, Max continued from Exact, and no length reward at all.
+"""LCPO on the embedded task, and s1's budget forcing on a model trained without any of it.
 
-    python -m jaxrl.study --config=configs/studies/lcpo.py
+    python -m jaxrl.study --config=configs/studies/lcpo.py --in_process
 
-Every prompt carries a feasible budget. The table has accuracy and the mean relative distance from the budget
-on held-out problems (for Max, where shorter is fine, see hard_violation). "Max after Exact" is L1's recipe:
-it starts where Exact ended, so it has had twice the updates.
+Exact, Max, and Max continued from Exact (L1's recipe; it has had twice the updates), beside RL that is told
+budgets but not paid for keeping them, and RL that is told none. Training budgets are feasible, U[2n+1, 22] for n
+operands. Then each model is swept over budgets: on chains of up to 4, where every budget of the list can be kept
+with full working, and up to 8, where the short ones cannot and some accuracy must go.
 """
+
+from configs.studies.dial import OUT, SEEDS
 
 
 def get_study():
-    exact = {"length.mode": "exact", "length.reward": "lcpo_exact"}
+    exact = {"length.mode": "exact", "length.reward": "lcpo_exact", "start": "warm start, budgets"}
     # a budget of the other mode is a token the policy must have seen, so both occur in the demonstrations
-    at_most = {"length.mode": "max", "length.reward": "lcpo_max"}
+    at_most = {"length.mode": "max", "length.reward": "lcpo_max", "start": "warm start, budgets"}
     return {
         "config": "configs/quickstart_l1.py",
-        "out": "runs/studies/lcpo",
-        "seeds": [0, 1, 2, 3, 4],
+        "out": OUT,
+        "seeds": SEEDS,
         "baseline": "no length reward",
-        "common": {"sft.modes": ("exact", "max"), "steps": 80, "eval.every": 10, "log.tensorboard": False},
-        "stages": {"warm start": {"entry": "sft"}},
+        "common": {
+            "steps": 60,
+            "length.warmup_steps": 25,
+            "batch.row_tokens": 128,
+            "batch.micro_tokens": 128,
+            "task.dial.train": 5000,
+            "sft.modes": ("exact", "max"),
+            "sft.batch": 64,
+            "eval.every": 15,
+            "checkpoint.every": 1000,
+            "log.tensorboard": False,
+            "log.samples": 0,
+        },
+        "stages": {"warm start, budgets": {"entry": "sft"}},
         "methods": {
-            "no length reward": {"length.mode": "exact", "length.reward": "none", "start": "warm start"},
-            "LCPO-Exact": {**exact, "start": "warm start"},
-            "LCPO-Max": {**at_most, "start": "warm start"},
-            "LCPO-Max after Exact": {**at_most, "start": "LCPO-Exact"},
+            "no length reward": exact | {"length.reward": "none"},
+            "no budgets": exact | {"length.reward": "none", "length.mode": "none"},
+            "LCPO-Exact": exact,
+            "LCPO-Max": at_most,
+            "LCPO-Max after Exact": at_most | {"start": "LCPO-Exact"},
         },
         "metrics": ["eval/accuracy", "eval/mean_deviation", "eval/hard_violation"],
+        "sweep": {
+            "data": "dial:n_max=4,dial:n_max=8",
+            "budgets": "9,12,15,18,21",
+            "soft_tolerance": 2,
+            "max_new_tokens": 32,
+            "slots": 256,
+        },
+        "sweeps": {
+            "Exact, asked": {"run": "LCPO-Exact", "budget_mode": "exact"},
+            "Max, asked": {"run": "LCPO-Max", "budget_mode": "max"},
+            "Max after Exact, asked": {"run": "LCPO-Max after Exact", "budget_mode": "max"},
+            "no length reward, asked": {"run": "no length reward", "budget_mode": "exact"},
+            "no budgets, left alone": {"run": "no budgets", "budget_mode": "none"},
+            "no budgets, forced": {"run": "no budgets", "budget_mode": "forced"},
+            "no budgets, forced and prolonged": {"run": "no budgets", "budget_mode": "forced", "waits": 100},
+        },
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Optimizer(NamedTuple):
     schedule: Callable
 
 
+@functools.lru_cache(maxsize=8)  # equal settings, equal object: build_programs tells optimizers apart by identity
 def build_optimizer(
     learning_rate: float,
     warmup_steps: int = 0,

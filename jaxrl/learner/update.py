@@ -18,6 +18,7 @@ abstract arguments (`abstract_state`, `abstract_batch`), so that `preflight` can
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class Objective:
     """
 
     loss: str = "grpo"
-    loss_hyper: Mapping = dataclasses.field(default_factory=dict)
+    loss_hyper: Mapping = dataclasses.field(default_factory=dict, hash=False)
     aggregation: str = ""
     norm_length: float = 1.0
     temperature: float = 1.0
@@ -70,7 +71,7 @@ class Objective:
     entropy_coef: float = 0.0
     entropy_advantage: tuple[float, float] | None = None
     correction: str = "none"
-    correction_hyper: Mapping = dataclasses.field(default_factory=dict)
+    correction_hyper: Mapping = dataclasses.field(default_factory=dict, hash=False)
 
 
 class Programs(NamedTuple):
@@ -81,6 +82,7 @@ class Programs(NamedTuple):
     score: Callable
 
 
+@functools.lru_cache(maxsize=8)  # runs after each other in one process share what is traced and compiled
 def build_programs(
     config: DecoderConfig,
     mesh: Mesh,

@@ -77,6 +77,7 @@ class Programs(NamedTuple):
     key_axis: int
 
 
+@functools.lru_cache(maxsize=8)  # samplers after each other in one process share what is traced and compiled
 def build_programs(
     config: DecoderConfig,
     dtype,
