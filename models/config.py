@@ -85,11 +85,13 @@ def from_hf(source: dict[str, Any] | str | os.PathLike) -> DecoderConfig:
     Accepts the rotary keys of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
     Raises ValueError, one line naming file and key, for what is missing, malformed or not implemented.
     """
-    if isinstance(source, dict):
-        return _parse(source, "config")
-    path = pathlib.Path(source)
+    path = pathlib.Path("config" if isinstance(source, dict) else source)
     path = path / "config.json" if path.is_dir() else path
-    return _parse(read_json(path), str(path))
+    hf = source if isinstance(source, dict) else read_json(path)
+    try:
+        return _parse(hf, str(path))
+    except (TypeError, AttributeError, OverflowError) as e:  # values of types that no config has
+        raise ValueError(f"{path}: malformed: {e}") from e
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -98,10 +100,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; expected a Hugging Face model directory") from None
+    except (OSError, RecursionError) as e:
+        raise ValueError(f"{path}: cannot be read: {e.strerror if isinstance(e, OSError) else e}") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not UTF-8 text at byte {e.start}") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
+    except ValueError as e:  # an integer of more digits than Python reads
+        raise ValueError(f"{path}: not valid JSON: {e}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data

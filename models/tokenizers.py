@@ -223,6 +223,14 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such tokenizer file or directory")
+    try:
+        return _load(path)
+    except (TypeError, AttributeError, KeyError, OverflowError, RecursionError, OSError) as e:
+        line = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path}: malformed tokenizer: {line}") from e
+
+
+def _load(path: pathlib.Path) -> Tokenizer:
     root = path if path.is_dir() else path.parent
     config = _optional_json(root / "tokenizer_config.json")
     generation = _optional_json(root / "generation_config.json")

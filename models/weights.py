@@ -107,7 +107,7 @@ def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, 
     def open_file(path):
         try:
             return stack.enter_context(safe_open(path, "numpy"))
-        except SafetensorError as e:
+        except (SafetensorError, OSError) as e:
             raise ValueError(f"{path}: truncated or not a safetensors file ({e})") from None
 
     single, index = root / "model.safetensors", root / INDEX
@@ -119,11 +119,11 @@ def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, 
         hint = "; pytorch_model.bin is not read, convert it to safetensors" if old else ""
         raise ValueError(f"{root}: no model.safetensors and no {INDEX}{hint}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{index}: key 'weight_map' is missing or empty: need tensor name -> file name")
     handles = {}
     for file in sorted(set(weight_map.values())):
-        if not (root / file).exists():
+        if not (root / file).is_file():
             tensor = min(n for n, f in weight_map.items() if f == file)
             raise ValueError(f"{root / file}: no such file, but {INDEX} lists it (for {tensor} and others)")
         handles[file] = open_file(root / file)
