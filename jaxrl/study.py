@@ -3,6 +3,7 @@
     python -m jaxrl.study --config=configs/studies/core.py      run what is missing, then print the table
         --print_commands    only print the commands of what is missing
         --table             only the table of what is there
+        --images=DIR        with the table, its figures as SVG
         --in_process        run here instead of in a process each: saves their start, but a crash ends the study
         --only=a,b --seeds=0,1      a part of the grid
 
@@ -19,6 +20,7 @@ A study file has get_study(), which returns a dict:
     metrics   held-out metrics to tabulate                       stages    as methods, but not in the table
     sweeps    {label: {"run": a method, flag of jaxrl.evaluate: value}}: its runs evaluated over budgets
     sweep     flags of all sweeps; the results are averaged over seeds
+    curves    methods to draw over generated tokens (--images)
 
 Two pseudo-keys of a method or stage: "start" names a stage (or method) whose run of the same seed it starts
 from, in place of a warm start of its own; "entry": "sft" makes a stage that only does the warm start.
@@ -41,18 +43,20 @@ import numpy as np
 from jaxrl.errors import UserError
 from jaxrl.evaluation.seeds import average_sweeps, mean_and_half, plus_minus, sweep_tables
 from jaxrl.evaluation.tables import markdown
-from jaxrl.reporting.runs import Run, read_run
+from jaxrl.reporting.comparison import draw
+from jaxrl.reporting.runs import Run, Setting, read_run
 from jaxrl.runtime import cli
 from jaxrl.runtime.rundir import atomic_write
 
-DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"], "sweeps": {}, "sweep": {}}
+DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"], "sweeps": {}}
+DEFAULTS |= {"sweep": {}, "curves": []}
 REQUIRED = {"config": str, "out": str, "seeds": list, "methods": dict}
 
 
 def main(argv: list[str]) -> int:
     flags = cli.parse_flags(
         argv,
-        dict(config=str, out="", only="", seeds="", print_commands=False, table=False, in_process=False),
+        dict(config=str, out="", only="", seeds="", images="", print_commands=False, table=False, in_process=False),
         __doc__,
     )
     study = load_study(flags["config"])
@@ -75,6 +79,8 @@ def main(argv: list[str]) -> int:
                 failed.append(f"{label} seed {seed}")
     if not flags["print_commands"]:
         print(write_table(study))
+        if flags["images"]:
+            print("\n".join(map(str, write_images(study, pathlib.Path(flags["images"])))))
     if failed:
         print(f"not finished: {', '.join(failed)}; the same command continues", file=sys.stderr)
     return 1 if failed else 0
@@ -94,6 +100,8 @@ def load_study(path: str) -> dict[str, Any]:
     for key, kind in REQUIRED.items():
         if not isinstance(study.get(key), kind) or not study[key]:
             raise UserError(f"{path}: key {key!r} is missing or not a {kind.__name__}")
+    if unknown := [label for label in study["curves"] if label not in study["methods"]]:
+        raise UserError(f"{path}: 'curves' names {unknown[0]!r}, which is not one of the methods")
     if study["baseline"] and study["baseline"] not in study["methods"]:
         raise UserError(f"{path}: baseline {study['baseline']!r} is not one of the methods")
     everything = study["stages"] | study["methods"]
@@ -272,6 +280,16 @@ def write_table(study: dict) -> str:
     atomic_write(out / f"{study['name']}.json", json.dumps(content, indent=1) + "\n")
     atomic_write(out / f"{study['name']}.md", text)
     return text
+
+
+def write_images(study: dict, where: pathlib.Path) -> list[pathlib.Path]:
+    """NAME.svg and what else there is to draw, in the directory `where`; returns the files."""
+    settings = []
+    for label in study["curves"]:
+        paths = [run_dir(study, label, seed) for seed in study["seeds"] if is_finished(study, label, seed)]
+        settings += [Setting(label, [read_run(path) for path in paths])] if paths else []
+    where.mkdir(parents=True, exist_ok=True)
+    return draw(compare(study, study["metrics"][0]), settings, read_sweeps(study), where / study["name"])
 
 
 def table(study: dict, result: dict) -> str:

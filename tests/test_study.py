@@ -54,7 +54,8 @@ def test_commands(grid, tmp_path):
     assert study.command(s, "new & better", 2) == [
         sys.executable, "-m", "jaxrl.train", "--config=configs/quickstart.py",
         "--config.steps=4", "--config.sft.steps=0", "--config.algorithm.loss=maspo",
-        f"--config.model.path={runs}/warm/seed2/model", f"--config.run_dir={runs}/new---better/seed2", "--config.seed=2",
+        f"--config.model.path={runs}/warm/seed2/model", f"--config.run_dir={runs}/new---better/seed2",
+        "--config.seed=2",
     ]  # fmt: skip
     assert study.command(s, "warm", 0)[2:4] == ["jaxrl.sft", "--config=configs/quickstart.py"]
 
@@ -137,7 +138,7 @@ def test_mistakes_in_a_study(grid, change, said):
         study.load_study(str(grid))
 
 
-@pytest.mark.parametrize("name", ["core", "lspo", "lcpo"])
+@pytest.mark.parametrize("name", ["core", "lspo", "lcpo", "rates"])
 def test_every_run_of_the_shipped_studies_has_a_valid_config(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     s = study.load_study(f"configs/studies/{name}.py")
@@ -164,3 +165,59 @@ def test_in_one_process_a_mistake_of_one_run_does_not_end_the_study(grid, tmp_pa
     assert ran == [study.command(s, "base", seed)[3:] for seed in (1, 2)]
     said = capsys.readouterr().err
     assert "error: config.steps: no" in said and "not finished: base seed 1; " in said
+
+
+@pytest.fixture
+def swept(grid):
+    content = study.runpy.run_path(str(grid))["get_study"]()
+    content |= dict(sweep={"data": "dial", "budgets": "8,16"}, curves=["base"], sweeps={
+        "asked": {"run": "new & better", "budget_mode": "exact"}, "left alone": {"run": "base", "budget_mode": "none"},
+    })  # fmt: skip
+    grid.write_text(f"def get_study():\n    return {content!r}\n")
+    return grid
+
+
+def write_sweep(path, accuracy):
+    path.mkdir(parents=True)
+    keys = ("mean_error", "mean_deviation", "rmse", "hard_violation", "soft_violation")
+    row = dict(data="dial", accuracy=accuracy, mean_tokens=9.0) | dict.fromkeys(keys, 0.25)
+    sweep = dict(mean_error=0.25, log_linear_slope=None, control=1.0, scaling=0.0, performance=accuracy)
+    result = {"results": [row | {"budget": 8}, row | {"budget": 16}], "sweeps": {"dial": sweep}}
+    (path / "result.json").write_text(json.dumps(result))
+
+
+def test_sweeps_are_made_of_the_finished_runs_and_averaged(swept, tmp_path, monkeypatch):
+    runs, called = tmp_path / "runs", []
+    for seed, accuracy in ((0, 0.4), (1, 0.6)):
+        for name in ("base", "new---better"):
+            write_run(runs / name / f"seed{seed}", {0: 0.1, 4: accuracy}, 10, 4)
+        (runs / "warm" / f"seed{seed}" / "model").mkdir(parents=True)
+        (runs / "warm" / f"seed{seed}" / "model" / "model.safetensors").touch()
+        write_sweep(runs / "base" / f"seed{seed}" / "sweep-left-alone", accuracy)
+    write_sweep(runs / "new---better" / "seed1" / "sweep-asked", 0.5)
+
+    def fake(line):
+        called.append(line)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(study.subprocess, "run", fake)
+    images = tmp_path / "images"
+    assert study.main(["study", f"--config={swept}", "--seeds=0,1", f"--images={images}"]) == 0
+    run = runs / "new---better" / "seed0"
+    assert called == [[sys.executable, "-m", "jaxrl.evaluate", "--data=dial", "--budgets=8,16", "--budget_mode=exact",
+                       f"--model={run}", f"--out={run}/sweep-asked"]]  # fmt: skip
+    text = (runs / "study.md").read_text()
+    assert "| left alone | 50.0 ± 127.1 (9.0) | 50.0 ± 127.1 (9.0) |" in text and "| asked | 50.0 (9.0) |" in text
+    names = {"study.svg", "study_curves.svg", "study_budgets_0.svg", "study_accuracy_0.svg"}
+    assert {p.name for p in images.iterdir()} == names
+    svg = (images / "study.svg").read_text()
+    assert "new &amp; better" in svg and len(svg) < 150_000
+
+
+def test_a_sweep_needs_a_method_of_the_study(grid):
+    content = study.runpy.run_path(str(grid))["get_study"]()
+    cases = [({"sweeps": {"a": {"run": "nobody"}}}, "sweep 'a' needs"), ({"curves": ["x"]}, "'curves' names 'x'")]
+    for change, said in cases:
+        grid.write_text(f"def get_study():\n    return {content | change!r}\n")
+        with pytest.raises(UserError, match=said):
+            study.load_study(str(grid))

@@ -18,5 +18,6 @@ def get_study():
         "baseline": "grpo none",
         "common": COMMON,
         "stages": STAGES,
+        "curves": ["dapo none", "dapo accuracy", "dapo lspo", "maspo none", "gspo none"],
         "methods": {f"{loss} {s}": method(loss, s) for s in ("none", "accuracy", "lspo") for loss in LOSSES},
     }

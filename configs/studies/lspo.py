@@ -27,5 +27,6 @@ def get_study():
         "baseline": "dapo accuracy",
         "common": COMMON,
         "stages": STAGES,
+        "curves": ["dapo accuracy", "dapo lspo", "dapo lspo_middle"],
         "methods": {f"dapo {rule}": method("dapo", rule) for rule in RULES},
     }
