@@ -5,8 +5,13 @@
     python benchmarks/sampler.py --peers=hf,tunix --checkpoint=DIR --tunix_python=PYTHON --rounds=3
 
 Workloads: `uniform`, 32 prompts of 64 tokens, 256 new tokens each; `ragged`, 16 prompts x 8 samples, lengths
-log-normal (median 64, sigma 0.9) and cut at 256. Both are sampled at temperature 1 in float32; no engine is told
-the ragged lengths in advance: each ends its rows when they are reached.
+log-normal (median 64, sigma 0.9) and cut at 256; `backlog`, the same with 32 prompts, so 8 requests a slot. All are
+sampled at temperature 1 in float32; no engine is told the ragged lengths in advance: each ends its rows when they
+are reached. `--workload=all` is uniform and ragged.
+
+The shares (prefill, decode, cache moves, host) come from a second, synchronous pass, because dispatch is asynchronous
+in the timed one; a share of the host there is time in which the device would idle. The limit is what the weights cost
+at the rate measured for 32-row matrix products, plus the cache at the copy rate.
 
 Each engine is its own process; with --peers they run in turn, --rounds times, and the ratios are of the same
 round. --cores=1 pins everything to one core and compares CPU seconds, which hold up under other load; --cores=0
@@ -50,11 +55,11 @@ def workload(name: str, vocab: int):
     """(prompts [P, 64], samples per prompt, lengths [P, samples])."""
     import numpy as np
 
-    rng = np.random.default_rng(0)
+    rng, groups = np.random.default_rng(0), GROUPS * (2 if name == "backlog" else 1)
     if name == "uniform":
         return rng.integers(2, vocab, (BATCH, PROMPT)), 1, np.full((BATCH, 1), NEW)
-    lengths = np.exp(rng.normal(np.log(64), 0.9, (GROUPS, GROUP))).astype(int).clip(1, NEW)
-    return rng.integers(2, vocab, (GROUPS, PROMPT)), GROUP, lengths
+    lengths = np.exp(rng.normal(np.log(64), 0.9, (groups, GROUP))).astype(int).clip(1, NEW)
+    return rng.integers(2, vocab, (groups, PROMPT)), GROUP, lengths
 
 
 class Timer:
@@ -114,7 +119,7 @@ def run_own(flags: dict):
         config, (-1,), max_prompt=PROMPT, max_tokens=NEW, slots=flags["slots"], chunk=flags["chunk"]
     )
     params = sampler.layout(params)
-    limits = machine_limits(config)
+    limits = machine_limits(config, time.process_time if flags["cores"] == 1 else time.perf_counter)
     for name in names(flags):
         prompts, samples, lengths = workload(name, config.vocab_size)
         requests = [
@@ -125,30 +130,40 @@ def run_own(flags: dict):
         for _ in range(1 if flags["engine"] else flags["rounds"]):
             with Timer() as t:
                 sampler.generate(params, requests, seed=1)
-            s = sampler.stats
-            host = s.seconds_total - s.seconds_decode - s.seconds_prefill
-            steps = s.slot_steps / flags["slots"]
-            floor = limit_seconds(
-                config, limits, steps, PROMPT + NEW / 2 if name == "uniform" else PROMPT + 64
-            )
-            report(
-                "jaxrl",
-                flags,
-                name,
-                t,
-                s.tokens,
-                utilisation=round(s.utilisation, 3),
-                decode_calls=s.decode_calls,
-                prefill_share=round(s.seconds_prefill / s.seconds_total, 3),
-                host_share=round(host / s.seconds_total, 3),
-                sampling_share=round(limits["draw_s"] * steps / t.cpu, 3),
-                limit_tokens_per_s=round(s.tokens / floor, 1),
-                of_limit=round(floor / t.cpu, 3),
-            )
+            s, steps = sampler.stats, sampler.stats.slot_steps / flags["slots"]
+            mean = PROMPT + (NEW / 2 if name == "uniform" else 64)
+            floor = limit_seconds(config, limits, steps, mean)
+            spent = t.cpu if flags["cores"] == 1 else t.wall
+            extra = dict(utilisation=round(s.utilisation, 3), decode_calls=s.decode_calls)
+            extra |= dict(limit_tokens_per_s=round(s.tokens / floor, 1), of_limit=round(floor / spent, 3))
+            report("jaxrl", flags, name, t, s.tokens, **extra)
+        parts = synchronous(sampler, lambda work=requests: sampler.generate(params, work, seed=1))
+        print(json.dumps(dict(workload=name, sampling_share=round(limits["draw_s"] * steps / spent, 3), **parts)))
 
 
-def machine_limits(config) -> dict:
-    """CPU seconds of the pieces a decode step of 32 rows cannot do without, measured now on these cores."""
+def synchronous(sampler, generate) -> dict:
+    """Shares of a run in which every program is waited for: prefill, decode, moving caches, and the host's own."""
+    import jax
+
+    seconds, call = dict(prefill=0.0, decode=0.0, moves=0.0), sampler.call
+
+    def timed(name, *args, **kwargs):
+        begin = time.perf_counter()
+        out = jax.block_until_ready(call(name, *args, **kwargs))
+        seconds[name if name in seconds else "moves"] += time.perf_counter() - begin
+        return out
+
+    sampler.call = timed
+    begin = time.perf_counter()
+    generate()
+    total = time.perf_counter() - begin
+    sampler.call = call
+    seconds["host"] = total - sum(seconds.values())
+    return {f"{name}_share": round(value / total, 3) for name, value in seconds.items()}
+
+
+def machine_limits(config, clock) -> dict:
+    """Seconds by `clock` of the pieces a decode step of 32 rows cannot do without, measured now on these cores."""
     import jax
     import jax.numpy as jnp
 
@@ -164,10 +179,10 @@ def machine_limits(config) -> dict:
         jax.block_until_ready(f(*args))
         best, n = float("inf"), 20
         for _ in range(5):
-            begin = time.process_time()
+            begin = clock()
             for _ in range(n):
                 jax.block_until_ready(f(*args))
-            best = min(best, (time.process_time() - begin) / n)
+            best = min(best, (clock() - begin) / n)
         return best
 
     layer = sum(
@@ -184,7 +199,7 @@ def machine_limits(config) -> dict:
 
 
 def limit_seconds(config, limits: dict, steps: float, mean_length: float) -> float:
-    """CPU seconds of `steps` decode steps: weights at the 32-row matmul rate, cache at the copy rate."""
+    """Seconds of `steps` decode steps: weights at the 32-row matmul rate, cache at the copy rate."""
     cache = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * mean_length * BATCH
     return steps * (limits["matmul_s"] + cache / limits["read_bytes_per_s"])
 
@@ -310,6 +325,8 @@ def compare(flags: dict, argv: list[str]):
             for line in (x for x in done.stdout.splitlines() if x.startswith("{")):
                 print(line, flush=True)
                 row = json.loads(line)
+                if "engine" not in row:
+                    continue
                 rows.setdefault((row["workload"], engine), []).append(row["tokens_per_s"])
     for name in names(flags):
         own = rows[name, "jaxrl"]
