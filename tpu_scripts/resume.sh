@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Keeps one training run alive until it is done, from any machine that stays on (a laptop, a small VM):
 # makes the slice if there is none, sets it up, launches, watches, and starts again after a preemption
-# (training ended with 75, or the slice was taken away) or a hang (76). Every start uses the same --run-dir, so
+# (training ended with 75, or the slice was taken away), a hang (76) or the loss of one host (134). Every start uses the same --run-dir, so
 # training goes on from its last checkpoint. Any other failure ends the loop with that exit code and the log's end.
 # The slice is deleted when training is done; after a failure it is left for a look (delete.sh removes it).
 # Started a second time, it takes up a running job instead of restarting it.
@@ -19,25 +19,27 @@ parse_flags "$@"
 YES=1
 EXIT_PREEMPTED=75   # jaxrl.train was told to stop (SIGTERM) and has saved a checkpoint
 EXIT_WATCHDOG=76    # jaxrl.train saw no progress for too long and gave up
+EXIT_ABORTED=134    # SIGABRT: another host of the job fell silent
 mapfile -d '' -t flags < <(shared_flags)
 
 sibling() { "$here/$1.sh" "${flags[@]}"; }
 
 # Prints one word for the whole job: running, done, absent, preempted, hung, unreachable, or failed:CODE.
-# One worker's 75 decides over the others' crashes: they lose their peer and abort with other codes.
+# One worker's 75, and any failure of its own, decides over the others' 134: they have lost their peer and abort.
 job_status() {
-  local text words codes
+  local text words codes own
   text="$(on_workers all "bash jaxrl/tpu_scripts/worker.sh status")" || true
   words="$(awk '$1 == "jaxrl-worker" { print $3 }' <<<"$text" | sort -u)"
   codes="$(grep -vx -e running -e absent -e 0 <<<"$words" || true)"
+  own="$(grep -vx "$EXIT_ABORTED" <<<"$codes" || true)"
   if [[ -z "$words" ]]; then
     echo unreachable
   elif grep -qx "$EXIT_PREEMPTED" <<<"$codes"; then
     echo preempted
-  elif grep -qx "$EXIT_WATCHDOG" <<<"$codes"; then
+  elif grep -qx "$EXIT_WATCHDOG" <<<"$codes" || [[ -n "$codes" && -z "$own" ]]; then
     echo hung
   elif [[ -n "$codes" ]]; then
-    echo "failed:$(head -n 1 <<<"$codes")"
+    echo "failed:$(head -n 1 <<<"$own")"
   elif [[ "$words" == 0 ]]; then
     echo "done"
   elif [[ "$words" == absent ]]; then

@@ -81,6 +81,9 @@ assert distributed.allgather_bytes(bytes([me]) * (me + 1)) == [b"\\0", b"\\1\\1"
 assert distributed.broadcast({"from": me}) == {"from": 0}
 assert distributed.any_process(me == 1) and not distributed.any_process(False)
 assert distributed.is_main() == (me == 0)
+from jaxrl.tasks.grader import Grader  # its processes are started by one that is part of a cluster
+with Grader(workers=1, timeout=120) as grader:
+    assert grader.grade([(r"\\boxed{x+1}", "1+x"), (r"\\boxed{x+1}", "2+x")]) == ["correct", "wrong"]
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
 a = tree(mesh, P("x", "y"))
 with Checkpointer(directory, keep_last=1) as saver:

@@ -299,14 +299,16 @@ def test_resume_replaces_a_suspended_slice(cloud):
     assert without_status(cloud) == ["delete", "create", *ROUND, "delete"]
 
 
-def test_resume_after_a_hang_keeps_the_slice_once_then_replaces_it(cloud):
-    cloud.codes("76", "76", "0")
+@pytest.mark.parametrize("code", ["76", "134"])  # the watchdog; a host that fell silent
+def test_resume_after_a_hang_keeps_the_slice_once_then_replaces_it(cloud, code):
+    cloud.codes(code, code, "0")
     assert resume(cloud).returncode == 0
     assert without_status(cloud) == [*ROUND, *ROUND, "delete", "create", *ROUND, "delete"]
 
 
-def test_resume_ends_with_the_code_of_a_real_failure_and_keeps_the_slice(cloud):
-    cloud.codes("3")
+@pytest.mark.parametrize("code", ["3", "3@1"])  # on all workers; on one, and its peer aborts
+def test_resume_ends_with_the_code_of_a_real_failure_and_keeps_the_slice(cloud, code):
+    cloud.codes(code)
     result = resume(cloud)
     assert result.returncode == 3
     assert "delete" not in cloud.verbs()
