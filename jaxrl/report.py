@@ -10,15 +10,17 @@ follows the light or dark theme of its reader; it is written to RUN/report.html,
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxrl.errors import UserError
 from jaxrl.reporting.page import Figure, render
 from jaxrl.reporting.panels import PANELS
 from jaxrl.reporting.runs import Setting, group_runs, read_run
-from jaxrl.reporting.style import drawing, save_png, to_svg
+from jaxrl.reporting.style import SERIES, drawing, save_png, to_svg
 from jaxrl.runtime import cli
 from jaxrl.runtime.rundir import atomic_write
+
+WIDE = (10.6, 4.0)  # inches, across the page
 
 
 def main(argv: list[str]) -> None:
@@ -47,17 +49,31 @@ def draw_all(settings: Sequence[Setting], pngs: pathlib.Path) -> dict[str, list[
     """
     sections: dict[str, list[Figure]] = {}
     for panel in PANELS:
+        alone = len(settings) == 1
+        drawn = []
         for i, setting in enumerate(settings if panel.single else [None]):
-            name = panel.name + (f"_{i}" if panel.single and len(settings) > 1 else "")
-            wide = panel.wide and len(settings) == 1
-            with drawing(11.6, 4.4) if wide else drawing() as (figure, ax):
-                if not panel.draw(ax, setting.runs[0] if panel.single else settings):
-                    continue
-                save_png(figure, pngs / f"{name}.png")
-                svg = to_svg(figure, name)
-            title = f"{panel.title} — {setting.label}" if panel.single and len(settings) > 1 else panel.title
-            sections.setdefault(panel.section, []).append(Figure(title, panel.caption, svg, wide))
+            name = panel.name + (f"_{i}" if panel.single and not alone else "")
+            what = (setting.runs[0], SERIES[i % len(SERIES)]) if panel.single else (settings,)
+            label = setting.label if panel.single and not alone else ""
+            svg = _draw(panel.draw, what, name, pngs, WIDE if panel.wide and alone else ())
+            if svg and panel.wide and alone:  # a second drawing for narrow screens
+                svg = f"<div class=broad>{svg}</div><div class=narrow>{_draw(panel.draw, what, name)}</div>"
+            drawn += [(label, svg)] if svg else []
+        if drawn:
+            caption = f"{panel.caption} {panel.unseen if alone else ''}".strip()
+            wide = panel.wide and alone or len(drawn) > 1
+            sections.setdefault(panel.section, []).append(Figure(panel.title, caption, drawn, wide))
     return sections
+
+
+def _draw(draw: Callable, what: tuple, name: str, pngs: pathlib.Path | None = None, size: tuple = ()) -> str:
+    """The SVG of a panel, "" if it has nothing to show; its PNG too, with a folder for it."""
+    with drawing(*size) as (figure, ax):
+        if not draw(ax, *what):
+            return ""
+        if pngs:
+            save_png(figure, pngs / f"{name}.png")
+        return to_svg(figure, name if pngs else f"{name}_narrow")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import html.parser
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -12,10 +13,10 @@ import pytest
 from jaxrl import report
 from jaxrl.errors import UserError
 from jaxrl.reporting import figures
-from jaxrl.reporting.page import shade
+from jaxrl.reporting.page import Figure, _grid, shade
 from jaxrl.reporting.panels import PANELS
-from jaxrl.reporting.runs import group_runs, read_run, t_half_width
-from jaxrl.reporting.style import COLOURS, smooth
+from jaxrl.reporting.runs import Run, group_runs, read_run, t_half_width
+from jaxrl.reporting.style import COLOURS, SERIES, drawing, line_style, smooth, to_svg
 from tests.reporting.toy import write_run
 
 
@@ -61,7 +62,8 @@ def pages(tmp_path_factory):
         dict(budget=b, mean_tokens=b * 1.1, accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6)
         for b in (8, 16)
     ]
-    (paths[0] / "eval" / "result.json").write_text(json.dumps({"results": [*rows, {"budget": None}]}))
+    plain = {"name": "dial:n_max=9", "budget": None, "accuracy": 0.625, "accuracy_low": 0.5, "accuracy_high": 0.75}
+    (paths[0] / "eval" / "result.json").write_text(json.dumps({"results": [*rows, plain]}))
     report.main(["report", str(paths[0])])
     report.main(["report", *map(str, paths), f"--out={root}/both.html"])
     return root, paths, (paths[0] / "report.html").read_text(), (root / "both.html").read_text()
@@ -88,9 +90,10 @@ def test_every_panel_is_drawn_as_svg_and_png(pages):
     _, paths, single, _ = pages
     names = {png.stem for png in (paths[0] / "report_png").glob("*.png")}
     assert names == {panel.name for panel in PANELS} - {"deviation"}  # the toy run has no budgets in training
-    assert single.count("<svg") == len(names)
+    assert single.count("<svg") == len(names) + 2  # the two wide ones have a drawing for narrow screens
     for panel in PANELS:
-        assert (panel.caption in html.unescape(single)) == (panel.name in names)
+        assert (f"{panel.caption} {panel.unseen}".strip() in html.unescape(single)) == (panel.name in names)
+        assert not panel.unseen or panel.unseen not in html.unescape(pages[3])
 
 
 def test_colours_follow_the_theme(pages):
@@ -114,7 +117,7 @@ def test_completions_are_escaped_and_shaded(pages):
     assert "&lt;b&gt;" in single and "<b>no</b>" not in single
     assert (
         "is 1 &lt; 2 &amp; 3 &gt; 2?" in single
-        and "dropped middle" in single
+        and "dropped: middle" in single
         and "cut at the limit" in single
     )
     assert re.search(r"--s:44' title='p = 0.0821'>3<", single)  # log-probability -2.5
@@ -132,7 +135,8 @@ def test_seeds_are_grouped_and_settings_named_by_what_differs(pages):
     assert np.allclose(half, 12.706 * np.abs(values[0] - values[1]) / 2, rtol=1e-3)
 
 
-def test_one_seed_claims_no_interval(pages):
+def test_one_seed_claims_no_interval(pages, monkeypatch):
+    monkeypatch.setattr(report, "PANELS", PANELS[:1])
     root, paths, *_ = pages
     out = report.write_report([str(paths[0]), str(paths[2])], str(root / "two.html"))
     assert "±" not in open(out, encoding="utf-8").read()
@@ -164,10 +168,60 @@ def test_sweeps_of_several_data_sets_are_lines_of_their_own(pages):
         for d in ("x", "y")
         for b in (20, 10)
     ]
-    settings = group_runs([dataclasses.replace(run, budgets=rows)])
+    settings = group_runs([dataclasses.replace(run, evaluations=rows)])
     sweeps = figures._sweeps(settings)
     assert [label for label, _ in sweeps] == ["x", "y"]
     assert all([r["mean_tokens"] for r in rows] == [19, 29] for _, rows in sweeps)  # the newest checkpoint
+    forced = [row | {"data": "x", "mode": mode} for row in rows for mode in ("exact", "forced")]
+    settings = group_runs([dataclasses.replace(run, evaluations=forced)])
+    assert [label for label, _ in figures._sweeps(settings)] == ["exact", "forced"]
+
+
+def test_evaluations_found_in_a_run_are_a_table(pages, tmp_path):
+    single = pages[2]
+    assert "<td>dial:n_max=9</td>" in single and "<td>62.5</td><td>50.0 – 75.0</td>" in single
+    (write_run(tmp_path / "run") / "eval").mkdir()
+    (tmp_path / "run" / "eval" / "result.json").write_text("[]")
+    with pytest.raises(UserError, match="not a result file"):
+        read_run(tmp_path / "run")
+
+
+def test_many_settings_have_line_styles_of_their_own_and_a_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PANELS", PANELS[:1])
+    paths = [write_run(tmp_path / f"{i}", 0, f"loss{i}", steps=4) for i in range(14)]
+    text = pathlib.Path(report.write_report(list(map(str, paths)), str(tmp_path / "many.html"))).read_text()
+    for i in range(14):
+        assert f"color:var(--c{i % 6});border-top-style:{('solid', 'dashed', 'dotted')[i // 6]}" in text
+    assert len({tuple(sorted((k, str(v)) for k, v in line_style(i).items())) for i in range(18)}) == 18
+    accuracy = text.partition("<h3>Accuracy</h3>")[2].partition("</figure>")[0]
+    assert "loss3" not in accuracy  # too many names to stand beside the lines
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_no_figure_stands_beside_a_hole(count):
+    for wide in range(-1, count):
+        panels = [Figure(str(i), "", [("", "<svg/>")], i == wide) for i in range(count)]
+        kinds = re.findall(r"<figure( class=\w+)?>", _grid(panels))
+        left = True  # the column that is next, as CSS fills two
+        for kind in kinds:
+            assert left or not kind
+            left = True if kind else not left
+        assert left and kinds.count(" class=wide") == (wide >= 0)
+
+
+def test_fates_have_one_colour_whatever_else_there_is():
+    assert figures._tint("middle", figures.FATES) == SERIES[4]
+    assert figures._tint("mine", figures.FATES) == figures._tint("mine", figures.FATES)
+
+
+def test_reasons_that_count_completions_are_not_stacked_on_prompts():
+    record = {"selection/kept_lengths": [1, 2], "selection/dropped/gfpo/unselected_completions": 50}
+    record |= {"selection/dropped/lspo/middle": 2}
+    run = Run(pathlib.Path(), {}, [record | {"step": i} for i in range(3)], [], {})
+    with drawing() as (figure, ax):
+        assert figures.selection_reasons(ax, run)
+        names = to_svg(figure, "x")
+    assert "middle" in names and "unselected" not in names
 
 
 def test_a_run_in_its_first_step_has_a_page(tmp_path):
@@ -185,6 +239,6 @@ def test_not_a_run(tmp_path):
 
 def test_smooth_and_t_interval():
     values = np.array([0.0, 3.0, 0.0, 3.0, 0.0])
-    assert smooth(values, 3).tolist() == [1.5, 1.0, 2.0, 1.0, 1.5]
+    assert smooth(values, 3).tolist() == [0.0, 1.0, 2.0, 1.0, 1.5]  # a steep start is not flattened
     assert t_half_width(np.ones((1, 4))).tolist() == [0, 0, 0, 0]
     assert t_half_width(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(2.776 * np.sqrt(2.5 / 5))

@@ -6,34 +6,43 @@ metric are drawn thin behind their running mean.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxrl.reporting.runs import Run, Setting
-from jaxrl.reporting.style import MUTED, PAPER, SERIES, label_ends, smooth
+from jaxrl.reporting.runs import Run, Setting, t_half_width
+from jaxrl.reporting.style import MUTED, PAPER, SERIES, label_ends, line_style, smooth
+
+# A fate or a part of a step has one colour in every figure and every run; others follow in turn.
+FATES = dict(kept=0, all_correct=1, all_wrong=5, all_equal=1, middle=4, longest=3, shortest=2)
+FATES |= dict(middle_accuracy=4, top_accuracy=3)
+PARTS = dict(rollout=0, grading=1, update=2, other=3)
 
 
 def lines(
-    ax, settings: Sequence[Setting], series: Sequence[tuple[str, str]], percent=False, zero=False
+    ax, settings: Sequence[Setting], series: Sequence[tuple[str, str]], percent=False, zero=False, log=False
 ) -> bool:
     """Metrics over steps. One setting: all series, labelled. Several: the first series only, by setting."""
+    if log:
+        ax.set_yscale("log", nonpositive="mask")
     scale = 100 if percent else 1
     series = [(key, label) for key, label in series if any(len(s.band(key)[0]) for s in settings)]
     series = series[:1] if len(settings) > 1 else series
     jobs = [(setting, key, label) for setting in settings for key, label in series]
     ends = []
     for i, (setting, key, label) in enumerate(jobs):
-        colour = SERIES[i % len(SERIES)]
+        style = line_style(i)
+        colour = style["color"]
         steps, mean, half = setting.band(key)
-        if not len(steps):
+        if not len(steps) or (log and not (mean > 0).any()):
             continue
         window = max(1, len(steps) // 12)
         if window > 2:
             ax.plot(steps, scale * mean, color=colour, alpha=0.25, linewidth=0.8)
         middle = smooth(mean, window) if window > 2 else mean
         marker = dict(marker="o", markersize=3) if len(steps) < 12 else {}
-        ax.plot(steps, scale * middle, color=colour, **marker)
+        ax.plot(steps, scale * middle, **style, **marker)
         if half.any():
             half = smooth(half, window)
             ax.fill_between(
@@ -49,15 +58,23 @@ def lines(
 
 
 def _finish(ax, zero: bool = False, integer: bool = True) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     ax.set_xlabel("step")
     ax.xaxis.set_major_locator(MaxNLocator(7, integer=integer, steps=[1, 2, 5, 10]))
     ax.margins(x=0.01)
+    if ax.get_yscale() == "log":
+        ax.minorticks_off()
+        return
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if zero:
-        ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
-    elif np.ptp(ax.get_ylim()) < 1e-9:  # a constant
-        ax.set_ylim(ax.get_ylim()[0] - 1, ax.get_ylim()[1] + 1)
+        top = max((line.get_ydata().max(initial=0) for line in ax.lines), default=0)
+        ax.set_ylim(0, 1.04 * high if top or high > 1 else 1)  # nothing but zeros: a line on the axis
+    elif high - low < 1e-9:  # a constant
+        ax.set_ylim(low - 1, high + 1)
+    if ax.get_ylim()[1] >= 10_000:
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def accuracy(ax, settings: Sequence[Setting]) -> bool:
@@ -68,10 +85,8 @@ def accuracy(ax, settings: Sequence[Setting]) -> bool:
         low, high = run.series("eval/accuracy_low")[1], run.series("eval/accuracy_high")[1]
         if len(low) == len(steps) == len(high) and len(steps):
             ax.fill_between(steps, 100 * low, 100 * high, color=SERIES[0], alpha=0.16, linewidth=0)
-        found = lines(ax, settings, [("eval/accuracy", "held-out"), ("accuracy", "training")], percent=True)
-    else:
-        found = lines(ax, settings, [("eval/accuracy", "held-out"), ("accuracy", "training")], percent=True)
-    ax.set_ylabel("percent")
+    found = lines(ax, settings, [("eval/accuracy", "held-out"), ("accuracy", "training")], percent=True)
+    ax.set_ylabel("correct, %")
     return found
 
 
@@ -83,21 +98,22 @@ def against_tokens(ax, settings: Sequence[Setting]) -> bool:
         curves = [c for c in curves if len(c[0]) > 1]
         if not curves:
             continue
-        colour = SERIES[i % len(SERIES)]
-        for x, y in curves:
-            ax.plot(x, y, color=colour, **(dict(alpha=0.3, linewidth=0.9) if len(curves) > 1 else {}))
+        style = line_style(i)
         if len(curves) > 1:
             grid = np.linspace(max(c[0][0] for c in curves), min(c[0][-1] for c in curves), 40)
-            mean = np.mean([np.interp(grid, *c) for c in curves], axis=0)
-            ax.plot(grid, mean, color=colour)
-            ends.append((grid[-1], mean[-1], setting.label, colour))
+            values = np.array([np.interp(grid, *c) for c in curves])
+            mean, half = values.mean(axis=0), t_half_width(values)
+            ax.fill_between(grid, mean - half, mean + half, color=style["color"], alpha=0.16, linewidth=0)
         else:
-            ends.append((curves[0][0][-1], curves[0][1][-1], setting.label, colour))
+            grid, mean = curves[0]
+        few = dict(marker="o", markersize=3) if len(curves) == 1 and len(grid) < 12 else {}
+        ax.plot(grid, mean, **style, **few)
+        ends.append((grid[-1], mean[-1], setting.label, style["color"]))
     if not ends:
         return False
     _finish(ax, integer=False)
-    ax.set_xlabel("million generated tokens")
-    ax.set_ylabel("percent")
+    ax.set_xlabel("generated tokens, millions")
+    ax.set_ylabel("correct, %")
     if len(settings) > 1:
         label_ends(ax, ends)
     return True
@@ -121,16 +137,16 @@ def lengths(ax, settings: Sequence[Setting]) -> bool:
         if len(low) == len(high) and len(low):
             ax.fill_between(steps, low, high, color=SERIES[0], alpha=0.14, linewidth=0)
         series = [
-            (f"response_length/{k}", n) for k, n in (("mean", "mean"), ("p50", "median"), ("p90", "90 %"))
+            (f"response_length/{k}", n) for k, n in (("mean", "mean"), ("p50", "median"), ("p90", "90th"))
         ]
     else:
         series = [("response_length/mean", "")]
     found = lines(ax, settings, series, zero=True)
-    ax.set_ylabel("tokens")
+    ax.set_ylabel("response length, tokens")
     return found
 
 
-def ridges(ax, run: Run) -> bool:
+def ridges(ax, run: Run, colour: str = SERIES[0]) -> bool:
     """Distribution of response lengths, one ridge per moment of training, first at the back."""
     rows = [(r["step"], r["hist/length"]) for r in run.records if r.get("hist/length")]
     if len(rows) < 2:
@@ -145,59 +161,83 @@ def ridges(ax, run: Run) -> bool:
         kernel = np.exp(-0.5 * ((grid[:, None] - edges[None]) / width) ** 2)
         curves.append(kernel @ counts / counts.sum())
     tallest = max(c.max() for c in curves)
-    for i, ((step, _), curve) in enumerate(zip(chosen, curves, strict=True)):
+    for i, curve in enumerate(curves):
         base = len(chosen) - 1 - i
         y = base + 3.4 * curve / tallest
         ax.fill_between(grid, base, y, color=PAPER, linewidth=0, zorder=2 * i)
         shade = 0.10 + 0.35 * i / len(chosen)
-        ax.fill_between(grid, base, y, color=SERIES[0], alpha=shade, linewidth=0, zorder=2 * i)
-        ax.plot(grid, y, color=SERIES[0], linewidth=1.0, zorder=2 * i + 1)
-        ax.text(-0.012 * longest, base, f"step {step:g}", ha="right", va="center", color=MUTED, fontsize=7.5)
-    ax.set_yticks([])
+        ax.fill_between(grid, base, y, color=colour, alpha=shade, linewidth=0, zorder=2 * i)
+        ax.plot(grid, y, color=colour, linewidth=1.0, zorder=2 * i + 1)
+    ax.set_yticks([len(chosen) - 1 - i for i in range(len(chosen))], [f"{step:g}" for step, _ in chosen])
+    ax.set_ylabel("step")
     ax.grid(False)
     ax.set_xlim(0, longest * 1.04)
     ax.set_xlabel("response length, tokens")
     return True
 
 
-def selection_scatter(ax, run: Run) -> bool:
-    """Every sampled prompt at its mean response length: kept or dropped."""
-    points: dict[str, list] = {"dropped": [], "kept": []}
-    for record in run.records:
-        for kind, where in points.items():
-            lengths = record.get(f"selection/{kind}_lengths") or []
-            where += [(record["step"], v) for v in lengths if v is not None]
-    if not points["kept"] or not points["dropped"]:
+def selection_scatter(ax, run: Run, colour: str = "") -> bool:
+    """Sampled prompts at their mean response length, at some thirty steps: kept to the right of the step, dropped
+    to its left, in the colour of the reason."""
+    rows = [r for r in run.records if r.get("selection/kept_lengths") and r.get("selection/dropped_lengths")]
+    if not rows:
         return False
+    rows = [rows[i] for i in sorted(set(np.linspace(0, len(rows) - 1, 30).round().astype(int)))]
+    lane = 0.36 * max(1.0, (rows[-1]["step"] - rows[0]["step"]) / max(len(rows) - 1, 1))
+    points: dict[str, list] = {}
+    for r in rows:
+        dropped = r["selection/dropped_lengths"]
+        reasons = r.get("selection/dropped_reasons") or ["dropped"] * len(dropped)
+        for fate, side, lengths in (
+            *((reason, -1, [n]) for reason, n in zip(reasons, dropped, strict=True)),
+            ("kept", 1, r["selection/kept_lengths"]),
+        ):
+            points.setdefault(fate, []).extend((r["step"], side, n) for n in lengths if n is not None)
     rng = np.random.default_rng(0)
-    for kind, colour, size in (("dropped", MUTED, 3), ("kept", SERIES[0], 5)):
-        x, y = np.array(points[kind]).T
-        shown = rng.choice(len(x), min(len(x), 1200), replace=False)
-        x = x[shown] + rng.uniform(-0.35, 0.35, len(shown))
-        ax.scatter(x, y[shown], s=size, color=colour, linewidth=0, alpha=0.5)
+    for fate, shown in points.items():
+        step, side, length = np.array(shown).T
+        x = step + lane * side * rng.uniform(0.15, 1, len(step))
+        y = length + rng.uniform(-0.15, 0.15, len(step))  # many prompts have the same length on a small task
+        tint = MUTED if fate == "dropped" else _tint(fate, FATES)
+        ax.scatter(x, y, s=5, color=tint, linewidth=0, alpha=0.65, label=fate.replace("_", " "))
     _finish(ax, zero=True)
-    ax.set_ylabel("mean length of a prompt's responses")
-    middle = {kind: (points[kind][-1][0] + 0.4, np.median([v for _, v in points[kind][-200:]])) for kind in points}
-    label_ends(ax, [(*middle["dropped"], "dropped", MUTED), (*middle["kept"], "kept", SERIES[0])])
+    ax.set_ylabel("mean response length, tokens")
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=8.5, handletextpad=0, markerscale=2,
+        columnspacing=0.8, borderaxespad=0, borderpad=0.2, labelcolor="linecolor",
+    )  # fmt: skip
     return True
 
 
-def selection_reasons(ax, run: Run) -> bool:
+def selection_reasons(ax, run: Run, colour: str = "") -> bool:
     """Share of sampled prompts by what became of them."""
-    keys = sorted({k for r in run.records for k in r if k.startswith("selection/dropped/")})
+    keys = {k for r in run.records for k in r if k.startswith("selection/dropped/")}
+    keys = sorted(k for k in keys if not k.endswith("completions"))  # these count completions, not prompts
     reasons = list(dict.fromkeys(k.rpartition("/")[2] for k in keys))  # whichever rule of a chain gave it
     rows = [r for r in run.records if r.get("selection/kept_lengths") is not None]
     if not reasons or len(rows) < 2:
         return False
-    steps = [r["step"] for r in rows]
     counts = [[len(r["selection/kept_lengths"]) for r in rows]]
     for reason in reasons:
         same = [k for k in keys if k.endswith(f"/{reason}")]
         counts.append([sum(r.get(k) or 0 for k in same) for r in rows])
-    return _stack(ax, steps, counts, ["kept", *(reason.replace("_", " ") for reason in reasons)])
+    fates = ["kept", *reasons]
+    colours = [_tint(fate, FATES) for fate in fates]
+    found = _stack(ax, rows, counts, [fate.replace("_", " ") for fate in fates], colours)
+    ax.set_ylabel("sampled prompts, %")
+    return found
 
 
-def time_split(ax, run: Run) -> bool:
+def acceptance(ax, settings: Sequence[Setting]) -> bool:
+    """Share of the generated tokens that selection kept; nothing where it never dropped any."""
+    if all((setting.band("acceptance_rate")[1] == 1).all() for setting in settings):
+        return False
+    found = lines(ax, settings, [("acceptance_rate", "")], percent=True, zero=True)
+    ax.set_ylabel("generated tokens, %")
+    return found
+
+
+def time_split(ax, run: Run, colour: str = "") -> bool:
     """Where the seconds of a step go."""
     parts = [("time/rollout", "rollout"), ("time/grade", "grading"), ("time/update", "update")]
     rows = [r for r in run.records if r.get("time/step")]
@@ -206,20 +246,27 @@ def time_split(ax, run: Run) -> bool:
         return False
     counts = [[r.get(key) or 0 for r in rows] for key, _ in parts]
     rest = [max(r["time/step"] - sum(r.get(key) or 0 for key, _ in parts), 0) for r in rows]
-    return _stack(ax, [r["step"] for r in rows], [*counts, rest], [*(name for _, name in parts), "other"])
+    names = [*(name for _, name in parts), "other"]
+    found = _stack(ax, rows, [*counts, rest], names, [_tint(name, PARTS) for name in names])
+    ax.set_ylabel("time of a step, %")
+    return found
 
 
-def _stack(ax, steps, counts, names) -> bool:
+def _tint(name: str, known: dict[str, int]) -> str:
+    """The colour of a fate or a part; for a name of somebody else's, one that depends on the name only."""
+    return SERIES[known.get(name, zlib.crc32(name.encode())) % len(SERIES)]
+
+
+def _stack(ax, rows, counts, names, colours) -> bool:
     """Stacked shares in percent, named at the right end. Running medians: a compilation is not a trend."""
+    steps = [r["step"] for r in rows]
     counts = np.array(counts, np.float64)
     window = max(1, len(steps) // 12)
     share = np.array([smooth(row, window, np.median) for row in counts])
     share = 100 * share / np.maximum(share.sum(axis=0), 1e-12)
-    colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
     ax.stackplot(steps, share, colors=colours, alpha=0.72, linewidth=0.8, edgecolor=PAPER)
     ax.set_ylim(0, 100)
     _finish(ax)
-    ax.set_ylabel("percent")
     tops = np.cumsum(share[:, -1])
     ends = [
         (steps[-1], top - part / 2, name, colour)
@@ -231,15 +278,17 @@ def _stack(ax, steps, counts, names) -> bool:
 
 
 def _sweeps(settings: Sequence[Setting]) -> list[tuple[str, list[dict]]]:
-    """(label, results by budget) of every data set that was swept, of the first seed's newest checkpoint."""
+    """(label, results by budget) of everything that was swept, of the first seed's newest checkpoint."""
     out = []
     for setting in settings:
-        found: dict[str, dict[int, dict]] = {}
-        for row in sorted(setting.runs[0].budgets, key=lambda r: r.get("step") or 0):
-            found.setdefault(row.get("data", ""), {})[row["budget"]] = row
-        for data, rows in found.items():
+        found: dict[tuple[str, str], dict[int, dict]] = {}
+        for row in sorted(setting.runs[0].evaluations, key=lambda r: r.get("step") or 0):
+            if row.get("budget"):
+                found.setdefault((row.get("data", ""), row.get("mode", "")), {})[row["budget"]] = row
+        several = [len({key[i] for key in found}) > 1 for i in range(2)]
+        for key, rows in found.items():
             parts = [setting.label] if len(settings) > 1 else []
-            parts += [data] if len(found) > 1 else []
+            parts += [part for part, differs in zip(key, several, strict=True) if differs and part]
             out.append((" ".join(parts), [rows[b] for b in sorted(rows)]))
     return out
 
@@ -254,11 +303,11 @@ def budgets(ax, settings: Sequence[Setting]) -> bool:
     ends = []
     for i, (label, rows) in enumerate(sweeps):
         x, y = [r["budget"] for r in rows], [r["mean_tokens"] for r in rows]
-        ax.plot(x, y, color=SERIES[i % len(SERIES)], marker="o", markersize=4)
+        ax.plot(x, y, **line_style(i), marker="o", markersize=4)
         ends.append((x[-1], y[-1], label, SERIES[i % len(SERIES)]))
     _finish(ax, zero=True)
     ax.set_xlabel("budget, tokens")
-    ax.set_ylabel("mean tokens")
+    ax.set_ylabel("mean response length, tokens")
     if len(ends) > 1:
         label_ends(ax, ends)
     return True
@@ -274,13 +323,13 @@ def accuracy_by_tokens(ax, settings: Sequence[Setting]) -> bool:
         keys = ("accuracy", "accuracy_low", "accuracy_high")
         y, low, high = (100 * np.array([r[k] for r in rows]) for k in keys)
         ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-        ax.plot(x, y, color=colour, marker="o", markersize=4)
+        ax.plot(x, y, **line_style(i), marker="o", markersize=4)
         ends.append((x[-1], y[-1], label, colour))
     if not ends:
         return False
     _finish(ax)
-    ax.set_xlabel("mean tokens")
-    ax.set_ylabel("percent")
+    ax.set_xlabel("mean response length, tokens")
+    ax.set_ylabel("correct, %")
     if len(ends) > 1:
         label_ends(ax, ends)
     return True

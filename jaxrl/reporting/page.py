@@ -20,6 +20,7 @@ _STYLE = """
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 Inter,system-ui,-apple-system,"Segoe UI",
 "Helvetica Neue",Arial,sans-serif;-webkit-font-smoothing:antialiased}
 main{max-width:1180px;margin:0 auto;padding:56px 28px 96px}
+.narrow{display:none}
 h1,h2,h3{font-family:"Iowan Old Style","Palatino Linotype",Palatino,"Source Serif 4",Charter,Georgia,serif;
 font-weight:600;letter-spacing:-.012em;margin:0;text-wrap:balance}
 h1{font-size:44px;line-height:1.12}
@@ -33,12 +34,19 @@ background:var(--rule);border:1px solid var(--rule);border-radius:10px;overflow:
 .tile b{display:block;font:600 29px/1.15 "Iowan Old Style",Palatino,Charter,Georgia,serif;
 font-variant-numeric:lining-nums tabular-nums;white-space:nowrap}
 .tile span{font-size:13px;color:var(--muted)}
-.key{display:flex;flex-wrap:wrap;gap:8px 26px;margin:26px 0 0;padding:0;list-style:none;font-size:14.5px}
-.key i{display:inline-block;width:22px;height:3px;border-radius:2px;vertical-align:middle;margin-right:9px}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:22px}
-figure{margin:0;background:var(--paper);border:1px solid var(--rule);border-radius:10px;
+.key{display:flex;flex-wrap:wrap;gap:4px 26px;margin:26px 0 0;padding:10px 0;list-style:none;font-size:14.5px;
+position:sticky;top:0;z-index:2;background:var(--page)}
+.key i{display:inline-block;width:26px;height:0;border-top:3px solid;vertical-align:middle;margin-right:9px}
+.grid{display:grid;grid-template-columns:1fr 1fr;gap:22px}
+figure{margin:0;background:var(--paper);border:1px solid var(--rule);border-radius:10px;min-width:0;
 padding:20px 22px 16px;display:flex;flex-direction:column}
 figure svg{width:100%;height:auto;margin:10px 0 6px;display:block}
+.drawn{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(330px,100%),1fr));gap:6px 26px}
+h4{margin:12px 0 0;font-size:14px;font-weight:600}
+.lone{grid-column:1/-1;display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);grid-template-rows:auto 1fr;
+column-gap:44px}
+.lone .drawn{grid-row:1/3}
+.lone h3{grid-column:2;grid-row:1}.lone figcaption{grid-column:2;margin-top:10px}
 figure svg text{font-family:Inter,system-ui,"Helvetica Neue",Arial,sans-serif;
 font-variant-numeric:tabular-nums}
 .wide{grid-column:1/-1}
@@ -68,16 +76,26 @@ background:linear-gradient(90deg,transparent,var(--hot));border:1px solid var(--
 details{margin-top:18px}summary{cursor:pointer;color:var(--muted);font-size:14.5px}
 pre{font:13px/1.6 ui-monospace,Menlo,Consolas,monospace;overflow-x:auto}
 footer{margin-top:72px;font-size:13px;color:var(--muted)}
+@media (max-width:860px){main{padding:32px 14px 64px}h1{font-size:34px}h2{margin-top:52px}
+.grid{grid-template-columns:minmax(0,1fr);gap:14px}figure{padding:16px 12px 14px}.lone{display:flex}
+.broad{display:none}.narrow{display:block}.tile b{font-size:24px}.tiles{grid-template-columns:1fr 1fr}
+th,td{padding:7px 8px}.sample{padding:14px}.completion{padding-left:11px}}
 @media print{body{background:#fff}.grid{grid-template-columns:1fr 1fr}figure,.sample{break-inside:avoid}}
 """
+_SAMPLES = (
+    "<h2>Completions</h2><p class=lead>Tokens the policy found unlikely are shaded:<span class=scale></span>from "
+    "probability 1 to e<sup>−4</sup>; point at one for its probability. The bar on the left is the advantage: "
+    "<span class='mark right'>encouraged</span> or <span class='mark wrong'>discouraged</span>; without colour it is "
+    "zero.</p>"
+)
 
 
 class Figure(NamedTuple):
-    """A drawn panel. wide: takes the whole width of the page."""
+    """A drawn panel. drawn: (label, SVG) of each of its drawings. wide: takes the whole width of the page."""
 
     title: str
     caption: str
-    svg: str
+    drawn: list[tuple[str, str]]
     wide: bool
 
 
@@ -91,21 +109,23 @@ def render(settings: Sequence[Setting], figures: dict[str, list[Figure]]) -> str
         "<meta name=viewport content='width=device-width,initial-scale=1'>",
         f"<title>{_text(title)}</title><style>{style}</style></head><body><main>",
         f"<header><div class=kicker>jaxrl report</div><h1>{_text(title)}</h1>",
-        _lead(runs) if len(runs) == 1 else _key(settings),
+        _lead(runs),
         _tiles(runs[0]) if len(runs) == 1 else "",
         "</header>",
+        _key(settings) if len(settings) > 1 else "",
     ]
     if len(runs) > 1:
         parts.append(f"<h2>Summary</h2>{_summary(settings)}")
     for section, panels in figures.items():
-        parts.append(f"<h2>{_text(section)}</h2><div class=grid>")
-        for figure in panels:
-            parts.append(f"<figure{' class=wide' if figure.wide else ''}><h3>{_text(figure.title)}</h3>")
-            parts.append(f"{figure.svg}<figcaption>{_text(figure.caption)}</figcaption></figure>")
-        parts.append("</div>")
-    for setting in settings:
-        label = f" — {setting.label}" if len(settings) > 1 else ""
-        parts.append(_samples(setting.runs[0], label))
+        parts.append(f"<h2>{_text(section)}</h2>{_grid(panels)}")
+    parts.append(_evaluations(settings))
+    if any(s.runs[0].samples for s in settings):
+        parts.append(_SAMPLES)
+        for i, setting in enumerate(settings):
+            shown = _samples(setting.runs[0])
+            open_ = "" if i else " open"
+            several = f"<details{open_}><summary>{_text(setting.label)}</summary>{shown}</details>"
+            parts.append(several if len(settings) > 1 else shown)
     parts += [_config(s) for s in settings]
     parts.append("<footer>Made by python -m jaxrl.report from metrics.jsonl and samples/.</footer>")
     return "".join(parts) + "</main></body></html>\n"
@@ -115,8 +135,26 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
+def _grid(panels: Sequence[Figure]) -> str:
+    """Two figures a row; wide ones, and one that would stand beside nothing, have a row to themselves."""
+    parts, left = [], True
+    for i, figure in enumerate(panels):
+        last = i + 1 == len(panels) or panels[i + 1].wide
+        kind = " class=wide" if figure.wide else " class=lone" if left and last else ""
+        left = figure.wide or not left or bool(kind)
+        drawn = "".join(f"<div>{_label(label)}{svg}</div>" for label, svg in figure.drawn)
+        parts.append(f"<figure{kind}><h3>{_text(figure.title)}</h3><div class=drawn>{drawn}</div>")
+        parts.append(f"<figcaption>{_text(figure.caption)}</figcaption></figure>")
+    return f"<div class=grid>{''.join(parts)}</div>"
+
+
+def _label(text: str) -> str:
+    return f"<h4>{_text(text)}</h4>" if text else ""
+
+
 def _lead(runs: Sequence[Run]) -> str:
-    config = runs[0].config
+    """The settings that all runs share."""
+    config = {k: v for k, v in runs[0].config.items() if all(run.config.get(k) == v for run in runs)}
     names = {"algorithm.loss": "loss", "algorithm.advantage": "advantage", "algorithm.selection": "selection"}
     names |= {"length.reward": "length reward", "task.name": "task", "model.path": "model", "seed": "seed"}
     said = [
@@ -126,8 +164,10 @@ def _lead(runs: Sequence[Run]) -> str:
 
 
 def _key(settings: Sequence[Setting]) -> str:
+    styles = ("solid", "dashed", "dotted")
     items = [
-        f"<li><i style='background:var(--c{i % len(SERIES)})'></i>{_text(s.label)} ({_seeds(s)})</li>"
+        f"<li><i style='color:var(--c{i % len(SERIES)});border-top-style:{styles[i // len(SERIES) % 3]}'></i>"
+        f"{_text(s.label)} ({_seeds(s)})</li>"
         for i, s in enumerate(settings)
     ]
     return f"<ul class=key>{''.join(items)}</ul>"
@@ -150,7 +190,9 @@ def _tiles(run: Run) -> str:
     tiles = []
     steps, accuracy = run.series("eval/accuracy")
     if len(accuracy):
-        tiles.append((f"{100 * accuracy[-1]:.1f} %", f"held-out accuracy at step {steps[-1]:.0f}"))
+        ends = [100 * run.series(f"eval/accuracy_{end}")[1][-1:] for end in ("low", "high")]
+        spread = " ({:.1f} – {:.1f})".format(*(float(e[0]) for e in ends)) if all(map(len, ends)) else ""
+        tiles.append((f"{100 * accuracy[-1]:.1f} %", f"held-out accuracy at step {steps[-1]:.0f}{spread}"))
     if len(accuracy) > 1:
         tiles.append((f"{100 * (accuracy[-1] - accuracy[0]):+.1f}", f"points since step {steps[0]:.0f}"))
     length = run.series("response_length/mean")[1]
@@ -188,20 +230,32 @@ def _summary(settings: Sequence[Setting]) -> str:
         seconds = [run.series("time/step")[1].sum() for run in s.runs]
         row = [s.label, len(s.runs), said, f"{length[-1]:.4g}" if len(length) else "-"]
         rows.append([*row, _number(sum(tokens) / len(tokens)), _duration(sum(seconds) / len(seconds))])
+    return _table(head, rows)
+
+
+def _evaluations(settings: Sequence[Setting]) -> str:
+    """What jaxrl.evaluate measured of the runs, where its results lie in the run directories."""
+    head = ["evaluation", "problems", "samples each", "accuracy, %", "95 % interval", "mean tokens", "mean error, %"]
+    rows = []
+    for setting in settings:
+        for run in setting.runs:
+            who = "" if sum(len(s.runs) for s in settings) == 1 else f"{setting.label}, seed {run.seed}: "
+            for r in run.evaluations:
+                numbers = [r.get(k) for k in ("accuracy", "accuracy_low", "accuracy_high", "mean_error")]
+                at, low, high, error = ("-" if v is None else f"{100 * v:.1f}" for v in numbers)
+                cells = [who + str(r.get("name", r.get("data", ""))), r.get("problems", "-"), r.get("samples", "-")]
+                rows.append([*cells, at, f"{low} – {high}", f"{r.get('mean_tokens', math.nan):.1f}", error])
+    return f"<h2>Evaluations</h2>{_table(head, rows)}" if rows else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
     header = "".join(f"<th>{_text(c)}</th>" for c in head)
     return f"<div class=scroll><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _samples(run: Run, label: str) -> str:
-    if not run.samples:
-        return ""
-    parts = [
-        f"<h2>Completions{_text(label)}</h2><p class=lead>Tokens the policy found unlikely are shaded:"
-        "<span class=scale></span>from probability 1 to e<sup>−4</sup>. "
-        "The bar on the left is the advantage: "
-        "<span class='mark right'>encouraged</span> or <span class='mark wrong'>discouraged</span>.</p>"
-    ]
+def _samples(run: Run) -> str:
+    parts = []
     for step, rows in run.samples.items():
         parts.append(f"<h3 style='margin:32px 0 12px'>Step {step}</h3>")
         prompts: dict[tuple, list[dict]] = {}
@@ -220,9 +274,8 @@ def _prompt(rows: list[dict]) -> str:
     ]
     shown = list({id(row): row for row in telling}.values())
     selected = rows[0].get("selected")
-    fate = (
-        "" if selected is None else "kept" if selected else f"dropped {rows[0].get('reason') or ''}".strip()
-    )
+    reason = str(rows[0].get("reason") or "").replace("_", " ")
+    fate = "" if selected is None else "kept" if selected else f"dropped: {reason}" if reason else "dropped"
     right = sum(bool(row.get("correct")) for row in rows)
     facts = [
         fate,
@@ -243,8 +296,10 @@ def _completion(row: dict) -> str:
     edge = f"color-mix(in srgb,var(--{'good' if advantage > 0 else 'bad'}) {strength}%,var(--rule))"
     right = bool(row.get("correct"))
     verdict = f"<span class='mark {'right' if right else 'wrong'}'>{'correct' if right else 'wrong'}</span>"
-    facts = [("reward", row.get("reward")), ("advantage", advantage), ("tokens", row.get("length"))]
-    meta = "".join(f"<span>{k} <b>{v:.4g}</b></span>" for k, v in facts if v is not None)
+    reward = row.get("reward")
+    facts = [("reward", "" if reward is None else f"{reward:.3g}"), ("advantage", f"{advantage:+.2f}")]
+    facts += [("tokens", row.get("length") or "")]
+    meta = "".join(f"<span>{k} <b>{v}</b></span>" for k, v in facts if v != "")
     meta += "<span>cut at the limit</span>" if row.get("finish") == "length" else ""
     tokens, logprobs = row.get("tokens") or [row.get("text", "")], row.get("logprobs") or []
     padded = [*logprobs, *[None] * (len(tokens) - len(logprobs))]

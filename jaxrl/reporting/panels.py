@@ -9,9 +9,10 @@ from jaxrl.reporting import figures as f
 
 
 class Panel(NamedTuple):
-    """name: file name. draw(ax, settings) for compared settings, or draw(ax, run) with `single`.
+    """name: file name. draw(ax, settings) for compared settings, or draw(ax, run, colour) with `single`: one
+    figure per setting.
 
-    wide: across the whole page, when the page is about one setting.
+    unseen: the part of the caption that only holds on a page about one setting. wide: across the whole page there.
     """
 
     name: str
@@ -21,52 +22,55 @@ class Panel(NamedTuple):
     draw: Callable[..., bool]
     single: bool = False
     wide: bool = False
+    unseen: str = ""
 
 
 LEARNING, LENGTH, POLICY, SELECTION, COST = "Learning", "Length", "Policy", "Selection", "Cost"
-SHARE = dict(percent=True, zero=True, unit="percent")
+SHARE = dict(percent=True, zero=True)
 
 PANELS: tuple[Panel, ...] = (
     Panel(
         "accuracy", LEARNING, "Accuracy",
-        "Share of correct answers on held-out problems, and on the prompts sampled for training. "
-        "Band: 95 % interval, over problems for one run, over seeds for several.",
-        f.accuracy,
+        "Share of correct answers on held-out problems. Band: 95 % interval, over problems for one run, over seeds "
+        "for several.",
+        f.accuracy, unseen="Beside it, the same on the prompts sampled for training.",
     ),
     Panel(
         "accuracy_tokens", LEARNING, "Accuracy by tokens generated",
-        "The same against everything sampled so far, discarded completions included. Thin lines: seeds.",
+        "Held-out accuracy against everything sampled so far, discarded completions included. Band: over seeds.",
         f.against_tokens,
     ),
     Panel(
         "reward", LEARNING, "Reward",
-        "Mean reward of all sampled completions, length terms included, and its standard deviation.",
-        f.metric(("reward/mean", "mean"), ("reward/std", "deviation")),
+        "Mean reward of all sampled completions, length terms included.",
+        f.metric(("reward/mean", "mean"), ("reward/std", "deviation"), unit="reward"),
+        unseen="Below, its standard deviation.",
     ),
     Panel(
         "zero_std", LEARNING, "Groups without a signal",
         "Share of prompts whose completions all earned the same reward: their advantages are zero.",
-        f.metric(("zero_std_fraction", ""), **SHARE),
+        f.metric(("zero_std_fraction", ""), unit="sampled prompts, %", **SHARE),
     ),
     Panel(
-        "length_ridges", LENGTH, "How answers grow",
-        "Distribution of response lengths at moments of training, from back to front.",
+        "length_ridges", LENGTH, "Response lengths through training",
+        "Distribution of the lengths of all sampled responses, from the first steps at the back to the last in front.",
         f.ridges, single=True, wide=True,
     ),
     Panel(
         "length", LENGTH, "Response length",
-        "Mean, median and 90th percentile; shaded: from the 10th to the 90th percentile.",
-        f.lengths,
+        "Of all sampled responses.",
+        f.lengths, unseen="Mean, median and 90th percentile; shaded: from the 10th to the 90th percentile.",
     ),
     Panel(
         "truncated", LENGTH, "Truncated responses",
         "Share that ran into the token limit.",
-        f.metric(("truncated_fraction", ""), **SHARE),
+        f.metric(("truncated_fraction", ""), unit="responses, %", **SHARE),
     ),
     Panel(
         "deviation", LENGTH, "Distance from the budget",
-        "Mean relative distance between the length asked for and the length given.",
-        f.metric(("eval/mean_deviation", "held-out"), ("length/deviation", "training"), **SHARE),
+        "Mean relative distance between the length asked for and the length given, on held-out problems.",
+        f.metric(("eval/mean_deviation", "held-out"), ("length/deviation", "training"), unit="of budget, %", **SHARE),
+        unseen="Beside it, in training.",
     ),
     Panel(
         "budgets", LENGTH, "Budget obeyed",
@@ -75,43 +79,50 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "accuracy_budget", LENGTH, "Accuracy by length",
-        "Evaluation at fixed budgets, at the tokens really spent. Band: 95 % interval.",
+        "Evaluation at fixed budgets, one point each, at the tokens really spent. Band: 95 % interval over problems.",
         f.accuracy_by_tokens,
     ),
     Panel(
         "entropy", POLICY, "Entropy",
         "Mean entropy of the policy over response tokens.",
-        f.metric(("entropy", ""), zero=True, unit="nats"),
+        f.metric(("entropy", ""), zero=True, unit="entropy, nats"),
     ),
     Panel(
         "kl", POLICY, "KL divergence",
         "Estimated divergence of the policy from its reference.",
-        f.metric(("kl", ""), unit="nats"),
+        f.metric(("kl", ""), unit="KL, nats per token"),
+    ),
+    Panel(
+        "drift", POLICY, "Drift within a step",
+        "Estimated divergence of the policy that is being updated from the one that sampled.",
+        f.metric(("policy/old_kl", ""), unit="KL, nats per token"),
     ),
     Panel(
         "clip", POLICY, "Clipped tokens",
-        "Share of response tokens whose gradient the trust region cut, by bound.",
-        f.metric(("clip_fraction/high", "high"), ("clip_fraction/low", "low"), **SHARE),
+        "Share of response tokens whose gradient the upper bound of the trust region cut.",
+        f.metric(("clip_fraction/high", "high"), ("clip_fraction/low", "low"), unit="response tokens, %", **SHARE),
+        unseen="Beside it, the lower bound.",
     ),
     Panel(
         "ratio", POLICY, "Probability ratio",
-        "Policy over sampling policy, of response tokens: mean and largest.",
-        f.metric(("ratio/max", "max"), ("ratio/mean", "mean"), zero=True),
+        "Policy over sampling policy: the largest ratio of a response token in a step.",
+        f.metric(("ratio/max", "max"), ("ratio/mean", "mean"), zero=True, unit="ratio"),
+        unseen="Beside it, the mean.",
     ),
     Panel(
         "grad_norm", POLICY, "Gradient norm",
         "Global norm before clipping.",
-        f.metric(("grad_norm", ""), zero=True),
+        f.metric(("grad_norm", ""), zero=True, unit="norm"),
     ),
     Panel(
         "mismatch", POLICY, "Sampler against learner",
-        "Absolute difference of the two log-probabilities of the same tokens.",
-        f.metric(("logprob_diff/mean", "mean"), ("logprob_diff/max", "max"), zero=True, unit="nats"),
+        "Absolute difference of their log-probabilities of the same tokens; logarithmic.",
+        f.metric(("logprob_diff/max", "max"), ("logprob_diff/mean", "mean"), log=True, unit="difference, nats"),
     ),
     Panel(
-        "selection", SELECTION, "What selection kept",
+        "selection", SELECTION, "What selection kept and dropped",
         "Each point is a sampled prompt at the mean length of its responses.",
-        f.selection_scatter, single=True,
+        f.selection_scatter, single=True, wide=True,
     ),
     Panel(
         "reasons", SELECTION, "What became of prompts",
@@ -121,7 +132,7 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "acceptance", SELECTION, "Acceptance rate",
         "Share of generated tokens that belong to kept prompts.",
-        f.metric(("acceptance_rate", ""), **SHARE),
+        f.acceptance,
     ),
     Panel(
         "time", COST, "Where the time goes",
@@ -131,17 +142,18 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "throughput", COST, "Throughput",
         "Generated tokens per second of the whole step.",
-        f.metric(("tokens_per_second", ""), zero=True, unit="tokens/s"),
+        f.metric(("tokens_per_second", ""), zero=True, unit="tokens per second"),
     ),
     Panel(
         "utilisation", COST, "Decode slots in use",
         "Share of slot-steps of the sampler that produced a token.",
-        f.metric(("perf/slot_utilisation", ""), **SHARE),
+        f.metric(("perf/slot_utilisation", ""), unit="slot-steps, %", **SHARE),
     ),
     Panel(
         "padding", COST, "Padding",
-        "Share of the positions of the update's rows that hold no token; and what it would be with one "
-        "sequence a row, padded to the longest.",
-        f.metric(("perf/padding_waste", "packed"), ("perf/padding_waste_unpacked", "unpacked"), **SHARE),
+        "Share of the positions of the update's rows that hold no token.",
+        f.metric(("perf/padding_waste", "packed"), ("perf/padding_waste_unpacked", "unpacked"), unit="positions, %",
+                 **SHARE),
+        unseen="And what it would be with one sequence a row, padded to the longest.",
     ),
 )  # fmt: skip

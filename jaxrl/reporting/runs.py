@@ -26,14 +26,14 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 class Run:
     """One run directory.
 
-    config: flat {dotted key: value}. records: of metrics.jsonl. budgets: results of evaluations with length
-    budgets found in it. samples: {step: rows} of the first and the last sampled step.
+    config: flat {dotted key: value}. records: of metrics.jsonl. evaluations: results of jaxrl.evaluate found in
+    it, one row per data set and budget. samples: {step: rows} of the first and the last sampled step.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
     records: list[dict[str, Any]]
-    budgets: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     samples: dict[int, list[dict[str, Any]]]
 
     @property
@@ -87,9 +87,12 @@ def read_run(path: str | os.PathLike) -> Run:
     if not (root / "metrics.jsonl").is_file():
         raise UserError(f"{root}: no metrics.jsonl; need a run directory of jaxrl.train")
     config = root / "config.json"
-    budgets = []
+    evaluations = []
     for result in sorted(root.glob("*/result.json")):
-        budgets += [row for row in json.loads(result.read_text())["results"] if row.get("budget")]
+        try:
+            evaluations += json.loads(result.read_text())["results"]
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{result}: not a result file of jaxrl.evaluate; move it out of the run") from None
     sampled = sorted((root / "samples").glob("step_*.jsonl"))
     picked = dict.fromkeys([*sampled[:1], *sampled[-1:]])
     samples = {}
@@ -98,7 +101,7 @@ def read_run(path: str | os.PathLike) -> Run:
         if rows:
             samples[int(file.stem.rpartition("_")[2])] = rows
     flat = flatten(json.loads(config.read_text())) if config.exists() else {}
-    return Run(root, flat, read_metrics(root / "metrics.jsonl"), budgets, samples)
+    return Run(root, flat, read_metrics(root / "metrics.jsonl"), evaluations, samples)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

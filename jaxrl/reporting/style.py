@@ -27,6 +27,8 @@ COLOURS = {
 LIGHT = {name: pair[0] for name, pair in COLOURS.items()}
 SERIES = [LIGHT[f"c{i}"] for i in range(6)]
 INK, MUTED, GRID, PAPER = (LIGHT[name] for name in ("ink", "muted", "grid", "paper"))
+DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)))
+MOST_LABELS = 8
 FONTS = ["Inter", "Helvetica Neue", "Arial", "DejaVu Sans"]
 
 
@@ -36,7 +38,7 @@ def css_variables(dark: bool) -> str:
 
 
 @contextlib.contextmanager
-def drawing(width: float = 5.6, height: float = 3.1):
+def drawing(width: float = 5.0, height: float = 2.9):
     """A figure with one bare axes: (figure, axes). Closed afterwards. No display is needed."""
     import matplotlib
     from matplotlib import font_manager
@@ -98,16 +100,24 @@ def save_png(figure, path: pathlib.Path) -> None:
     figure.savefig(path, format="png", dpi=200)
 
 
+def line_style(i: int) -> dict:
+    """Colour and dashes of the i-th line: every colour solid, then dashed, then dotted."""
+    return dict(color=SERIES[i % len(SERIES)], linestyle=DASHES[i // len(SERIES) % len(DASHES)])
+
+
 def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names lines at their right ends, (x, y, text, colour) each, moved apart where they would overlap."""
-    ends = sorted(e for e in ends if np.isfinite(e[1]))
-    if not ends:
+    """Names lines at their right ends, (x, y, text, colour) each, moved apart where they would overlap.
+
+    More than fit beside the axes are left to the key of the page.
+    """
+    ends = sorted((e for e in ends if np.isfinite(e[1])), key=lambda e: e[1])
+    if not ends or len(ends) > MOST_LABELS:
         return
-    ends.sort(key=lambda e: e[1])
-    low, high = ax.get_ylim()
-    gap = 0.075 * (high - low)
-    places = [e[1] for e in ends]
-    for _ in range(100):  # neighbours push each other apart; settles within a few rounds
+    gap = 0.085
+    ax.get_ylim()  # settles the limits that the transform needs
+    heights = ax.transData.transform([(0, e[1]) for e in ends])
+    places = ax.transAxes.inverted().transform(heights)[:, 1].clip(0, 1).tolist()  # also right for a log scale
+    for _ in range(200):  # neighbours push each other apart
         for i in range(len(places) - 1):
             overlap = gap - (places[i + 1] - places[i])
             if overlap > 1e-12:
@@ -116,8 +126,9 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
     right = max(e[0] for e in ends)
     for (_, _, text, colour), y in zip(ends, places, strict=True):
         ax.annotate(
-            text,
+            text if len(text) < 26 else text[:24] + "…",
             (right, y),
+            xycoords=("data", "axes fraction"),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
@@ -128,8 +139,10 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def smooth(values: np.ndarray, window: int, average: Callable = np.mean) -> np.ndarray:
-    """Centred running mean (or another average); near the ends over the part of the window that there is."""
+    """Centred running mean (or another average). The window is narrow at the start, which is often steep, and cut off
+    at the end."""
     out = np.empty(len(values))
     for i in range(len(values)):
-        out[i] = average(values[max(0, i - window // 2) : i + window // 2 + 1])
+        half = min(window // 2, i)
+        out[i] = average(values[i - half : i + half + 1])
     return out

@@ -36,6 +36,7 @@ def write_run(
                 "zero_std_fraction": 0.2 + 0.4 * rise,
                 "entropy": 0.5 - 0.4 * rise + rng.normal(0, 0.01),
                 "kl": 0.02 * rise,
+                "policy/old_kl": 0.002 * rng.random(),
                 "clip_fraction/low": 0.004 * rng.random(),
                 "clip_fraction/high": 0.01 * rng.random(),
                 "response_length/mean": lengths.mean(),
