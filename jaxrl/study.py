@@ -48,17 +48,14 @@ from jaxrl.reporting.runs import Run, Setting, read_run
 from jaxrl.runtime import cli
 from jaxrl.runtime.rundir import atomic_write
 
+FLAGS = dict(config=str, out="", only="", seeds="", images="", print_commands=False, table=False, in_process=False)
 DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"], "sweeps": {}}
 DEFAULTS |= {"sweep": {}, "curves": []}
 REQUIRED = {"config": str, "out": str, "seeds": list, "methods": dict}
 
 
 def main(argv: list[str]) -> int:
-    flags = cli.parse_flags(
-        argv,
-        dict(config=str, out="", only="", seeds="", images="", print_commands=False, table=False, in_process=False),
-        __doc__,
-    )
+    flags = cli.parse_flags(argv, FLAGS, __doc__)
     study = load_study(flags["config"])
     study["out"] = flags["out"] or study["out"]
     if flags["seeds"]:

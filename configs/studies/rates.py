@@ -1,4 +1,4 @@
-"""Is the ranking of the losses one of learning rates? core.py's rate, a third of it and three times it.
+"""Is the ranking of the losses one of learning rates? core.py's 3e-4 and 1e-4.
 
     python -m jaxrl.study --config=configs/studies/rates.py --in_process
 
@@ -8,7 +8,7 @@ No selection; the runs at core.py's own rate are not repeated.
 from configs.studies.core import LOSSES
 from configs.studies.dial import COMMON, OUT, SEEDS, STAGES, method
 
-RATES = {"": {}, ", lr 1e-4": {"optimizer.learning_rate": 1e-4}, ", lr 9e-4": {"optimizer.learning_rate": 9e-4}}
+RATES = {"": {}, ", lr 1e-4": {"optimizer.learning_rate": 1e-4}}
 
 
 def get_study():
