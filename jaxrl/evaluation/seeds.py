@@ -42,20 +42,24 @@ def plus_minus(pair: Sequence[float] | None, factor: float = 100, signed: bool =
 def average_sweeps(results: Sequence[dict]) -> dict[str, dict]:
     """{data: {"budgets": {budget: {metric: [mean, half]}}, "summary": {metric: [mean, half]}}} over seeds.
 
-    results: one result.json of a budget sweep per seed. A metric that a seed does not have (no slope) is null.
+    results: one result.json of a budget sweep of one checkpoint per seed. A metric that a seed does not have (no
+    slope) is null.
     """
     out = {}
-    for data in results[0]["sweeps"]:
+    for key in results[0]["sweeps"]:
+        data = key.partition(" step ")[0]
         rows = [[row for row in result["results"] if row["data"] == data and row["budget"]] for result in results]
         budgets = {
             row["budget"]: {k: mean_and_half([seed[i][k] for seed in rows]) for k in PER_BUDGET}
             for i, row in enumerate(rows[0])
         }
         summary = {}
-        for key, _ in SUMMARY.values():
-            found = [result["sweeps"][data].get(key, np.mean([r.get(key, math.nan) for r in seed]))
-                     for result, seed in zip(results, rows, strict=True)]  # fmt: skip
-            summary[key] = mean_and_half([math.nan if value is None else value for value in found])
+        for name, _ in SUMMARY.values():
+            found = [
+                result["sweeps"][key][name] if name in result["sweeps"][key] else np.mean([r[name] for r in seed])
+                for result, seed in zip(results, rows, strict=True)
+            ]
+            summary[name] = mean_and_half([math.nan if value is None else value for value in found])
         out[data] = {"budgets": budgets, "summary": summary, "seeds": len(results)}
     return out
 

@@ -18,7 +18,7 @@ def result(accuracy, tokens, control, slope=0.1):
     ]  # fmt: skip
     rows.append(dict(rows[0], data="other", budget=None))
     sweep = dict(mean_error=0.05, log_linear_slope=slope, control=control, scaling=20.0, performance=accuracy + 0.1)
-    return {"results": rows, "sweeps": {"a": sweep}}
+    return {"results": rows, "sweeps": {"a step 9": sweep}}  # as of a run directory
 
 
 def test_average_over_three_seeds():
