@@ -21,6 +21,7 @@ A study file has get_study(), which returns a dict:
     sweeps    {label: {"run": a method, flag of jaxrl.evaluate: value}}: its runs evaluated over budgets
     sweep     flags of all sweeps; the results are averaged over seeds
     curves    methods to draw over generated tokens (--images)
+    pools     {name: methods}: tabulated as their mean, seed by seed, and compared with the first pool
 
 Two pseudo-keys of a method or stage: "start" names a stage (or method) whose run of the same seed it starts
 from, in place of a warm start of its own; "entry": "sft" makes a stage that only does the warm start.
@@ -50,7 +51,7 @@ from jaxrl.runtime.rundir import atomic_write
 
 FLAGS = dict(config=str, out="", only="", seeds="", images="", print_commands=False, table=False, in_process=False)
 DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"], "sweeps": {}}
-DEFAULTS |= {"sweep": {}, "curves": []}
+DEFAULTS |= {"sweep": {}, "curves": [], "pools": {}}
 REQUIRED = {"config": str, "out": str, "seeds": list, "methods": dict}
 
 
@@ -97,8 +98,9 @@ def load_study(path: str) -> dict[str, Any]:
     for key, kind in REQUIRED.items():
         if not isinstance(study.get(key), kind) or not study[key]:
             raise UserError(f"{path}: key {key!r} is missing or not a {kind.__name__}")
-    if unknown := [label for label in study["curves"] if label not in study["methods"]]:
-        raise UserError(f"{path}: 'curves' names {unknown[0]!r}, which is not one of the methods")
+    for key, named in {"curves": study["curves"], "pools": sum(study["pools"].values(), [])}.items():
+        if unknown := [label for label in named if label not in study["methods"]]:
+            raise UserError(f"{path}: {key!r} names {unknown[0]!r}, which is not one of the methods")
     if study["baseline"] and study["baseline"] not in study["methods"]:
         raise UserError(f"{path}: baseline {study['baseline']!r} is not one of the methods")
     everything = study["stages"] | study["methods"]
@@ -228,7 +230,7 @@ def compare(study: dict, metric: str) -> dict[str, Any]:
             runs[label] = found
     every = [run for found in runs.values() for run in found.values()]
     if not every:
-        return {"metric": metric, "rows": []}
+        return {"metric": metric, "rows": [], "pools": []}
     step = min(run.series(metric)[0][-1] for run in every)
     tokens = min(tokens_spent(run) for run in every)
     values = {
@@ -237,23 +239,44 @@ def compare(study: dict, metric: str) -> dict[str, Any]:
         }
         for label, found in runs.items()
     }
-    base = values.get(study["baseline"], {})
-    rows = []
+    costs = {
+        label: {
+            seed: (tokens_spent(run), at_step(run, "eval/mean_tokens", step)) for seed, run in found.items()
+        }
+        for label, found in runs.items()
+    }
+    pools = {name: _pool(values, labels) for name, labels in study["pools"].items()}
+    pooled_costs = {name: _pool(costs, labels) for name, labels in study["pools"].items()}
+    first = next(iter(pools), "")
+    return {
+        "metric": metric,
+        "step": step,
+        "tokens": tokens,
+        "rows": _rows(values, costs, study["baseline"]),
+        "pools": _rows(pools, pooled_costs, first),
+    }
+
+
+def _pool(values: dict[str, dict[int, Any]], labels: Sequence[str]) -> dict[int, list[float]]:
+    """{seed: means over the labels}, of the seeds that all of them have."""
+    seeds = set.intersection(*(set(values.get(label, {})) for label in labels))
+    return {seed: np.mean([values[label][seed] for label in labels], axis=0).tolist() for seed in sorted(seeds)}
+
+
+def _rows(values: dict, costs: dict, baseline: str) -> list[dict[str, Any]]:
+    base, rows = values.get(baseline, {}), []
     for label, found in values.items():
+        if not found:
+            continue
         row: dict[str, Any] = {"method": label, "seeds": sorted(found)}
         for i, name in enumerate(("updates", "tokens")):
             row[name] = mean_and_half([v[i] for v in found.values()])
             paired = [found[seed][i] - base[seed][i] for seed in found if seed in base]
-            row[f"difference_{name}"] = (
-                mean_and_half(paired) if paired and label != study["baseline"] else None
-            )
-        row["spent"] = float(np.mean([tokens_spent(run) for run in runs[label].values()]))
-        row["length"] = float(
-            np.mean([at_step(run, "eval/mean_tokens", step) for run in runs[label].values()])
-        )
+            row[f"difference_{name}"] = mean_and_half(paired) if paired and label != baseline else None
+        row["spent"], row["length"] = np.mean(list(costs[label].values()), axis=0).tolist()
         row["values"] = {seed: list(v) for seed, v in found.items()}
         rows.append(row)
-    return {"metric": metric, "step": step, "tokens": tokens, "rows": rows}
+    return rows
 
 
 def read_sweeps(study: dict) -> dict[str, dict]:
@@ -293,9 +316,20 @@ def table(study: dict, result: dict) -> str:
     """Markdown: mean with 95 % interval and paired difference to the baseline, in percent."""
     if not result["rows"]:
         return f"{result['metric']}: no finished run yet\n"
-    vs = f"vs {study['baseline']}" if study["baseline"] else "difference"
-    header = ["method", "seeds", "equal updates", vs, "equal tokens", vs, "held-out tokens", "generated"]
-    rows = [
+    text = _markdown("method", result["rows"], study["baseline"]) + "\n"
+    if result["pools"]:
+        text += _markdown("mean over methods", result["pools"], result["pools"][0]["method"]) + "\n"
+    return text + (
+        f"{result['metric']} in percent, mean ± 95 % t interval over seeds; differences are paired by seed, "
+        "and * marks an interval that excludes 0 (not corrected for the number of comparisons). Equal "
+        f"updates: step {result['step']:.0f}. Equal tokens: {result['tokens'] / 1e3:,.0f} k generated.\n"
+    )
+
+
+def _markdown(name: str, rows: Sequence[dict], baseline: str) -> str:
+    vs = f"vs {baseline}" if baseline else "difference"
+    header = [name, "seeds", "equal updates", vs, "equal tokens", vs, "held-out tokens", "generated"]
+    lines = [
         [
             row["method"],
             len(row["seeds"]),
@@ -306,14 +340,9 @@ def table(study: dict, result: dict) -> str:
             f"{row['length']:.1f}",
             f"{row['spent'] / 1e3:,.0f} k",
         ]
-        for row in result["rows"]
+        for row in rows
     ]
-    said = (
-        f"{result['metric']} in percent, mean ± 95 % t interval over seeds; differences are paired by seed, "
-        "and * marks an interval that excludes 0 (not corrected for the number of comparisons). Equal "
-        f"updates: step {result['step']:.0f}. Equal tokens: {result['tokens'] / 1e3:,.0f} k generated.\n"
-    )
-    return markdown(header, rows) + "\n" + said
+    return markdown(header, lines)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,14 @@ def test_table_by_hand(grid, tmp_path):
     assert rows["base"]["difference_updates"] is None and rows["base"]["tokens"][0] == pytest.approx(
         np.mean(base)
     )
+    s["pools"] = {"a": ["base"], "both": ["base", "new & better"]}
+    pools = {row["method"]: row for row in study.compare(s, "eval/accuracy")["pools"]}
+    both = np.add(base, new) / 2
+    half = t * np.std(both - base, ddof=1) / np.sqrt(3)
+    assert pools["both"]["updates"][0] == pytest.approx(both.mean()) and pools["a"]["difference_updates"] is None
+    assert pools["both"]["difference_updates"] == pytest.approx([(both - base).mean(), half], rel=1e-3)
+    assert (pools["both"]["spent"], pools["both"]["length"]) == (600, 7.0)
+    half = t * np.std(difference, ddof=1) / np.sqrt(3)
     text = study.write_table(s)
     assert (
         f"{100 * np.mean(new):.1f} ±" in text
@@ -217,6 +225,7 @@ def test_sweeps_are_made_of_the_finished_runs_and_averaged(swept, tmp_path, monk
 def test_a_sweep_needs_a_method_of_the_study(grid):
     content = study.runpy.run_path(str(grid))["get_study"]()
     cases = [({"sweeps": {"a": {"run": "nobody"}}}, "sweep 'a' needs"), ({"curves": ["x"]}, "'curves' names 'x'")]
+    cases.append(({"pools": {"p": ["base", "y"]}}, "'pools' names 'y'"))
     for change, said in cases:
         grid.write_text(f"def get_study():\n    return {content | change!r}\n")
         with pytest.raises(UserError, match=said):

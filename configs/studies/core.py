@@ -8,6 +8,7 @@ All methods of a seed start from the same warm start. The result: docs/results.m
 from configs.studies.dial import COMMON, OUT, SEEDS, STAGES, method
 
 LOSSES = ("grpo", "dapo", "gspo", "maspo", "cispo", "sapo")
+SELECTIONS = ("none", "accuracy", "lspo")
 
 
 def get_study():
@@ -19,5 +20,6 @@ def get_study():
         "common": COMMON,
         "stages": STAGES,
         "curves": ["dapo none", "dapo accuracy", "dapo lspo", "maspo none", "gspo none"],
-        "methods": {f"{loss} {s}": method(loss, s) for s in ("none", "accuracy", "lspo") for loss in LOSSES},
+        "methods": {f"{loss} {s}": method(loss, s) for s in SELECTIONS for loss in LOSSES},
+        "pools": {f"all six, {s}": [f"{loss} {s}" for loss in LOSSES] for s in SELECTIONS},
     }

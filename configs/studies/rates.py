@@ -21,4 +21,5 @@ def get_study():
         "common": COMMON,
         "stages": STAGES,
         "methods": methods,
+        "pools": {f"all six{suffix}": [f"{loss} none{suffix}" for loss in LOSSES] for suffix in RATES},
     }
