@@ -85,17 +85,18 @@ def _pack(rows: list[Trained], config, shards: int):
         row_lengths(config),
         config.batch.micro_tokens,
         shards,
+        [c.stale for c in completions],
     )
 
 
 def sample_rows(collected: Collected, config, tokenizer, groups: int) -> list[dict[str, Any]]:
     """What samples/step_*.jsonl shows of a step: all completions of the first `groups` kept groups and as
-    many dropped ones, with their tokens, log-probs, rewards and advantages.
+    many dropped ones, with their tokens, log-probs, rewards and advantages. "reason" says why selection
+    dropped the group ("lspo/middle"), or is empty.
     """
     name = config.algorithm.advantage
-    kept = [g for g, k in zip(collected.sampled, collected.kept, strict=True) if k][:groups]
-    dropped = [g for g, k in zip(collected.sampled, collected.kept, strict=True) if not k][:groups]
-    shown = [(g, True) for g in kept] + [(g, False) for g in dropped]
+    rows = list(zip(collected.sampled, collected.reasons, strict=True))
+    shown = [r for r in rows if not r[1]][:groups] + [r for r in rows if r[1]][:groups]
     advantages = group_advantages([g for g, _ in shown], name, dict(config.algorithm.advantage_hyper[name]))
     return [
         {
@@ -112,9 +113,11 @@ def sample_rows(collected: Collected, config, tokenizer, groups: int) -> list[di
             "outcome": g.outcomes[i],
             "length": c.length,
             "finish": c.finish,
-            "selected": selected,
+            "stale": c.stale,
+            "selected": not reason,
+            "reason": reason,
         }
-        for (g, selected), a in zip(shown, advantages, strict=True)
+        for (g, reason), a in zip(shown, advantages, strict=True)
         for i, c in enumerate(g.completions)
     ]
 

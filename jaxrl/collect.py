@@ -17,12 +17,14 @@ import numpy as np
 
 from jaxrl.algorithms.greso import greso_init, greso_keep, greso_update
 from jaxrl.algorithms.length import LENGTH_REWARDS, sample_budgets
-from jaxrl.algorithms.selection import mean_accuracy, mean_length, select
+from jaxrl.algorithms.selection import explain, mean_accuracy, mean_length
 from jaxrl.errors import UserError
-from jaxrl.rollout.engine import Request, Sampler, Sampling
+from jaxrl.rollout import partial
+from jaxrl.rollout.engine import Sampler, Sampling
+from jaxrl.rollout.partial import Partial
 from jaxrl.runtime import distributed
 from jaxrl.tasks.task import Task
-from jaxrl.types import Completion, Group, Problem
+from jaxrl.types import Group, Problem
 
 
 @dataclasses.dataclass
@@ -30,12 +32,13 @@ class Collected:
     """One step's collection.
 
     chosen: the groups to train on. sampled: all of this step's groups; kept: parallel to it, whether
-    selection kept the group. metrics: for the step's record.
+    selection kept the group; reasons: why not, "" for kept ones. metrics: for the step's record.
     """
 
     chosen: list[Group]
     sampled: list[Group]
     kept: list[bool]
+    reasons: list[str]
     metrics: dict[str, Any]
 
 
@@ -51,6 +54,8 @@ class Collector:
         self.order = grain.MapDataset.range(len(task.train)).seed(config.seed).shuffle().repeat(None)
         self.position = 0  # problems drawn so far
         self.surplus: list[Group] = []
+        self.pending: list[Partial] = []  # groups with completions to be continued (sampling.carry_over)
+        self.ahead: list[Partial] = []  # groups of the next generation batch that have begun (sampling.prefetch)
         self.greso = greso_init()
         self.mean_lengths: dict[str, float] = {}  # last mean response length per problem: longest first
 
@@ -60,6 +65,8 @@ class Collector:
         return {
             "position": self.position,
             "surplus": surplus,
+            "pending": [partial.to_json(p) for p in self.pending],
+            "ahead": [partial.to_json(p) for p in self.ahead],
             "greso": self.greso,
             "mean_lengths": self.mean_lengths,
         }
@@ -71,6 +78,7 @@ class Collector:
             state["mean_lengths"],
         )
         self.surplus = [group_from_json(g) for g in state["surplus"]]
+        self.pending, self.ahead = ([partial.from_json(p) for p in state.get(k, [])] for k in ("pending", "ahead"))
 
     def collect(self, params, step: int) -> Collected:
         """Groups for one training step. params: in the sampler's layout.
@@ -80,8 +88,9 @@ class Collector:
         """
         b, a = self.config.batch, self.config.algorithm
         counts = {"time/rollout": 0.0, "time/grade": 0.0, "tokens": 0, "slot_steps": 0}
+        self._age()
         chosen, self.surplus = self.surplus, []
-        sampled, kept_flags, dropped, batches, accepted = [], [], {}, 0, 0
+        sampled, why, dropped, batches, accepted = [], [], {}, 0, 0
         while len(chosen) < b.prompts:
             if 0 < b.max_generation_batches <= batches:
                 if b.on_short == "error":
@@ -92,27 +101,35 @@ class Collector:
                 break
             groups = self._generate(params, step, counts)
             hyper = {name: dict(a.selection_hyper[name]) for name in a.selection.split("+")}
-            kept, reasons = select(groups, a.selection, hyper)
+            kept, reasons = explain(groups, a.selection, hyper)
             batches += 1
             chosen += kept
-            keys = {id(g.prompt_tokens) for g in kept}  # one array a group; a problem may have been drawn twice
             sampled += groups
-            kept_flags += [id(g.prompt_tokens) in keys for g in groups]
             accepted += sum(int(g.lengths.sum()) for g in kept)
-            for reason, count in reasons.items():
-                dropped[f"selection/dropped/{reason}"] = dropped.get(f"selection/dropped/{reason}", 0) + count
+            # by the prompt's array: one a group, while a problem may have been drawn twice
+            ids = {id(g.prompt_tokens) for g in kept}
+            by_group = {id(g.prompt_tokens): "" if id(g.prompt_tokens) in ids else a.selection for g in groups}
+            for reason, what in reasons.items():
+                key, of_groups = f"selection/dropped/{reason}", not isinstance(what, int)
+                dropped[key] = dropped.get(key, 0) + (len(what) if of_groups else what)
+                by_group |= {id(g.prompt_tokens): reason for g in what} if of_groups else {}
+            why += [by_group[id(g.prompt_tokens)] for g in groups]
         if b.keep_surplus:
             self.surplus = chosen[b.prompts :]
         self._check_failures(sampled, step)
+        kept_flags = [not reason for reason in why]
+        trained = [c for g in chosen[: b.prompts] for c in g.completions]
         metrics = {
             "time/rollout": counts["time/rollout"],
             "time/grade": counts["time/grade"],
             "perf/slot_utilisation": counts["tokens"] / max(counts["slot_steps"], 1),
             "generated_tokens": counts["tokens"],
-            "acceptance_rate": accepted / max(counts["tokens"], 1),
+            "acceptance_rate": accepted / max(sum(int(g.lengths.sum()) for g in sampled), 1),
             "selection/generation_batches": batches,
             "selection/groups": min(len(chosen), b.prompts),
             "selection/surplus": len(self.surplus),
+            "selection/pending": len(self.pending) + len(self.ahead),
+            "selection/stale_tokens": sum(c.stale for c in trained) / max(sum(c.length for c in trained), 1),
             "selection/kept_lengths": [
                 round(mean_length(g), 2) for g, k in zip(sampled, kept_flags, strict=True) if k
             ],
@@ -122,29 +139,37 @@ class Collector:
             **dict(sorted(dropped.items())),
             **(group_metrics(sampled) if sampled else {}),
         }
-        return Collected(chosen[: b.prompts], sampled, kept_flags, metrics)
+        return Collected(chosen[: b.prompts], sampled, kept_flags, why, metrics)
+
+    def _age(self) -> None:
+        """The parameters are new: mark what was drawn under older ones."""
+        self.surplus = [dataclasses.replace(g, completions=partial.aged(g.completions)) for g in self.surplus]
+        for groups in (self.pending, self.ahead):
+            groups[:] = [dataclasses.replace(p, completions=partial.aged(p.completions)) for p in groups]
 
     def _generate(self, params, step: int, counts: dict) -> list[Group]:
-        """Sample, grade and shape one generation batch."""
+        """Sample, grade and shape one generation batch: the groups that it finishes.
+
+        A batch has room for generation_prompts groups of running completions: those left by the batch before, then
+        those begun ahead of time, then new ones.
+        """
         c, s = self.config, self.config.sampling
-        drawn = self._draw(c.batch.generation_prompts or c.batch.prompts)
-        mine = drawn[jax.process_index() :: jax.process_count()]
+        room = c.batch.generation_prompts or c.batch.prompts
+        running = sum(p.running for p in self.pending)
+        fresh = room - running // c.batch.group_size - len(self.ahead)
+        batch = self.pending + self.ahead + self._begin(max(fresh, 0), step)
+        ahead = self._begin(room, step) if s.prefetch else []
+        before = sum(p.drawn for p in batch + ahead)
         begin = time.perf_counter()
-        requests = [
-            Request(
-                prompt=np.array(self.task.encode(problem), np.int32),
-                samples=c.batch.group_size,
-                max_tokens=s.max_tokens,
-                key=position % 2**32,
-                expected=self.mean_lengths.get(problem.id, 0.0),
-            )
-            for position, problem in mine
-        ]
-        sampling = Sampling(s.temperature, s.top_k, s.top_p, s.min_p)
-        completions = self.sampler.generate(params, requests, seed=c.seed, step=step, sampling=sampling)
+        mine = [groups[jax.process_index() :: jax.process_count()] for groups in (batch, ahead)]
+        mine = self._sample(params, *mine, step)
         middle = time.perf_counter()
-        groups = self._grade([p for _, p in mine], requests, completions)
-        groups = gather(groups)
+        done = iter(self._grade([p for p in mine[0] if not p.running]))
+        groups = gather([p if p.running else next(done) for p in mine[0]])
+        self.ahead = gather(mine[1])
+        self.pending = [g for g in groups if isinstance(g, Partial)]
+        groups = [g for g in groups if isinstance(g, Group)]
+        drawn = sum(p.drawn for p in self.pending + self.ahead) + sum(int(g.lengths.sum()) for g in groups) - before
         groups = shape_rewards(groups, c, self.tokenizer, length_weight(c, step))
         for g in groups:
             self.mean_lengths[g.problem.id] = mean_length(g) if g.valid.any() else 0.0
@@ -152,9 +177,39 @@ class Collector:
             self.greso = greso_update(self.greso, groups)
         counts["time/rollout"] += middle - begin
         counts["time/grade"] += time.perf_counter() - middle
-        counts["tokens"] += sum(int(g.lengths.sum()) for g in groups)
+        counts["tokens"] += drawn
         counts["slot_steps"] += self.sampler.stats.slot_steps * jax.process_count()
         return groups
+
+    def _begin(self, count: int, step: int) -> list[Partial]:
+        """The next `count` problems as groups without completions."""
+        size = self.config.batch.group_size
+        return [
+            partial.begin(position, step, problem, np.array(self.task.encode(problem), np.int32), size)
+            for position, problem in self._draw(count)
+        ]
+
+    def _sample(self, params, batch: list[Partial], ahead: list[Partial], step: int) -> tuple[list, list]:
+        """Both lists continued; `ahead` only as far as slots idle while the batch finishes."""
+        c, s = self.config, self.config.sampling
+        requests = [
+            [
+                r
+                for p in groups
+                for r in partial.requests(p, s.max_tokens, s.carry_over, self.mean_lengths.get(p.problem.id, 0.0))
+            ]
+            for groups in (batch, ahead)
+        ]
+        out = self.sampler.generate(
+            params,
+            sum(requests, []),
+            seed=c.seed,
+            step=step,
+            sampling=Sampling(s.temperature, s.top_k, s.top_p, s.min_p),
+            background=len(requests[1]),
+        )
+        pieces = iter([completion for group in out for completion in group])
+        return tuple([partial.extend(p, pieces, s.max_tokens) for p in groups] for groups in (batch, ahead))
 
     def _draw(self, count: int) -> list[tuple[int, Problem]]:
         """The next `count` problems with their positions; GRESO may skip some before they cost a rollout."""
@@ -170,21 +225,19 @@ class Collector:
             out += rows
         return [(p, with_budget(problem, self.config, p)) for p, problem in out]
 
-    def _grade(self, problems, requests, sampled) -> list[Group]:
-        texts = [[self.tokenizer.decode(c.tokens) for c in completions] for completions in sampled]
-        repeated = [p for p, group in zip(problems, texts, strict=True) for _ in group]
+    def _grade(self, done: list[Partial]) -> list[Group]:
+        texts = [[self.tokenizer.decode(c.tokens) for c in p.completions] for p in done]
+        repeated = [p.problem for p, group in zip(done, texts, strict=True) for _ in group]
         grades = iter(self.task.grade(repeated, [t for group in texts for t in group]))
         groups = []
-        for problem, request, completions, group_texts in zip(
-            problems, requests, sampled, texts, strict=True
-        ):
-            graded = [next(grades) for _ in completions]
-            finite = [bool(np.isfinite(c.logprobs).all()) for c in completions]
+        for p, group_texts in zip(done, texts, strict=True):
+            graded = [next(grades) for _ in p.completions]
+            finite = [bool(np.isfinite(c.logprobs).all()) for c in p.completions]
             groups.append(
                 Group(
-                    problem=problem,
-                    prompt_tokens=request.prompt,
-                    completions=completions,
+                    problem=p.problem,
+                    prompt_tokens=p.prompt,
+                    completions=p.completions,
                     texts=group_texts,
                     correct=np.array([g.correct for g in graded], np.float32),
                     rewards=np.array([g.reward for g in graded], np.float32),
@@ -310,7 +363,7 @@ def group_to_json(group: Group) -> dict:
     return {
         "problem": dataclasses.asdict(group.problem),
         "prompt_tokens": group.prompt_tokens.tolist(),
-        "completions": [[c.tokens.tolist(), c.logprobs.tolist(), c.finish] for c in group.completions],
+        "completions": [partial.completion_to_json(c) for c in group.completions],
         "texts": group.texts,
         "correct": group.correct.tolist(),
         "rewards": group.rewards.tolist(),
@@ -324,10 +377,7 @@ def group_from_json(data: dict) -> Group:
     return Group(
         problem=Problem(**data["problem"]),
         prompt_tokens=np.array(data["prompt_tokens"], np.int32),
-        completions=[
-            Completion(np.array(t, np.int32), np.array(lp, np.float32), finish)
-            for t, lp, finish in data["completions"]
-        ],
+        completions=[partial.completion_from_json(c) for c in data["completions"]],
         texts=data["texts"],
         correct=np.array(data["correct"], np.float32),
         rewards=np.array(data["rewards"], np.float32),
@@ -336,10 +386,11 @@ def group_from_json(data: dict) -> Group:
     )
 
 
-def gather(groups: list[Group]) -> list[Group]:
+def gather(groups: list[Group | Partial]) -> list[Group | Partial]:
     """The groups of all hosts, in the order the problems were drawn, on every host."""
     if jax.process_count() == 1:
         return groups
-    shares = distributed.allgather([group_to_json(g) for g in groups])
+    shares = distributed.allgather([partial.to_json(g) if isinstance(g, Partial) else group_to_json(g) for g in groups])
     longest = max(map(len, shares))
-    return [group_from_json(share[i]) for i in range(longest) for share in shares if i < len(share)]
+    items = [share[i] for i in range(longest) for share in shares if i < len(share)]
+    return [partial.from_json(item) if "position" in item else group_from_json(item) for item in items]

@@ -34,7 +34,7 @@ from jaxrl.batch import row_lengths
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.update import abstract_batch
-from jaxrl.rollout.engine import bucket
+from jaxrl.rollout.device import bucket
 from jaxrl.rollout.placement import place
 from jaxrl.rollout.programs import Knobs, Rows
 from jaxrl.runtime import cli, hardware, tpu_compiler

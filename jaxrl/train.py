@@ -16,6 +16,7 @@ from jaxrl.collect import Collector
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
 from jaxrl.runtime import cli, distributed, nonfinite
+from jaxrl.runtime.compiles import Compiles
 from jaxrl.runtime.config import parse_config, validate
 from jaxrl.runtime.console import Console, before_after
 from jaxrl.runtime.mesh import num_batch_shards
@@ -53,6 +54,7 @@ def train(config) -> int:
         rollbacks = host.get("rollbacks", 0)
         writer = stack.enter_context(contextlib.closing(build.writer(config, run, host.get("writer"))))
         console = stack.enter_context(Console(config.steps, step, enabled=main))
+        compiles = stack.enter_context(contextlib.closing(Compiles(console.note)))
         stop = stack.enter_context(StopRequest(config.watchdog.grace))
         watchdog = stack.enter_context(build.watchdog(config, run))
         sampler.on_progress = watchdog.beat
@@ -78,10 +80,15 @@ def train(config) -> int:
             params = build.params_maker(config, decoder, mesh)()
             state = learner.init(sft.warm_start(config, decoder, mesh, params, tokenizer, note))
             reference = build.reference(config, run, learner, state.params)  # before the save: a restart needs it
-            record = evaluate(state)
+            record = evaluate(state) | compiles.take()
             writer.write(0, record)
             console.note(f"before RL: accuracy {record['eval/accuracy']:.3f}" if "eval/accuracy" in record else "")
             save(state, 0, record)
+
+        if config.sampling.warmup:
+            continued = bool(config.sampling.carry_over or config.sampling.prefetch)
+            seconds = sampler.warmup(sampler.layout(state.params), continued=continued)
+            console.note(f"sampler: {len(sampler.shapes)} shapes ready in {seconds:.0f} s")
 
         # ---- the loop
         while step < config.steps:
@@ -115,6 +122,7 @@ def train(config) -> int:
             last = step == config.steps
             if step % config.eval.every == 0 or last:
                 record |= evaluate(state)
+            record |= compiles.take()
             stopping = stop.agreed(step)
             writer.write(step, record)
             console.step({"step": step, **record})

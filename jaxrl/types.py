@@ -38,12 +38,15 @@ class Completion:
     tokens: int32 [n], the end-of-sequence token included when there was one.
     logprobs: float32 [n], log-probability of each token under the tempered sampling distribution
         before top-k/top-p/min-p truncation.
-    finish: "eos" (an end token was sampled) or "length" (the token limit was reached).
+    finish: "eos" (an end token was sampled), "length" (the token limit was reached), "stop" (a stop sequence) or
+        "partial" (to be continued).
+    stale: so many tokens, from the first on, were drawn by older parameters than those that are trained next.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     finish: str
+    stale: int = 0
 
     @property
     def length(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import types
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from jaxrl import collect
 from jaxrl.algorithms.length import LENGTH_REWARDS
-from jaxrl.batch import trained_completions
+from jaxrl.batch import sample_rows, trained_completions
 from jaxrl.collect import Collector, group_from_json, group_to_json, shape_rewards, with_budget
 from jaxrl.errors import UserError
 from jaxrl.runtime.config import base_config
@@ -18,11 +19,11 @@ from jaxrl.tasks.task import Grade, Task
 from jaxrl.types import Completion, Group, Problem
 
 WRONG, RIGHT, CRASH = 10, 11, 12  # the first token of a completion says how it will be graded
-G = 4
+G, LIMIT = 4, 12
 
 
 class Tokenizer:
-    def decode(self, tokens):
+    def decode(self, tokens, skip_special=True):
         return " ".join(map(str, tokens))
 
     def encode(self, text):
@@ -30,28 +31,30 @@ class Tokenizer:
 
 
 class RuleSampler:
-    """Completion i of the problem at a position: rule(position, i) -> (first token, length). Remembers requests."""
+    """Completion i of the problem at a position: rule(position, i) -> (first token, length). Remembers requests.
+
+    Like the sampler it goes on where a request left off; a background request gets 0 to 3 tokens.
+    """
 
     def __init__(self, rule):
         self.rule, self.requests, self.stats = rule, [], types.SimpleNamespace(slot_steps=0)
 
-    def generate(self, params, requests, *, seed, step, sampling):
+    def generate(self, params, requests, *, seed, step, sampling, background):
         self.requests.append(requests)
         out = []
-        for r in requests:
-            drawn = [self.rule(r.key, i) for i in range(r.samples)]
-            out.append(
-                [
-                    Completion(
-                        np.array([first] + [5] * (n - 1), np.int32),
-                        np.random.default_rng([r.key, i, n]).normal(size=n).astype(np.float32),
-                        "length" if n >= r.max_tokens else "eos",
-                    )
-                    for i, (first, n) in enumerate(drawn)
-                ]
-            )
+        for index, r in enumerate(requests):
+            behind = index >= len(requests) - background
+            out.append([self.draw(r, r.first_sample + i, r.key % 4 if behind else None) for i in range(r.samples)])
         self.stats.slot_steps = 2 * sum(c.length for group in out for c in group)
         return out
+
+    def draw(self, r, i, most):
+        first, n = self.rule(r.key, i)
+        end = min(r.done + r.max_tokens, r.done + (99 if most is None else most), n)
+        whole = np.array([first] + [5] * (n - 1), np.int32), np.random.default_rng([r.key, i, n]).normal(size=n)
+        finish = "eos" if end == n < LIMIT else "partial" if end < r.done + r.max_tokens else "length"
+        assert r.done == 0 or r.prompt[-r.done :].tolist() == whole[0][: r.done].tolist()
+        return Completion(whole[0][r.done : end], whole[1][r.done : end].astype(np.float32), finish)
 
 
 def task_of(count):
@@ -75,7 +78,7 @@ def even_mixed(position, i):
 
 def make(rule=mixed, changes=(), problems=50):
     c = base_config()
-    c.batch.prompts, c.batch.group_size, c.sampling.max_tokens = 4, G, 12
+    c.batch.prompts, c.batch.group_size, c.sampling.max_tokens = 4, G, LIMIT
     c.algorithm.selection = "accuracy"
     c.update_from_flattened_dict(dict(changes))
     sampler = RuleSampler(rule)
@@ -93,7 +96,10 @@ def test_tops_up_until_full_and_reports_what_it_cost():
     order = [collector.task.train[int(collector.order[p])].id for p in range(8)]
     assert [g.problem.id for g in got.chosen] == order[::2]
     assert [g.problem.id for g in got.sampled] == order
-    assert got.kept == [True, False] * 4
+    assert got.kept == [True, False] * 4 and got.reasons == ["", "accuracy/all_correct"] * 4
+    rows = sample_rows(got, collector.config, Tokenizer(), 1)
+    assert [(r["id"], r["selected"], r["reason"]) for r in rows[::G]] == [
+        (order[0], True, ""), (order[1], False, "accuracy/all_correct")]  # fmt: skip
     m = got.metrics
     assert m["selection/generation_batches"] == 2 and m["selection/groups"] == 4
     assert m["selection/dropped/accuracy/all_correct"] == 4
@@ -309,6 +315,115 @@ def test_groups_survive_json_exactly():
             assert a.tokens.tobytes() == b.tokens.tobytes() and a.logprobs.tobytes() == b.logprobs.tobytes()
 
 
+BOTH = {"sampling.carry_over": 2, "sampling.prefetch": True}
+
+
+def ragged(position, i):
+    """Long-tailed lengths, 1 to the limit."""
+    n = np.exp(np.random.default_rng([position, i]).normal(1.2, 0.9))
+    return (RIGHT if i % 2 else WRONG), int(np.clip(n, 1, LIMIT))
+
+
+def content(groups):
+    """(id, tokens, log-probs, finish) of every completion."""
+    return [(g.problem.id, c.tokens.tolist(), c.logprobs.tolist(), c.finish) for g in groups for c in g.completions]
+
+
+@pytest.mark.parametrize("changes", [{"sampling.carry_over": 3}, {"sampling.carry_over": 1}, BOTH], ids=str)
+def test_carrying_over_loses_no_completion_and_changes_none(changes):
+    changes = {"algorithm.selection": "none", "batch.keep_surplus": True, "batch.max_generation_batches": 4} | changes
+    collector, sampler = make(ragged, changes, problems=1000)
+    steps = [collector.collect(None, s) for s in range(25)]
+    budget = changes["sampling.carry_over"]
+    assert all(np.max(r.max_tokens) <= budget for requests in sampler.requests for r in requests)
+    order = [collector.task.train[int(collector.order[p])].id for p in range(collector.position)]
+    finished = [g for s in steps for g in s.chosen] + collector.surplus
+    begun = [p.problem.id for p in collector.pending + collector.ahead]
+    assert sorted([g.problem.id for g in finished] + begun) == sorted(order)  # each once, none lost
+    assert len(finished) > 60 and len(begun) < 30
+    for g in finished:
+        for i, c in enumerate(g.completions):
+            first, n = ragged(order.index(g.problem.id), i)
+            assert c.tokens.tolist() == [first] + [5] * (n - 1) and len(c.logprobs) == n
+            assert c.finish == ("length" if n == LIMIT else "eos")
+    # No length bias: what waits at the end is what was begun last, so all but the newest are there.
+    newest = min(order.index(i) for i in begun)
+    assert newest > collector.position - 40
+    assert {g.problem.id for g in finished} >= set(order[:newest])
+
+
+def test_stale_tokens_are_those_of_earlier_steps():
+    lengths = {0: 2, 1: 3, 2: 7, 3: 12}
+    changes = {"algorithm.selection": "none", "batch.keep_surplus": True, "batch.prompts": 1,
+               "batch.max_generation_batches": 1, "sampling.carry_over": 3}  # fmt: skip
+    collector, sampler = make(lambda position, i: (RIGHT, lengths[i]), changes)
+    steps = [collector.collect(None, s) for s in range(5)]
+    assert [len(s.chosen) for s in steps] == [0, 0, 0, 1, 1]  # 12 tokens take four steps
+    first = steps[3].chosen[0]
+    assert [c.stale for c in first.completions] == [2, 3, 7, 9] and first.lengths.tolist() == [2, 3, 7, 12]
+    assert steps[3].metrics["selection/stale_tokens"] == 21 / 24
+    assert [[(r.key, r.step, r.first_sample, r.done, r.max_tokens) for r in rs if r.key == 0]
+            for rs in sampler.requests[:4]] == [
+        [(0, 0, 0, 0, 3)], [(0, 0, 2, 3, 3), (0, 0, 3, 3, 3)], [(0, 0, 2, 6, 3), (0, 0, 3, 6, 3)], [(0, 0, 3, 9, 3)],
+    ]  # fmt: skip
+    assert all(0 < g.completions[3].stale < 12 for g in steps[4].chosen)
+    # Surplus groups are stale as a whole, fresh ones not at all.
+    collector, _ = make(changes={"batch.generation_prompts": 6, "batch.keep_surplus": True})
+    for s, old in ((0, 0), (1, 2)):
+        got = collector.collect(None, s)
+        for k, g in enumerate(got.chosen):
+            assert [c.stale for c in g.completions] == (g.lengths.tolist() if k < old else [0] * G)
+
+
+def test_prefetch_trains_on_the_same_groups():
+    plain, _ = make(even_mixed)
+    ahead, sampler = make(even_mixed, {"sampling.prefetch": True})
+    stale = []
+    for s in range(6):
+        a, b = plain.collect(None, s), ahead.collect(None, s)
+        assert content(a.chosen) == content(b.chosen) and content(a.sampled) == content(b.sampled)
+        assert a.kept == b.kept and a.metrics["accuracy"] == b.metrics["accuracy"]
+        stale.append(b.metrics["selection/stale_tokens"])
+        assert b.metrics["selection/pending"] == 4 and a.metrics["selection/pending"] == 0
+    assert stale[0] == 0 and all(0 < x < 1 for x in stale[1:])
+    begun = [r for requests in sampler.requests[1:] for r in requests if r.done]
+    assert begun and all(1 <= r.done <= 3 for r in begun)
+
+
+@pytest.mark.parametrize("changes", [{"sampling.carry_over": 3}, BOTH], ids=str)
+def test_two_hosts_hold_the_same_and_carry_over_is_that_of_one(changes, monkeypatch):
+    changes = {"batch.keep_surplus": True, "algorithm.selection": "none", **changes}
+    one, _ = make(ragged, changes)
+    alone = [one.collect(None, s) for s in range(5)]
+    here, barrier, slots, results = threading.local(), threading.Barrier(2), [None, None], [None, None]
+
+    def allgather(mine):
+        barrier.wait(30)
+        slots[here.index] = json.loads(json.dumps(mine))
+        barrier.wait(30)
+        return list(slots)
+
+    monkeypatch.setattr(collect.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(collect.jax, "process_index", lambda: here.index)
+    monkeypatch.setattr(collect.distributed, "allgather", allgather)
+
+    def host(index):
+        here.index = index
+        collector, _ = make(ragged, changes)
+        results[index] = [collector.collect(None, s) for s in range(5)], collector.state()
+
+    threads = [threading.Thread(target=host, args=(i,), daemon=True) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    (first, state), (second, other) = results
+    assert state == other and [content(s.chosen) for s in first] == [content(s.chosen) for s in second]
+    if changes.get("sampling.prefetch") is None:
+        assert [content(s.chosen) for s in first] == [content(s.chosen) for s in alone]
+        assert state == json.loads(json.dumps(one.state()))
+
+
 def hard_or_easy(position, i):
     return [(WRONG, 3), (RIGHT, 2), mixed(position, i)][position % 3]
 
@@ -320,27 +435,30 @@ def views(collected):
     ]
 
 
-def test_goes_on_from_its_state_as_if_nothing_had_happened():
-    changes = {"batch.generation_prompts": 7, "batch.keep_surplus": True, "batch.greso": True}
+@pytest.mark.parametrize("partial", [{}, {"sampling.carry_over": 2}, {"sampling.prefetch": True}, BOTH], ids=str)
+def test_goes_on_from_its_state_as_if_nothing_had_happened(partial):
+    changes = {"batch.generation_prompts": 7, "batch.keep_surplus": True, "batch.greso": True, **partial}
     collector, sampler = make(hard_or_easy, changes, problems=20)
-    whole, waiting = [collector.collect(None, s) for s in range(8)], 0
-    for split in range(1, 8):
+    whole, waiting, unfinished = [collector.collect(None, s) for s in range(8)], 0, 0
+    for split in (2, 5) if partial else range(1, 8):
         first, first_sampler = make(hard_or_easy, changes, problems=20)
         before = [first.collect(None, s) for s in range(split)]
         state = json.loads(json.dumps(first.state()))
         assert state["greso"]["streaks"] and state["mean_lengths"]
         waiting += len(state["surplus"])
+        unfinished += len(state["pending"]) + len(state["ahead"])
         second, second_sampler = make(hard_or_easy, changes, problems=20)
         second.restore(state)
         after = [second.collect(None, s) for s in range(split, 8)]
         assert views(whole) == views(before + after)
         requests = first_sampler.requests + second_sampler.requests
-        assert [[(r.key, r.expected) for r in rs] for rs in requests] == [
-            [(r.key, r.expected) for r in rs] for rs in sampler.requests
+        assert [[vars(r) | {"prompt": r.prompt.tolist()} for r in rs] for rs in requests] == [
+            [vars(r) | {"prompt": r.prompt.tolist()} for r in rs] for rs in sampler.requests
         ]
-    assert waiting
-    drawn = [p for ps in positions(sampler) for p in ps]
-    assert len(set(drawn)) == len(drawn) < collector.position  # GRESO skipped some, none came twice
+    assert waiting and bool(unfinished) == bool(partial)
+    drawn = [r.key for requests in sampler.requests for r in requests if r.samples == G and r.step == r.step]
+    assert len(set(drawn)) < collector.position  # GRESO skipped some
+    assert partial or len(set(drawn)) == len(drawn)  # none came twice
 
 
 def test_the_shares_of_two_hosts_come_together_in_order(monkeypatch):

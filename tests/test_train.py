@@ -97,12 +97,39 @@ def test_a_step_without_any_selected_group_is_a_record_without_an_update(tmp_pat
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
 
 
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path):
+    cache = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}  # the default place, empty
+    records = []
+    for name in ("first", "second"):
+        child = cli_train("--config=tests/tiny.py", "--config.sft.steps=24", "--config.sft.full_steps=12",
+                          "--config.steps=2", f"--config.run_dir={tmp_path / name}", env=cache)  # fmt: skip
+        out, error = child.communicate(timeout=600)
+        assert child.returncode == 0, error[-3000:]
+        assert ("compiled decode" in out) == (name == "first")  # each compile is a line as it happens
+        records.append(read_metrics(tmp_path / name / "metrics.jsonl"))
+    first, second = ([r["perf/compiles"] for r in run] for run in records)
+    assert first[0] > 10 and sum(first[1:]) > 0 and sum(r["perf/compile_seconds"] for r in records[0]) > 1
+    assert second == [0, 0, 0]
+    assert os.listdir(tmp_path / "jaxrl" / "xla")
+
+
+@pytest.mark.slow
+def test_warming_up_leaves_the_sampler_nothing_to_compile(tmp_path, dial_model, capsys, caplog):
+    changes = {"sampling.warmup": True, "sampling.prefetch": True, "steps": 2}
+    assert train.train(tiny(tmp_path, changes, dial_model)) == 0
+    assert "shapes ready in" in capsys.readouterr().out
+    assert not [r for r in caplog.records if "sampler: compiled" in r.getMessage()]
+
+
 # ---- resume
 
 PLAIN = {"steps": 4}
 EVERYTHING = {
     "steps": 4,
     "batch.keep_surplus": True,
+    "sampling.carry_over": 5,
+    "sampling.prefetch": True,
     "batch.generation_prompts": 6,
     "batch.greso": True,
     "batch.updates": 2,

@@ -1,8 +1,8 @@
 """Which graded groups are trained on. Pure functions on lists of groups; NumPy, on the host.
 
 Every entry of SELECTIONS is `fn(groups, hyper) -> (kept, dropped)`: kept is the list of groups to train on,
-in their order (for overlong, pods and gfpo with completions masked or removed), dropped counts by reason.
-Reasons that end in "completions" count completions, all others groups. `select` runs a chain of them. A
+in their order (for overlong, pods and gfpo with completions masked or removed), dropped the groups by reason.
+Reasons that end in "completions" hold a count of completions instead. `select` runs a chain of them. A
 group is anything with the fields of `jaxrl.types.Group`. Completions with valid False (grading failed) take
 no part in any decision.
 """
@@ -53,15 +53,15 @@ def _take(group, index):
     return dataclasses.replace(group, **changes)
 
 
-def _partition(groups, reason: Callable[[Any], str | None]) -> tuple[list, dict[str, int]]:
-    """Keep the groups for which reason(group) is None; count the others by reason."""
+def _partition(groups, reason: Callable[[Any], str | None]) -> tuple[list, dict[str, list]]:
+    """Keep the groups for which reason(group) is None; sort the others by reason."""
     kept, dropped = [], {}
     for group in groups:
         why = reason(group)
         if why is None:
             kept.append(group)
         else:
-            dropped[why] = dropped.get(why, 0) + 1
+            dropped.setdefault(why, []).append(group)
     return kept, dropped
 
 
@@ -230,12 +230,12 @@ def overlong(groups, hyper):
     completions, so they leave the advantage statistics as well. Reasons: overlong_completions (masked, in
     kept groups), overlong.
     """
-    kept, masked, gone = [], 0, 0
+    kept, masked, gone = [], 0, []
     for group in groups:
         cut = np.asarray(group.truncated, bool)
         valid = _valid(group) & ~cut
         if (len(cut) and cut.mean() > hyper["max_truncated"]) or (cut.any() and not valid.any()):
-            gone += 1
+            gone.append(group)
             continue
         masked += int((_valid(group) & cut).sum())
         kept.append(dataclasses.replace(group, valid=valid) if cut.any() else group)
@@ -345,10 +345,19 @@ def select(
     from its defaults}. Returns the kept groups, in order, and {"name/reason": count} of what each dropped.
     Raises ValueError for unknown names or constants.
     """
+    kept, dropped = explain(groups, chain, hyper)
+    return kept, {reason: x if isinstance(x, int) else len(x) for reason, x in dropped.items()}
+
+
+def explain(
+    groups: Sequence[Any], chain: str | Sequence[str], hyper: Mapping[str, Mapping] | None = None
+) -> tuple[list, dict[str, Any]]:
+    """As `select`, but with the dropped groups themselves; reasons that end in "completions" stay counts."""
     kept, dropped = list(groups), {}
     for name in parse_chain(chain):
         entry, constants = resolve(SELECTIONS, "selection", name, (hyper or {}).get(name))
         kept, reasons = entry.fn(kept, constants)
-        for reason, count in reasons.items():
-            dropped[f"{name}/{reason}"] = dropped.get(f"{name}/{reason}", 0) + count
+        for reason, what in reasons.items():
+            key = f"{name}/{reason}"
+            dropped[key] = dropped[key] + what if key in dropped else what
     return kept, dropped

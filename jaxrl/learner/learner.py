@@ -11,6 +11,7 @@ import numpy as np
 from jaxrl.learner.packing import PackedBatch
 from jaxrl.learner.state import TrainState, abstract_state, build_optimizer, init_state
 from jaxrl.learner.update import Objective, build_programs, place_batch
+from jaxrl.runtime import compiles
 from models.config import DecoderConfig
 
 
@@ -103,7 +104,8 @@ class Learner:
             placed = [b.replace(ref_logprobs=self.programs.score(reference, b)[0]) for b in placed]
         records = []
         for batch in placed:
-            state, metrics = self.programs.update(state, batch)
+            with compiles.program("update", batch.tokens.shape):
+                state, metrics = self.programs.update(state, batch)
             records.append(metrics)
         records = jax.device_get(records)
         skipped = [i for i, record in enumerate(records) if record["nonfinite"]]

@@ -25,8 +25,8 @@ class PackedBatch:
     """One mini-batch: what one optimizer step sees. Index t of every array describes token t of its row.
 
     tokens, positions (within the segment), segment_ids (1, 2, ... within a row; 0 = padding): int32 [M, R, T].
-    response_mask, advantages, old_logprobs, sampler_logprobs, ref_logprobs: float32 [M, R, T], 0 outside
-    responses. old_logprobs and ref_logprobs are zeros until scored.
+    response_mask, advantages, old_logprobs, sampler_logprobs, ref_logprobs, stale: float32 [M, R, T], 0 outside
+    responses. old_logprobs and ref_logprobs are zeros until scored. stale: 1 at tokens that older parameters drew.
     num_micro: int32 [], micro-batches in use. num_tokens, num_sequences: float32 [], response tokens and responses
     of the mini-batch, the denominators of every aggregation.
     capacity: static; most response tokens that one micro-batch has on one batch shard, rounded up.
@@ -40,6 +40,7 @@ class PackedBatch:
     old_logprobs: Any
     sampler_logprobs: Any
     ref_logprobs: Any
+    stale: Any
     num_micro: Any
     num_tokens: Any
     num_sequences: Any
@@ -90,6 +91,7 @@ def pack(
     row_lengths: Sequence[int],
     micro_tokens: int,
     shards: int = 1,
+    stale: Sequence[int] | None = None,
 ) -> tuple[PackedBatch, Packing]:
     """Pack N sequences into a mini-batch. Deterministic.
 
@@ -100,6 +102,7 @@ def pack(
       row_lengths: allowed T; the smallest that holds the longest sequence is taken.
       micro_tokens: positions (padding included) of one micro-batch over all devices; at least one row per
         shard is used however small it is.
+      stale: of each response, how many tokens from the first on older parameters drew; default none.
       shards: data x fsdp of the mesh; R is a multiple of it, and response tokens are dealt evenly.
 
     Raises:
@@ -145,6 +148,7 @@ def pack(
         old_logprobs=zeros,
         sampler_logprobs=packing.spread(sampler_logprobs),
         ref_logprobs=zeros,
+        stale=zeros if stale is None else packing.spread([np.arange(n) < s for n, s in zip(rlen, stale, strict=True)]),
         num_micro=np.int32(num_micro),
         num_tokens=np.float32(rlen.sum()),
         num_sequences=np.float32(len(rlen)),

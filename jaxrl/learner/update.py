@@ -2,7 +2,8 @@
 
     hidden = decoder(tokens, positions, segment_ids)                     models/decoder.py
     logp, entropy of the response tokens                                 learner/logprobs.py
-    old   = stop_gradient(logp) if this is the only update of the batch, else the scored old_logprobs
+    old   = stop_gradient(logp) if this is the only update of the batch, else the scored old_logprobs;
+            at tokens that older parameters drew, the sampler's log-probs
     A     = advantages (+ entropy shaping)
     token = loss(logp, old, A) x correction weight + kl_coef x KL(reference) - entropy_coef x H
     loss  = aggregate(token) with the mini-batch's own counts as denominators
@@ -46,7 +47,7 @@ from models.config import DecoderConfig
 from models.decoder import Decoder, abstract_params
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
-             "sampler_logprobs", "ref_logprobs")
+             "sampler_logprobs", "ref_logprobs", "stale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +124,16 @@ def build_programs(
         matrix = params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]
         return response_logprobs(hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, head)
 
+    def old_logprobs(batch: PackedBatch, now):
+        """Log-probs of the policy that drew each token; now: those of the current one, used if there is one update."""
+        scored = lax.stop_gradient(now) if objective.on_policy else batch.old_logprobs
+        return jnp.where(batch.stale > 0, batch.sampler_logprobs, scored)
+
     def micro_loss(params, micro: PackedBatch, hyper, num_tokens, num_sequences):
         """(share of the mini-batch's loss, (sums, maxima) of statistics) of one micro-batch."""
         mask, ids = micro.response_mask, micro.segment_ids
         logp, entropy = forward(params, micro)
-        old = lax.stop_gradient(logp) if objective.on_policy else micro.old_logprobs
+        old = old_logprobs(micro, logp)
         advantages = micro.advantages
         if objective.entropy_advantage is not None:
             advantages = entropy_advantages(advantages, entropy, *objective.entropy_advantage) * mask
@@ -164,13 +170,15 @@ def build_programs(
         drops = correction_hyper["drop_rejected"]
         if loss.prepare is not None or (drops and objective.on_policy):
             now = score(state.params, batch)[0]
+        else:
+            now = batch.old_logprobs
         rows = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731  the whole mini-batch as rows
         mask, ids = rows(batch.response_mask), rows(batch.segment_ids)
         if loss.prepare is not None:
-            old = now if objective.on_policy else batch.old_logprobs
+            old = old_logprobs(batch, now)
             hyper = loss.prepare(rows(now), rows(old), rows(batch.advantages), mask, ids, hyper)
         if drops:  # rejected tokens leave the denominators, which are those of the whole mini-batch
-            old = now if objective.on_policy else batch.old_logprobs
+            old = old_logprobs(batch, now)
             weights, _ = correction.fn(rows(old), rows(batch.sampler_logprobs), mask, ids, correction_hyper)
             kept = effective_mask(mask, weights, correction_hyper)
             num_tokens, num_sequences = jnp.sum(kept), count_sequences(kept, ids)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.rollout.engine import KEY_BLOCK, Stats, bucket, insert, make_knobs, rebase
+from jaxrl.rollout.device import KEY_BLOCK, insert, make_knobs, rebase
 from jaxrl.rollout.programs import Rows
+from jaxrl.rollout.requests import Stats
 from jaxrl.types import Completion
 
 
@@ -39,18 +40,20 @@ class Slots:
 class Run:
     """The state of one `generate` call."""
 
-    def __init__(self, sampler, params, requests, seed, step, sampling, on_tokens):
+    def __init__(self, sampler, params, requests, seed, step, sampling, on_tokens, background=0):
         self.s, self.params, self.requests, self.on_tokens = sampler, params, requests, on_tokens
         self.stats = Stats()
         self.limits = [_check(sampler, i, r) for i, r in enumerate(requests)]
         self.knobs, self.kind = make_knobs(sampler, sampling)
+        self.needed = len(requests) - background  # requests that must be finished
         order = sorted(
-            range(len(requests)), key=lambda i: (-requests[i].expected, -len(requests[i].prompt), i)
+            range(len(requests)),
+            key=lambda i: (i >= self.needed, -requests[i].expected, -len(requests[i].prompt), i),
         )
         self.queue = [i for i in order if requests[i].samples > 0]
         self.pending: list[list] = []  # [prompt caches, row, request, next sample]
         self.pieces = [[([], []) for _ in range(r.samples)] for r in requests]
-        self.finish = [["length"] * r.samples for r in requests]
+        self.finish = [["partial"] * r.samples for r in requests]
         self.watched = on_tokens is not None or any(r.stop for r in requests)
         self.first_key = np.cumsum([0] + [r.samples for r in requests])
         self.keys = self._keys(seed, step)
@@ -64,18 +67,26 @@ class Run:
         problem = np.repeat(np.array([r.key for r in self.requests], np.uint32), samples)
         sample = [r.first_sample + np.arange(r.samples) for r in self.requests]
         sample = np.concatenate([*sample, np.zeros(0)]).astype(np.uint32)
-        out = [np.zeros((0, 2), np.uint32)]
-        for first in range(0, len(problem), KEY_BLOCK):
-            block = (problem[first : first + KEY_BLOCK], sample[first : first + KEY_BLOCK])
-            block = (np.pad(a, (0, KEY_BLOCK - len(a))) for a in block)
-            out.append(np.asarray(self.s.call("keys", (), np.uint32(seed), np.uint32(step), *block)))
-        return np.concatenate(out)
+        steps = np.repeat([step if r.step is None else r.step for r in self.requests], samples)
+        out = np.zeros((len(problem), 2), np.uint32)
+        for value in np.unique(steps):
+            rows = np.flatnonzero(steps == value)
+            for block in np.split(rows, range(KEY_BLOCK, len(rows), KEY_BLOCK)):
+                padded = (np.pad(a[block], (0, KEY_BLOCK - len(block))) for a in (problem, sample))
+                keys = self.s.call("keys", (), np.uint32(seed), np.uint32(value), *padded)
+                out[block] = np.asarray(keys)[: len(block)]
+        return out
 
     def loop(self):
-        while self.queue or self.pending or self.slots.active.any():
+        while self.unfinished():
             self.refill()
             self.decode()
             self.s.on_progress()
+
+    def unfinished(self) -> bool:
+        """Whether a request that must be finished still waits or runs; those come first in the queue."""
+        first = [*self.queue[:1], *(p[2] for p in self.pending[:1]), *self.slots.request[self.slots.active]]
+        return any(index < self.needed for index in first)
 
     def refill(self):
         """Fill free slots from prefilled prompts, prefilling as many more prompts as that takes."""
@@ -113,7 +124,7 @@ class Run:
             brought += self.requests[chosen[-1]].samples
         # the last prompt token is left to the first decode step, so that prefill needs no head
         n = next(size for size in sizes if size >= len(chosen))
-        P = bucket(max(len(self.requests[i].prompt) - 1 for i in chosen), 32)
+        P = self.s.prompt_bucket(max(len(self.requests[i].prompt) - 1 for i in chosen))
         while self.queue and len(chosen) < n and len(self.requests[self.queue[0]].prompt) - 1 <= P:
             chosen.append(self.queue.pop(0))  # rows that would be padding
             brought += self.requests[chosen[-1]].samples
@@ -133,8 +144,8 @@ class Run:
     def place(self, slot: int, index: int, sample: int):
         r, s = self.requests[index], self.slots
         s.request[slot], s.sample[slot] = index, sample
-        s.token[slot], s.used[slot], s.count[slot] = r.prompt[-1], len(r.prompt) - 1, 0
-        s.limit[slot] = self.limits[index][sample]
+        s.token[slot], s.used[slot], s.count[slot] = r.prompt[-1], len(r.prompt) - 1, r.done
+        s.limit[slot] = r.done + self.limits[index][sample]
         s.min_count[slot] = min(r.min_tokens, s.limit[slot])
         s.keys[slot] = self.keys[self.first_key[index] + sample]
 
@@ -208,7 +219,10 @@ class Run:
         ended = np.isin(s.token[rows], sampler.eos)
         for slot in rows[ended]:
             self.finish[s.request[slot]][s.sample[slot]] = "eos"
-        over = ended | (s.count[rows] >= s.limit[rows])
+        cut = ~ended & (s.count[rows] >= s.limit[rows])
+        for slot in rows[cut]:
+            self.finish[s.request[slot]][s.sample[slot]] = "length"
+        over = ended | cut
         if self.watched:
             over |= self.watch(rows)
         s.request[rows[over]], s.used[rows[over]] = -1, 0
@@ -235,7 +249,7 @@ class Run:
             new = len(pieces[0][-1])
             cut = _first_stop(np.concatenate(pieces[0]), new, self.requests[index].stop)
             if cut is not None:
-                drop = s.count[slot] - cut
+                drop = sum(map(len, pieces[0])) - cut
                 for part in pieces:
                     part[-1] = part[-1][: new - drop]
                 self.stats.tokens -= int(drop)
@@ -256,7 +270,7 @@ class Run:
         self.sort()
 
         def join(parts, dtype):
-            return np.concatenate(parts).astype(dtype)
+            return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
 
         return [
             [
@@ -271,10 +285,12 @@ def _check(sampler, i: int, r) -> np.ndarray:
     """The limits of request i. Raises ValueError naming it."""
     limits = r.limits
     low, high = (limits.min(), limits.max()) if len(limits) else (1, 1)
-    if not 1 <= len(r.prompt) <= sampler.max_prompt or not 1 <= low <= high <= sampler.max_tokens:
+    given, most = len(r.prompt) - r.done, sampler.max_tokens - r.done
+    if not 1 <= given <= sampler.max_prompt or not 1 <= low <= high <= most:
+        begun = f", {r.done} of them drawn already" if r.done else ""
         raise ValueError(
-            f"request {i}: prompt of {len(r.prompt)} and limit of {low if low < 1 else high} tokens; the sampler "
-            f"takes prompts of 1..{sampler.max_prompt} and limits of 1..{sampler.max_tokens}"
+            f"request {i}: prompt of {len(r.prompt)}{begun} and limit of {low if low < 1 else high} tokens; the "
+            f"sampler takes prompts of 1..{sampler.max_prompt} and limits of 1..{most}"
         )
     tokens = np.asarray(r.prompt)
     if tokens.min() < 0 or tokens.max() >= sampler.config.vocab_size:

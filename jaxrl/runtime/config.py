@@ -84,6 +84,9 @@ def base_config() -> ConfigDict:
     c.sampling.slots = 64
     c.sampling.chunk = 64
     c.sampling.window = 64
+    c.sampling.carry_over = 0  # > 0: a completion gets so many tokens a generation batch, then waits for the next one
+    c.sampling.prefetch = False  # the next batch's prompts fill slots that idle while the last completions finish
+    c.sampling.warmup = False  # compile every shape the sampler can need before step 1, not only those that occur
     c.sampling.tensor = 1  # chips that share one copy of the sampler's weights; a host holds whole copies
 
     c.algorithm = ConfigDict()
@@ -277,6 +280,11 @@ def validate(config: ConfigDict) -> None:
     ):
         if get(config, key) < 1:
             raise UserError(f"config.{key}={get(config, key)} must be at least 1")
+    if s.carry_over < 0 or (s.carry_over and not b.keep_surplus):
+        raise UserError(
+            f"config.sampling.carry_over={s.carry_over}: at least 0, and above it needs batch.keep_surplus=True, or "
+            "groups that finish beyond the batch, the short ones, would be lost"
+        )
     if b.group_size == 1:
         raise UserError(
             f"config.batch.group_size=1: the {a.advantage!r} advantage compares completions of one "

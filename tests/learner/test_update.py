@@ -179,6 +179,29 @@ def test_exactly_one_update_needs_no_score():
     assert metrics["entropy"] == pytest.approx(np.asarray(entropy).sum() / batch.num_tokens, rel=1e-5)
 
 
+@pytest.mark.parametrize("index", [1, 2], ids=["one update", "scored"])
+def test_stale_tokens_take_the_log_probs_under_which_they_were_drawn(index):
+    prompts, responses, a, old, sampler, _ = data()
+    stale = [0, *map(len, responses[1:9]), len(responses[9]) // 2]  # fresh, older, and one that was continued
+    batch, packing = pack(prompts, responses, a, sampler, (64,), 3 * 64, stale=stale)
+    batch = batch.replace(old_logprobs=packing.spread(old))
+    got, metrics, _ = update(index, batch)
+    tokens, mask, a, old, sampler, _ = plain_data()
+    drawn_before = padded(prompts, [np.arange(len(r)) < s for r, s in zip(responses, stale, strict=True)], fill=0)
+
+    def plain(p):  # the "grpo" loss of Objective(), the mean over sequences of their means over tokens
+        logp = plain_logprobs(p, tokens, mask, 1.0)[0]
+        fresh = jax.lax.stop_gradient(logp) if index == 1 else old
+        ratio = jnp.exp(logp - jnp.where(drawn_before > 0, sampler, fresh))
+        loss = -jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a)
+        return jnp.mean(jnp.sum(loss * mask, 1) / mask.sum(1)), jnp.sum(ratio * mask) / mask.sum()
+
+    (loss, ratio), want = jax.jit(jax.value_and_grad(plain, has_aux=True))(params())
+    close(got, want)
+    assert metrics["loss"] == pytest.approx(float(loss), rel=2e-5)
+    assert metrics["ratio/mean"] == pytest.approx(float(ratio), rel=2e-5) != 1
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_changes_nothing_but_the_counters(bad):
     good, _ = batch_of()

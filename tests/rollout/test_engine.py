@@ -205,13 +205,13 @@ def test_nothing_compiles_after_warm_up(caplog):
     params = s.layout(tiny.params())
     assert s.warmup(params) > 0
     compiled = dict(s.shapes)
+    programs = [getattr(s.programs, name) for name in ("decode", "prefill", "insert", "rebase")]
+    sizes = [p._cache_size() for p in programs]
     with caplog.at_level(logging.WARNING):
         s.generate(params, tiny.requests(), seed=11)
         s.generate(params, tiny.requests(1)[:3] + tiny.requests(7)[3:], seed=12)
         assert s.shapes == compiled and not caplog.records
-        for name, program in s.programs._asdict().items():  # what jax compiled is what was counted
-            if name in ("decode", "prefill", "insert", "rebase"):
-                assert program._cache_size() <= sum(key[0] == name for key in compiled)
+        assert sizes == [p._cache_size() for p in programs]  # what jax compiled is what was counted
         s.generate(params, tiny.requests()[:1], seed=1, sampling=Sampling(top_k=3))
         assert any("compiled decode" in r.getMessage() for r in caplog.records)
 
@@ -261,3 +261,53 @@ def test_buckets_grow_and_never_round_down():
     sizes = [bucket(n, 32) for n in range(1, 3000)]
     assert all(b >= n for n, b in enumerate(sizes, 1)) and sizes == sorted(sizes)
     assert len(set(sizes)) < 25 and all(bucket(b, 32) == b for b in set(sizes))
+
+
+def continued(groups, cut):
+    """Requests for what is left of each completion of tiny.requests() after its first `cut` tokens, one each."""
+    out = []
+    for request, group in zip(tiny.requests(), groups, strict=True):
+        for j, c in enumerate(group):
+            done = min(cut, c.length - 1)
+            prompt = np.concatenate([request.prompt, c.tokens[:done]])
+            rest = request.limits[j] - done
+            one = dict(prompt=prompt, samples=1, max_tokens=rest, first_sample=j, done=done, step=0)
+            out.append(dataclasses.replace(request, **one))
+    return out
+
+
+@pytest.mark.parametrize("cut", [1, 7, 23])
+def test_a_completion_continues_where_it_was_left(cut):
+    requests = continued(baseline(), cut)
+    rest = generate(requests, step=5)  # a later step; the keys are those of the step it began in
+    for request, (got,), whole in zip(requests, rest, sum(baseline(), []), strict=True):
+        np.testing.assert_array_equal(got.tokens, whole.tokens[request.done :])
+        np.testing.assert_allclose(got.logprobs, whole.logprobs[request.done :], atol=1e-5)
+        assert got.finish == whole.finish
+    assert max(len(r.prompt) for r in requests) > tiny.MAX_PROMPT or cut == 1
+
+
+def test_what_was_drawn_counts_towards_the_limits():
+    r = tiny.requests()[0]
+    begun = dataclasses.replace(r, prompt=np.array([9, 9, 9, 9, 9], np.int32), done=4, max_tokens=21)
+    with pytest.raises(ValueError, match="prompt of 5, 4 of them drawn already and limit of 21.*limits of 1..20"):
+        generate([begun])
+    with pytest.raises(ValueError, match="request 0: prompt of 5, 5 of them"):
+        generate([dataclasses.replace(begun, done=5, max_tokens=1)])
+
+
+def test_background_requests_fill_slots_and_wait_for_nobody():
+    requests = tiny.requests()
+    alone = generate(requests[:2])
+    steps = shared()[0].stats.slot_steps
+    some = generate(requests, background=4)
+    stats = dataclasses.replace(shared()[0].stats)
+    tiny.same(some[:2], alone)  # the first two are finished, whatever else ran
+    finishes = {c.finish for g in some[2:] for c in g}
+    assert "partial" in finishes and stats.slot_steps < steps * 2
+    drawn = [c for g in some[2:] for c in g]
+    assert sum(c.length for c in drawn) > 10 and stats.tokens == sum(c.length for g in some for c in g)
+    for got, whole in zip(drawn, sum(baseline()[2:], []), strict=True):  # what they have is what they would have had
+        np.testing.assert_array_equal(got.tokens, whole.tokens[: got.length])
+        assert got.finish == (whole.finish if got.length == whole.length else "partial")
+    assert {c.finish for g in generate(requests, background=6) for c in g} == {"partial"}  # nothing must be finished

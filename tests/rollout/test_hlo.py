@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.rollout.engine import idle_rows
+from jaxrl.rollout.device import idle_rows
 from jaxrl.rollout.programs import Knobs, build_programs
 from models.decoder import abstract_params, sampling_layout
 from tests.rollout import tiny

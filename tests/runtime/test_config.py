@@ -44,6 +44,7 @@ def test_overrides_reach_every_section():
         (["--config.model.path=/no/such/model"], ["config.model.path", "/no/such/model"]),
         (["--config.length.reward=lcpo_exact"], ["config.length.mode", "exact"]),
         (["--config.sampling.top_p=0"], ["top_p"]),
+        (["--config.sampling.carry_over=8"], ["config.sampling.carry_over=8", "batch.keep_surplus=True"]),
         (["--config.sampling.temperature=0"], ["config.sampling.temperature"]),
         (["stray"], ["stray"]),
     ],

@@ -1,0 +1,80 @@
+"""Operations on the pool's device state, each one call of a program: settings, rows, prompts in, windows moved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxrl.rollout.programs import Knobs, Rows
+from jaxrl.rollout.requests import Sampling
+
+if TYPE_CHECKING:
+    from jaxrl.rollout.engine import Sampler
+
+KEY_BLOCK = 256  # random keys are made this many at a time, so that their program has one shape
+
+
+def bucket(n: int, base: int, per_octave: int = 4) -> int:
+    """Round n up to one of a few sizes: multiples of `base`, then `per_octave` sizes per power of two."""
+    n = max(int(n), 1)
+    step = max(base, 1 << max((n - 1).bit_length() - 1, 0) >> (per_octave.bit_length() - 1))
+    return -(-n // step) * step
+
+
+def make_knobs(sampler: Sampler, sampling: Sampling) -> tuple[Knobs, tuple[bool, bool]]:
+    """The traced settings, and which decode program they need: (truncated, biased)."""
+    V, bias = sampler.config.vocab_size, None
+    if sampling.bias is not None:
+        bias = np.asarray(sampling.bias, np.float32)
+        if bias.shape != (V,):
+            raise ValueError(f"bias has shape {bias.shape}, the vocabulary ({V},)")
+        if not np.any(bias > -np.inf) or np.any(np.isnan(bias)) or np.any(bias == np.inf):
+            raise ValueError("bias must be finite or -inf, and leave at least one token")
+    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    values = dict(
+        top_k=np.int32(sampling.top_k), top_p=np.float32(sampling.top_p), min_p=np.float32(sampling.min_p)
+    )
+    knobs = Knobs(np.float32(sampling.temperature), sampler.eos, bias=bias, **(values if truncated else {}))
+    return knobs, (truncated, bias is not None)
+
+
+def idle_rows(size: int) -> Rows:
+    """Rows of a pool in which nothing runs."""
+    zero = np.zeros(size, np.int32)
+    return Rows(zero, zero, zero, zero, zero > 0, np.zeros((size, 2), np.uint32), zero)
+
+
+def insert(sampler: Sampler, cache, prompt, source, chosen, end: int):
+    """Copy prompt rows `source` into the `chosen` rows of the cache, ending at column `end`."""
+    n, _, P, _ = prompt[1][0].shape
+    window, arrays = cache.v[0].shape[2], []
+    for pool, new, axis in ((cache.k, prompt[0], sampler.programs.key_axis), (cache.v, prompt[1], 2)):
+        sizes = (n, P, len(chosen), window, axis)
+        args = (source, chosen, np.int32(end))
+        arrays.append(
+            tuple(
+                sampler.call("insert", sizes, a, b, *args, axis=axis) for a, b in zip(pool, new, strict=True)
+            )
+        )
+    return cache.replace(k=arrays[0], v=arrays[1])
+
+
+def rebase(sampler: Sampler, cache, rows, shift: int, window: int, keep: bool = False):
+    """The cache with other rows (None: the same) and another window, its columns moved left by `shift`.
+
+    The old cache is freed layer by layer, whoever still refers to it, unless `keep`: two caches would not fit.
+    """
+    count, old = cache.v[0].shape[0], cache.v[0].shape[2]
+    sizes = (count, old, None if rows is None else len(rows), window)
+    moved = []
+    for arrays, axis in ((list(cache.k), sampler.programs.key_axis), (list(cache.v), 2)):
+        out = []
+        for array in arrays:
+            args = (array, rows, np.int32(shift))
+            out.append(sampler.call("rebase", (*sizes, axis), *args, window=window, axis=axis))
+            if not keep:
+                array.delete()
+        moved.append(tuple(out))
+    start = cache.start if rows is None else cache.start[: len(rows)]
+    return cache.replace(k=moved[0], v=moved[1], start=start)

@@ -1,0 +1,62 @@
+"""Compiles are counted once, loads from the cache are not, and named ones are reported."""
+
+import contextlib
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src import compilation_cache
+
+from jaxrl.runtime import compiles
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A persistent cache of its own that keeps everything."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def fresh():
+    """A program that no other test compiles; always the same."""
+    return jax.jit(lambda x: jnp.cos(x * 0.12345) + 1)
+
+
+def test_counts_compiles_and_not_loads(cache, monkeypatch):
+    monkeypatch.setattr(compiles, "REPORTED", 0.0)
+    lines = []
+    x = jnp.zeros(7)
+    with contextlib.closing(compiles.Compiles(lines.append)) as counter:
+        with compiles.program("cosine", 7, None):
+            fresh()(x)
+        first = counter.take()
+        assert first["perf/compiles"] == 1 and first["perf/compile_seconds"] > 0
+        assert len(lines) == 1 and lines[0].startswith("compiled cosine 7 None in ")
+        with compiles.program("cosine", 7, None):
+            fresh()(x)  # another jit of the same program: loaded
+        assert counter.take()["perf/compiles"] == 0 and len(lines) == 1
+        f = fresh()
+        f(x)
+        f(jnp.zeros(7, jnp.int32))  # unnamed: counted, not reported
+        assert counter.take()["perf/compiles"] >= 1 and len(lines) == 1
+        assert counter.take() == {"perf/compiles": 0, "perf/compile_seconds": 0.0}
+    fresh()(jnp.zeros((3, 2)))
+    assert counter.take()["perf/compiles"] == 0  # closed
+
+
+def test_threads_do_not_mix_up_their_loads(cache):
+    fresh()(jnp.zeros(5))
+    with contextlib.closing(compiles.Compiles()) as counter:
+        counter._event("/jax/compilation_cache/cache_hits")  # a load that is still under way on this thread
+        other = threading.Thread(target=lambda: fresh()(jnp.zeros(6)))
+        other.start()
+        other.join()
+        assert counter.take()["perf/compiles"] >= 1
