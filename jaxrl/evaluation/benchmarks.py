@@ -93,6 +93,7 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
         fields=fields,
         task="user" if reward else "math",
         skip_bad_rows=flags["skip_bad_rows"],
+        duplicates="keep",
         allow_empty_answer=True,
         limit=flags["limit"] or None,
     )

@@ -98,6 +98,12 @@ def _last_boxes(text: str) -> tuple[str, int] | None:
     return ", ".join(reversed(contents)) + percent, last_end
 
 
+def boxed(text: str) -> str | None:
+    """What the last box of a text, or list of boxes, holds; None without one."""
+    found = _last_boxes(text)
+    return (found[0] or None) if found else None
+
+
 def _last(matches: Iterator[re.Match]) -> re.Match | None:
     last = None
     for match in matches:

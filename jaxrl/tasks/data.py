@@ -6,26 +6,23 @@
     load_problems("math500", data_dir="data")                         data/math500.jsonl, else the hub
     load_problems("openai/gsm8k", split="test", config="main", fields={"problem": "question"})
 
-Names: see NAMES. Multiple-choice rows (a list of choices and which is right) become a question with
-lettered options and the letter as the answer, task "choice".
+Names: see NAMES. What becomes of a row, whatever its fields are called: jaxrl/tasks/rows.py.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
-import numbers
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl.errors import UserError
 from jaxrl.tasks.readers import SUFFIXES, BadRow, read_rows
+from jaxrl.tasks.rows import FIELDS, problem_of
 from jaxrl.types import Problem
 
-FIELDS = {"problem": "problem", "answer": "answer", "id": "id", "choices": "choices"}
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DUPLICATES = ("drop", "error", "keep")
 
 
@@ -39,55 +36,36 @@ class Loaded(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a named data set lives on the hub and what its fields are called; convert changes rows
-    beforehand."""
+    """Where a named data set lives on the hub."""
 
     hub: str
     config: str | None = None
     split: str = "test"
-    fields: Mapping[str, str] = {}
-    convert: Callable[[dict], dict] | None = None
 
 
-def _after_hashes(row: dict) -> dict:
-    """GSM8K's answer is a worked solution that ends in "#### 42"."""
-    if isinstance(row.get("answer"), str) and "####" in row["answer"]:
-        return {**row, "solution": row["answer"], "answer": row["answer"].rsplit("####", 1)[1].strip()}
-    return row
-
-
-def _gpqa(row: dict) -> dict:
-    """Puts the right choice among the wrong ones, at a place that only depends on the question."""
-    choices = [row.get(f"Incorrect Answer {i}") for i in (1, 2, 3)]
-    place = hashlib.sha256(str(row.get("Question")).encode()).digest()[0] % 4
-    choices.insert(place, row.get("Correct Answer"))
-    return {**row, "choices": [str(c).strip() for c in choices], "answer": place}
-
-
-_AGIEVAL = {"problem": "query", "answer": "gold"}
 NAMES: dict[str, Source] = {
-    "gsm8k": Source("openai/gsm8k", "main", fields={"problem": "question"}, convert=_after_hashes),
-    "math500": Source("HuggingFaceH4/MATH-500", fields={"id": "unique_id"}),
+    "gsm8k": Source("openai/gsm8k", "main"),
+    "math500": Source("HuggingFaceH4/MATH-500"),
     "aime24": Source("HuggingFaceH4/aime_2024", split="train"),
     "aime25": Source("math-ai/aime25"),
-    "amc23": Source("math-ai/amc23", fields={"problem": "question"}),
-    "minerva": Source("math-ai/minervamath", fields={"problem": "question"}),
-    "olympiadbench": Source(
-        "Hothan/OlympiadBench",
-        "OE_TO_maths_en_COMP",
-        "train",
-        {"problem": "question", "answer": "final_answer"},
-    ),
+    "amc23": Source("math-ai/amc23"),
+    "minerva": Source("math-ai/minervamath"),
+    "olympiadbench": Source("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
     "deepscaler": Source("agentica-org/DeepScaleR-Preview-Dataset", split="train"),
     "dapo_math_17k": Source("BytedTsinghua-SIA/DAPO-Math-17k", split="train"),
-    "gpqa_diamond": Source(
-        "Idavidrein/gpqa", "gpqa_diamond", "train", {"problem": "Question", "id": "Record ID"}, _gpqa
-    ),
-    "lsat": Source("hails/agieval-lsat-lr", fields=_AGIEVAL),
-    "lsat_ar": Source("hails/agieval-lsat-ar", fields=_AGIEVAL),
-    "lsat_rc": Source("hails/agieval-lsat-rc", fields=_AGIEVAL),
-    "mmlu": Source("cais/mmlu", "all", fields={"problem": "question"}),
+    "gpqa_diamond": Source("Idavidrein/gpqa", "gpqa_diamond", "train"),
+    "lsat": Source("hails/agieval-lsat-lr"),
+    "lsat_ar": Source("hails/agieval-lsat-ar"),
+    "lsat_rc": Source("hails/agieval-lsat-rc"),
+    "mmlu": Source("cais/mmlu", "all"),
 }
+_SPELLINGS = {"aime2024": "aime24", "aime2025": "aime25", "gpqa": "gpqa_diamond", "minervamath": "minerva"}
+_SPELLINGS |= {name.replace("_", ""): name for name in NAMES}
+
+
+def known_name(spec: str) -> str:
+    """The name in NAMES that a spelling means ("MATH-500", "AIME 2024"); the spelling itself if none."""
+    return _SPELLINGS.get(re.sub(r"[-_ ]", "", spec.lower()), spec)
 
 
 def load_problems(
@@ -108,7 +86,8 @@ def load_problems(
 
     data_dir: where names are looked up first, as NAME.jsonl, NAME_test.jsonl.gz, ... split, config: of a
     hub data set; split also picks files of a directory by their names. fields: {"problem" | "answer" | "id"
-    | "choices": field name in the rows}. Rows without an id get "NAME/ROW". All other fields end up in
+    | "choices": field name in the rows}; without it common names are found (rows.ALIASES). Rows without an id get
+    "NAME/ROW". All other fields end up in
     Problem.info. task: of the problems that are not multiple choice. skip_bad_rows: leave out rows that
     cannot be used, and say which. duplicates of an id: "error", "drop" all but the first, or "keep" all (the
     later ones as ID#2, ID#3, ...). limit: rows to keep at most.
@@ -122,7 +101,7 @@ def load_problems(
     unknown = set(fields or {}) - set(FIELDS)
     if unknown:
         raise UserError(f"fields: no such key: {', '.join(sorted(unknown))}; valid: {', '.join(FIELDS)}")
-    name, rows, source = _open(spec, data_dir, split, config)
+    name, rows = _open(spec, data_dir, split, config)
     problems, skipped, repeated = [], [], 0
     seen: dict[str, str] = {}
     copies: collections.Counter[str] = collections.Counter()
@@ -130,13 +109,8 @@ def load_problems(
         try:
             if isinstance(row, BadRow):
                 raise row
-            row = source.convert(row) if source and source.convert else row
-            # a local copy of a named set may have been renamed to the plain field names already
-            theirs = {k: v for k, v in (source.fields if source else {}).items() if v in row}
-            names = {**FIELDS, **theirs, **(fields or {})}
-            problem = _problem(
-                row, names, place, task, allow_empty_answer, f"{name}/{len(seen) + len(skipped)}"
-            )
+            default_id = f"{name}/{len(seen) + len(skipped)}"
+            problem = problem_of(row, fields or {}, place, task, allow_empty_answer, default_id)
         except BadRow as e:
             if not skip_bad_rows:
                 raise UserError(f"{e} (skip_bad_rows leaves such rows out)") from None
@@ -188,34 +162,28 @@ def check_prompt_lengths(
 
 def _open(
     spec: str, data_dir: str, split: str | None, config: str | None
-) -> tuple[str, Iterator[tuple[str, Any]], Source | None]:
-    """(name for ids, rows with their places, source) of a data set."""
+) -> tuple[str, Iterator[tuple[str, Any]]]:
+    """(name for ids, rows with their places) of a data set."""
     path = pathlib.Path(spec)
-    source = NAMES.get(spec)
+    known = known_name(spec)
     if spec.endswith(SUFFIXES) or path.is_file():
         if not path.is_file():
             raise UserError(f"{spec}: no such file")
-        return (
-            _stem(path),
-            read_rows(path),
-            NAMES.get(_stem(path).removesuffix("_test").removesuffix("_train")),
-        )
-    if path.is_dir() and not source:
-        return path.name, _directory(path, split), None
-    wanted = (
-        [f"{spec}{part}{suffix}" for part in _parts(split) for suffix in SUFFIXES] if "/" not in spec else []
-    )
-    for file in wanted:
+        return _stem(path), read_rows(path)
+    if path.is_dir() and known not in NAMES:
+        return path.name, _directory(path, split)
+    names = dict.fromkeys([spec, known])
+    wanted = [f"{name}{part}{suffix}" for name in names for part in _parts(split) for suffix in SUFFIXES]
+    for file in wanted if "/" not in spec else []:
         if data_dir and (pathlib.Path(data_dir) / file).is_file():
-            return spec, read_rows(pathlib.Path(data_dir) / file), source
-    if source is None and "/" not in spec:
+            return known, read_rows(pathlib.Path(data_dir) / file)
+    if known not in NAMES and "/" not in spec:
         looked = f" (no {wanted[0]}, ... in {data_dir})" if data_dir else ""
         raise UserError(
             f"data set {spec!r} is unknown{looked}; valid: a {', '.join(SUFFIXES)} file, a directory, "
             f"owner/name on the Hugging Face hub, or one of {', '.join(NAMES)}"
         )
-    rows = _hub(spec, source or Source(spec), split, config, data_dir)
-    return spec.rsplit("/", 1)[-1], rows, source
+    return known.rsplit("/", 1)[-1], _hub(spec, NAMES.get(known, Source(spec)), split, config, data_dir)
 
 
 def _parts(split: str | None) -> tuple[str, ...]:
@@ -275,107 +243,3 @@ def _hub(
             f"data set {spec!r}: {looked}{source.hub} from the Hugging Face hub: {reason}"
         ) from None
     return ((f"{spec}: row {i}", row) for i, row in enumerate(data))
-
-
-def _problem(
-    row: dict, names: Mapping[str, str], place: str, task: str, allow_empty_answer: bool, default_id: str
-) -> Problem:
-    """The problem of one row; BadRow if it has none."""
-    if isinstance(row.get("prompt"), list) and isinstance(row.get("reward_model"), dict):
-        return _verl(row, place, task, allow_empty_answer, default_id)
-    prompt = _text(row, names["problem"], place)
-    raw = row.get(names["answer"], row.get("label") if "label" in row and "choices" in row else None)
-    info = {k: v for k, v in row.items() if k not in (names["problem"], names["answer"], names["id"])}
-    choices = row.get(names["choices"])
-    if isinstance(choices, Mapping):  # ARC: {"text": [...], "label": [...]}
-        choices = choices.get("text")
-    if isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 1:
-        letter = _letter(raw, choices, place, names["answer"])
-        prompt, task, answer = format_choices(prompt, choices), "choice", letter
-    else:
-        answer = _answer(raw, place, names["answer"], row, allow_empty_answer)
-    id = row.get(names["id"])
-    return Problem(default_id if id in (None, "") else str(id), prompt, answer, task, info=info)
-
-
-def format_choices(question: str, choices: Sequence[Any]) -> str:
-    """A question with its options, one a line: "A. ...". Options that the question already lists are not
-    repeated."""
-    options = [str(c).strip() for c in choices]
-    if all(option in question for option in options):
-        return question
-    lettered = (
-        o if o[:3] in (f"({x})", f"{x}. ", f"{x}) ") else f"{x}. {o}"
-        for x, o in zip(LETTERS, options, strict=False)
-    )
-    return question.rstrip() + "\n\n" + "\n".join(lettered)
-
-
-def _letter(raw: Any, choices: Sequence[Any], place: str, field: str) -> str:
-    """The letter of the right choice, given as index, list of one index, letter or text."""
-    if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) == 1:
-        raw = raw[0]
-    options = [str(c).strip() for c in choices]
-    if isinstance(raw, numbers.Integral) and not isinstance(raw, bool) and 0 <= raw < len(choices):
-        return LETTERS[raw]
-    text = str(raw).strip() if isinstance(raw, str) else ""
-    if len(text.strip("()")) == 1 and text.strip("()").upper() in LETTERS[: len(choices)]:
-        return text.strip("()").upper()
-    if text in options:
-        return LETTERS[options.index(text)]
-    if text.isdigit() and int(text) < len(choices):
-        return LETTERS[int(text)]
-    raise BadRow(
-        f"{place}: {field}={raw!r} names none of the {len(choices)} choices; valid: an index, letter or text"
-    )
-
-
-def _verl(row: dict, place: str, task: str, allow_empty_answer: bool, default_id: str) -> Problem:
-    """verl's schema: chat messages, reward_model.ground_truth, data_source, extra_info."""
-    messages = row["prompt"]
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise BadRow(f"{place}: prompt must be a list of messages with role and content")
-    user = [m["content"] for m in messages if m.get("role") == "user"]
-    if not user or not user[-1].strip():
-        raise BadRow(f"{place}: prompt has no message of the user")
-    answer = _answer(
-        row["reward_model"].get("ground_truth"), place, "reward_model.ground_truth", row, allow_empty_answer
-    )
-    extra = row.get("extra_info") if isinstance(row.get("extra_info"), dict) else {}
-    source = str(row.get("data_source") or "")
-    parts = [source, extra.get("split"), extra.get("index")]
-    id = (
-        "/".join(str(p) for p in parts if p not in (None, ""))
-        if extra.get("index") is not None
-        else default_id
-    )
-    messages = [{"role": str(m.get("role", "user")), "content": m["content"]} for m in messages]
-    return Problem(id, user[-1], answer, task, info={**extra, "data_source": source, "messages": messages})
-
-
-def _text(row: dict, field: str, place: str) -> str:
-    value = row.get(field)
-    if isinstance(value, str) and value.strip():
-        return value
-    if field in row:
-        raise BadRow(
-            f"{place}: field {field!r} is {'empty' if not value else f'not text but {type(value).__name__}'}"
-        )
-    raise BadRow(
-        f"{place}: no field {field!r}; the row has {', '.join(map(str, row)) or 'none'}; map it with fields"
-    )
-
-
-def _answer(value: Any, place: str, field: str, row: dict, allow_empty: bool) -> str:
-    """The reference answer as text; numbers are written out, a list of one is that one."""
-    if isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bool) or (value is not None and not isinstance(value, str | numbers.Real)):
-        raise BadRow(f"{place}: answer field {field!r} is {type(value).__name__}, not text or a number")
-    if value is None:
-        there = f"the row has {', '.join(map(str, row)) or 'none'}"
-        raise BadRow(f"{place}: no answer field {field!r}; {there}; map it with fields")
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    if not text.strip() and not allow_empty:
-        raise BadRow(f"{place}: answer field {field!r} is empty")
-    return text

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -10,8 +11,9 @@ import pytest
 
 from jaxrl.errors import UserError
 from jaxrl.runtime.config import base_config
-from jaxrl.tasks.data import NAMES, check_prompt_lengths, format_choices, load_problems
+from jaxrl.tasks.data import NAMES, check_prompt_lengths, known_name, load_problems
 from jaxrl.tasks.load import open_task
+from jaxrl.tasks.rows import format_choices
 from jaxrl.types import Problem
 from models.tokenizers import vocab_tokenizer
 from tests.shared import shared_path
@@ -143,6 +145,64 @@ def test_hub_rows_are_converted(write, tmp_path):
         "mmlu.jsonl", {"question": "Which?", "choices": ["a1", "b1", "c1", "d1"], "answer": 3, "subject": "x"}
     )
     assert load_problems("mmlu", data_dir=str(tmp_path)).problems[0].answer == "D"
+
+
+OTHER_NAMES = {
+    "question": ({"question": "Q?", "answer": "2"}, "2"),
+    "capitals": ({"ID": "2024-I-1", "Problem": "Q?", "Solution": "..", "Answer": 204}, "204"),
+    "gsm8k": ({"question": "Q?", "answer": "We add. #### 1,002"}, "1,002"),
+    "expected": ({"prompt": "Q?", "expected_answer": 2.0}, "2"),
+    "solution": ({"problem": "Q?", "solution": "So \\boxed{\\frac{1}{3}}."}, "\\frac{1}{3}"),
+    "several": ({"question": "Q?", "final_answer": ["1", "-1"]}, "1, -1"),
+    "null first": ({"question": "Q?", "answer": None, "target": "3"}, "3"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_NAMES)
+def test_common_field_names_are_found(write, kind):
+    row, answer = OTHER_NAMES[kind]
+    [problem] = load_problems(write("x.jsonl", row)).problems
+    assert (problem.prompt, problem.answer, problem.task) == ("Q?", answer, "math")
+    assert problem.id == row.get("ID", "x/0")
+
+
+def test_a_name_that_is_given_is_not_guessed(write):
+    path = write("x.jsonl", {"question": "Q?", "answer": "2", "other": "3"})
+    assert load_problems(path, fields={"answer": "other"}).problems[0].answer == "3"
+    assert "no answer field 'gone'" in error(path, fields={"answer": "gone"})
+    label = {"problem": "Q?", "label": 1}  # could be anything
+    assert "no answer field" in error(write("label.jsonl", label))
+
+
+CHOICES = {
+    "options": {"options": ["red", "blue"], "answer": "B"},
+    "lettered": {"options": ["(A) red", "(B) blue"], "answer": None, "label": "B"},
+    "columns": {"A": "red", "B": "blue", "answer": "B"},
+    "mapping": {"options": {"A": "red", "B": "blue"}, "answer": "B"},
+    "arc": {"choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answerKey": "2"},
+    "gold": {"choices": ["red", "blue"], "gold": [1]},
+    "text": {"choices": ["red", "blue"], "correct_answer": "blue"},
+}
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_ways_to_write_choices(write, kind):
+    [problem] = load_problems(write("x.jsonl", {"question": "Which?", **CHOICES[kind]})).problems
+    assert (problem.answer, problem.task) == ("B", "choice")
+    assert re.fullmatch(r"Which\?\n\n(A\.|\(A\)) red\n(B\.|\(B\)) blue", problem.prompt)
+
+
+def test_passages_and_numbers_among_the_choices(write):
+    row = {"passage": "Long. ", "question": "1 + 2 = ?", "options": ["1", "2", "3"], "answer": "C"}
+    [problem] = load_problems(write("x.jsonl", row)).problems
+    assert problem.prompt == "Long.\n\n1 + 2 = ?\n\nA. 1\nB. 2\nC. 3"  # the question does not list them
+
+
+@pytest.mark.parametrize("name", ["MATH-500", "AIME 2024", "AMC23", "GPQA-Diamond", "Minerva", "OlympiadBench"])
+def test_names_as_papers_write_them(write, tmp_path, name):
+    assert known_name(name) in NAMES
+    write(f"{known_name(name)}.jsonl", GOOD)
+    assert load_problems(name, data_dir=str(tmp_path)).problems[0].answer == "2"
 
 
 def test_directories(write, tmp_path):
