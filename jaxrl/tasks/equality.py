@@ -100,7 +100,7 @@ def clean(latex: str) -> str:
     text = re.sub(r"(?<=[\d)])(?:or|and)(?=[A-Za-z(\d-])", ", ", text)
     text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z])", "", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s", " ", text)
-    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace(r"\varnothing", r"\emptyset")
     text = re.sub(r",?\s*\\(?:text|mbox)\s*\{\s*(?:and|or|AND|OR)\s*\}", ", ", text)
     text = re.sub(r"\\(?:mathrm|text|rm)\s*\{\s*([ei])\s*\}", r"\1", text)
     return _close_roots(text).strip().rstrip(".,;: ").strip()

@@ -60,6 +60,11 @@ EQUAL = [
     (r"\frac{1}{21000}x", r"\frac{1}{21,000}x"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}"),
     (r"\text{Clara}, 5", "Clara, 5"),
+    (r"\varnothing", r"\emptyset"),
+    ("1000", r"1\,000"),
+    ("1000", "1e3"),
+    ("2516_8", "2516_8"),
+    (r"1-\frac1e", "1-e^{-1}"),
 ]
 DIFFERENT = [
     (r"1-\frac{1}{\mathrm{e}}", r"1+\frac{1}{\mathrm{e}}"),
@@ -86,6 +91,10 @@ DIFFERENT = [
     ("[0,1)", "(0,1)"),
     ("3", r"3 \text{ or } 5"),
     ("x", "5"),
+    ("even", "neve"),
+    ("2516_8", "2516_{10}"),
+    ("2516_8", "2516_7"),
+    (r"\varnothing", "0"),
 ]
 
 
@@ -217,5 +226,5 @@ def test_no_accelerator_library_in_the_worker():
 
 
 def test_version_and_outcomes_are_fixed():
-    assert GRADER_VERSION == "1"
+    assert GRADER_VERSION == "2"
     assert OUTCOMES == ("correct", "wrong", "unparsed", "timeout", "crashed")
