@@ -26,6 +26,7 @@ def test_two_hosts_train_as_one(tmp_path, dial_model, fsdp):
     def start(folder, devices, **env):
         changes = {"steps": 3, "mesh.fsdp": fsdp, "batch.updates": 2, "algorithm.kl_coef": 0.01}
         changes |= {"batch.generation_prompts": 5, "batch.keep_surplus": True, "run_dir": tmp_path / folder}
+        changes["sampling.carry_over"] = 5
         flags = smooth(dial_model, **changes, distributed=bool(env))
         return cli_train(*flags, env={**on_fake_devices(devices), **env})
 
@@ -46,9 +47,11 @@ def test_two_hosts_train_as_one(tmp_path, dial_model, fsdp):
     assert_metrics_close(tmp_path / "two", tmp_path / "one")
     records = read_metrics(tmp_path / "two" / "metrics.jsonl")
     assert [r["step"] for r in records] == [0, 1, 2, 3] and any(r.get("grad_norm", 0) > 0 for r in records)
-    assert any(r.get("selection/surplus") for r in records)
+    assert any(r.get("selection/surplus") for r in records) and any(r.get("selection/pending") for r in records)
     states = [json.loads((last(tmp_path / name) / "host.json").read_text())["collector"] for name in ("one", "two")]
     assert states[0]["position"] == states[1]["position"]
+    tokens = [[[c[0] for c in p["completions"]] for p in state["pending"]] for state in states]
+    assert tokens[0] == tokens[1]
     load_model(tmp_path / "two")  # one process reads what two have saved
 
 
