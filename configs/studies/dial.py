@@ -11,7 +11,7 @@ STAGES = {"warm start": {"entry": "sft"}}
 COMMON = {
     "steps": 30,
     "batch.updates": 4,
-    "optimizer.learning_rate": 3e-4,
+    "optimizer.learning_rate": 1e-4,
     # one row a micro-batch: nearly all mini-batches have one shape, and compile once
     "batch.row_tokens": 128,
     "batch.micro_tokens": 128,

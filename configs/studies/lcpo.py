@@ -2,7 +2,7 @@
 
     python -m jaxrl.study --config=configs/studies/lcpo.py --in_process
 
-Exact, Max, and Max continued from Exact (L1's recipe; it has had twice the updates), beside RL that is told
+Exact, and Max continued from Exact (L1's recipe; it has had twice the updates), beside RL that is told
 budgets but not paid for keeping them, and RL that is told none. Training budgets are feasible, U[2n+1, 22] for n
 operands. Then each model is swept over budgets: on chains of up to 4, where every budget of the list can be kept
 with full working, and up to 8, where the short ones cannot and some accuracy must go.
@@ -14,7 +14,7 @@ from configs.studies.dial import OUT, SEEDS
 def get_study():
     exact = {"length.mode": "exact", "length.reward": "lcpo_exact", "start": "warm start, budgets"}
     # a budget of the other mode is a token the policy must have seen, so both occur in the demonstrations
-    at_most = {"length.mode": "max", "length.reward": "lcpo_max", "start": "warm start, budgets"}
+    at_most = {"length.mode": "max", "length.reward": "lcpo_max", "start": "LCPO-Exact"}
     return {
         "config": "configs/quickstart_l1.py",
         "out": OUT,
@@ -23,6 +23,7 @@ def get_study():
         "common": {
             "steps": 70,
             "length.warmup_steps": 10,
+            "batch.prompts": 16,
             "batch.row_tokens": 128,
             "batch.micro_tokens": 128,
             "task.dial.train": 5000,
@@ -38,8 +39,7 @@ def get_study():
             "no length reward": exact | {"length.reward": "none"},
             "no budgets": exact | {"length.reward": "none", "length.mode": "none"},
             "LCPO-Exact": exact,
-            "LCPO-Max": at_most,
-            "LCPO-Max after Exact": at_most | {"start": "LCPO-Exact"},
+            "LCPO-Max after Exact": at_most,
         },
         "metrics": ["eval/accuracy", "eval/mean_deviation", "eval/hard_violation"],
         "sweep": {
@@ -51,7 +51,6 @@ def get_study():
         },
         "sweeps": {
             "Exact, asked": {"run": "LCPO-Exact", "budget_mode": "exact"},
-            "Max, asked": {"run": "LCPO-Max", "budget_mode": "max"},
             "Max after Exact, asked": {"run": "LCPO-Max after Exact", "budget_mode": "max"},
             "no length reward, asked": {"run": "no length reward", "budget_mode": "exact"},
             "no budgets, left alone": {"run": "no budgets", "budget_mode": "none"},
