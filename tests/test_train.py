@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxrl import build, train
 from jaxrl.batch import make_batches
@@ -280,6 +282,44 @@ def test_a_mistake_is_one_line_of_the_command_too(tmp_path, name):
     child = cli_train(*flags, f"--config.run_dir={tmp_path / 'run'}", env={"JAX_PLATFORMS": "cpu"})
     _, error = child.communicate(timeout=600)
     check_error(child.returncode, error, words)
+
+
+DAMAGE = {
+    "not finite": "model.safetensors: tensor model.norm.weight at [3] is nan",
+    "missing": "tensor model.norm.weight is missing",
+    "extra": "tensor model.more is unexpected",
+    "misshapen": "tensor model.norm.weight has shape [31]",
+    "truncated": "model.safetensors: truncated",
+    "tokenizer": "vocab.json:1: not valid JSON",
+    "config": "config.json: key 'hidden_size'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_model_that_cannot_be_used_is_one_line(tmp_path, dial_model, damage, monkeypatch, capsys):
+    model = shutil.copytree(dial_model, tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    scale = tensors.pop("model.norm.weight").copy()
+    if damage == "not finite":
+        scale[3] = np.nan
+    scales = {"missing": {}, "extra": {"model.norm.weight": scale, "model.more": scale},
+              "misshapen": {"model.norm.weight": scale[:31]}}  # fmt: skip
+    save_file(tensors | scales.get(damage, {"model.norm.weight": scale}), file)
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "tokenizer":
+        (model / "vocab.json").write_text("{")
+    elif damage == "config":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
+    monkeypatch.chdir(ROOT)
+    flags = ["--config=tests/tiny.py", f"--config.model.path={model}", "--config.model.tokenizer=",
+             "--config.sft.steps=0", f"--config.run_dir={tmp_path / 'run'}"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    with pytest.raises(SystemExit) as e:
+        cli.run(train.main)
+    check_error(e.value.code, capsys.readouterr().err, [str(model), DAMAGE[damage]])
 
 
 # ---- SIGTERM

@@ -318,6 +318,20 @@ def test_duplicates_of_a_run_are_counted_and_printed(write, caplog, duplicates, 
     assert (counted in caplog.text) == (duplicates == "drop")
 
 
+def test_rows_left_out_of_a_run_are_counted_and_printed(write, caplog):
+    path = write("x.jsonl", GOOD, {**GOOD, "id": "long", "problem": "1+" * 300}, {"problem": "no answer"})
+    config = base_config()
+    config.task.name, config.task.data, config.task.skip_bad_rows = "math", path, True
+    tokenizer = vocab_tokenizer([*map(chr, range(32, 127)), "<end>", "<pad>"], "<end>", "<pad>")
+    with pytest.raises(UserError, match="problem 'long': its prompt has .* 512 fit"), open_task(config, tokenizer):
+        pass
+    config.task.long_prompts = "drop"
+    with caplog.at_level("WARNING"), open_task(config, tokenizer) as task:
+        assert [p.id for p in task.train] == ["a"]
+    assert "task.data: 1 of 2 prompts are too long and left out" in caplog.text
+    assert f"{path}: 1 rows left out, the first: {path}:3: no answer field" in caplog.text
+
+
 @pytest.mark.parametrize("cut", [1, 30, 200, -9, -1])
 def test_truncated_gzip(tmp_path, cut):
     rows = "".join(json.dumps({**GOOD, "id": str(i), "x": i**9}) + "\n" for i in range(500)).encode()
