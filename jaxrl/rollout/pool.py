@@ -209,6 +209,7 @@ class Run:
         ran = int(emitted.max(initial=0))
         self.end += ran
         self.stats.decode_calls += 1
+        self.stats.steps += ran
         self.stats.slot_steps += ran * len(s.token)
         self.stats.seconds_decode += time.perf_counter() - begin
         self.record = (s.request.copy(), s.sample.copy(), emitted, tokens, logps)

@@ -67,13 +67,14 @@ class Sampling:
 
 @dataclasses.dataclass
 class Stats:
-    """Counts of one `generate` call. slot_steps: rows x decode steps run, the denominator of utilisation.
+    """Counts of one `generate` call. steps: decode steps run; slot_steps: rows x steps, the denominator of utilisation.
 
     seconds_decode: in or waiting for decode calls; seconds_prefill: launching prefills only, which run while the
     host goes on (benchmarks/sampler.py measures them whole); what is left of seconds_total is the host's own work.
     """
 
     tokens: int = 0
+    steps: int = 0
     slot_steps: int = 0
     decode_calls: int = 0
     prefill_calls: int = 0
