@@ -16,7 +16,7 @@ _program: contextvars.ContextVar[str] = contextvars.ContextVar("program", defaul
 
 @contextlib.contextmanager
 def program(name: str, *sizes):
-    """Compiles inside are reported as this program of these sizes; others are only counted."""
+    """Compiles inside are reported as this program of these sizes, others by the name of their function."""
     token = _program.set(f"{name} {' '.join(map(str, sizes))}".strip())
     try:
         yield
@@ -27,7 +27,7 @@ def program(name: str, *sizes):
 class Compiles:
     """Counts from the moment it is made until `close`. Programs loaded from the cache are not compiled.
 
-    report: called with one line for each compile of a named program that took a while, from the thread that compiled.
+    report: called with one line for each compile that took a while, from the thread that compiled.
     """
 
     def __init__(self, report: Callable[[str], None] | None = None):
@@ -51,12 +51,12 @@ class Compiles:
         if event == "/jax/compilation_cache/cache_hits":  # comes before the duration, on the same thread
             self._loaded.hit = True
 
-    def _duration(self, event: str, seconds: float, **_) -> None:
+    def _duration(self, event: str, seconds: float, fun_name: str = "", **_) -> None:
         if event != "/jax/core/compile/backend_compile_duration":
             return
         hit, self._loaded.hit = getattr(self._loaded, "hit", False), False
         with self._lock:
             self._count += not hit
             self._seconds += seconds
-        if self._report and not hit and seconds >= REPORTED and _program.get():
-            self._report(f"compiled {_program.get()} in {seconds:.1f} s")
+        if self._report and not hit and seconds >= REPORTED:
+            self._report(f"compiled {_program.get() or fun_name} in {seconds:.1f} s")

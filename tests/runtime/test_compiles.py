@@ -45,8 +45,13 @@ def test_counts_compiles_and_not_loads(cache, monkeypatch):
         assert counter.take()["perf/compiles"] == 0 and len(lines) == 1
         f = fresh()
         f(x)
-        f(jnp.zeros(7, jnp.int32))  # unnamed: counted, not reported
-        assert counter.take()["perf/compiles"] >= 1 and len(lines) == 1
+        f(jnp.zeros(7, jnp.int32))
+        assert counter.take()["perf/compiles"] == len(lines) - 1 >= 1
+        assert any("lambda" in line for line in lines[1:])  # by the name of the function
+        monkeypatch.setattr(compiles, "REPORTED", 99.0)
+        reported = len(lines)
+        f(jnp.zeros(9))
+        assert counter.take()["perf/compiles"] >= 1 and len(lines) == reported  # too quick to be worth a line
         assert counter.take() == {"perf/compiles": 0, "perf/compile_seconds": 0.0}
     fresh()(jnp.zeros((3, 2)))
     assert counter.take()["perf/compiles"] == 0  # closed
