@@ -6,8 +6,8 @@
 --data lists files (jsonl, jsonl.gz, parquet), names of benchmarks, or the embedded task with its settings
 ("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over lengths: asked for in the prompt (--budget_mode=exact
 or max), enforced from outside by s1's budget forcing (forced), or only compared with (none).
---reward=module:function grades with a function of yours. A killed evaluation continues when the same command is
-given again.
+--reward=module:function grades with a function of yours. --distributed joins the processes of several hosts.
+A killed evaluation continues when the same command is given again.
 
 Written to --out: result.json, table.md, and every completion under completions/.
 """
@@ -31,13 +31,13 @@ import jax.numpy as jnp
 from jaxrl import build
 from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
-from jaxrl.evaluation.benchmarks import EvalSet, load_set
+from jaxrl.evaluation.benchmarks import EvalSet, load_sets
 from jaxrl.evaluation.lengths import MODES, forced_generate, generation_cap, length_metrics, sweep_metrics
 from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
 from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
 from jaxrl.rollout.engine import Sampler, Sampling
 from jaxrl.rollout.placement import place
-from jaxrl.runtime import cli
+from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
 from jaxrl.runtime.rundir import atomic_write
@@ -50,7 +50,7 @@ FLAGS = dict(
     min_p=0.0, seed=0, template="", data_dir="", split="", problem_field="", answer_field="", id_field="",
     skip_bad_rows=False, reward="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
     waits=0, answer_tokens=0, end_thinking="</think>",
-    batch=0, slots=64, tensor=1, dtype="float32", grader_workers=2, grader_timeout=5.0,
+    distributed=False, batch=0, slots=64, tensor=1, dtype="float32", grader_workers=2, grader_timeout=5.0,
 )  # fmt: skip
 
 
@@ -82,6 +82,8 @@ def main(argv: list[str]) -> None:
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     _check(flags)
     cli.use_compilation_cache()
+    if flags["distributed"]:
+        distributed.initialize()
     out = pathlib.Path(flags["out"])
     (out / "completions").mkdir(parents=True, exist_ok=True)
     steps: list[int | None] = checkpoint_steps(flags["model"])[-1:] or [None]
@@ -101,16 +103,18 @@ def main(argv: list[str]) -> None:
         reward = stack.enter_context(UserReward(flags["reward"], *limits)) if flags["reward"] else None
         for step in steps:
             config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]), shardings, step)
-            sets = [load_set(spec, tokenizer, flags, grader, reward) for spec in flags["data"].split(",")]
+            sets = load_sets(flags["data"], tokenizer, flags, grader, reward)
             info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name}
             placement = place(config, mesh, flags["tensor"]) if mesh else None
             results += evaluate_sets(config, params, tokenizer, sets, step, flags, out, placement)
-    report = write_results(out, results, info, flags)
-    print(report)
-    print(f"written to {out}")
+    if distributed.is_main():
+        print(write_results(out, results, info, flags))
+        print(f"written to {out}")
 
 
 def _check(flags: dict) -> None:
+    if flags["positional"]:
+        raise UserError(f"unexpected argument {flags['positional'][0]!r}; settings are --name=value")
     if flags["budget_mode"] not in MODES:
         raise UserError(f"--budget_mode={flags['budget_mode']!r}: choose one of {', '.join(MODES)}")
     if flags["dtype"] not in ("float32", "bfloat16"):
@@ -153,7 +157,7 @@ def evaluate_sets(
             limit = min(limit, config.max_position_embeddings)
             jobs.append((data, problems, [data.encode(p) for p in problems], limit, budget))
     context = config.max_position_embeddings
-    longest = max((len(p) for job in jobs for p in job[2] if len(p) < context), default=1)
+    longest = max((len(p) for job in jobs for p in job[2] if 0 < len(p) < context), default=1)
     if mode == "forced":  # the answer is asked for with the thinking in the prompt
         longest += max((job[3] for job in jobs if job[4]), default=0)
     replicas = placement.row_multiple if placement else 1
@@ -177,11 +181,15 @@ def evaluate_sets(
         force = None
         if budget and mode == "forced":
             answer = flags["answer_tokens"] or data.answer_tokens
-            force = forced_generate(sampler, budget, data.delimiters, answer, flags["waits"])
+            force = forced_generate(sampler, budget, data.delimiters(), answer, flags["waits"])
+        unreadable = sum(not prompt for prompt in prompts)
+        if unreadable and distributed.is_main():
+            note = "hold text that the model has no tokens for; they count as answered wrongly"
+            print(f"{name}: {unreadable} of {len(prompts)} prompts {note}", file=sys.stderr)
         run_set(store, name, data, problems, prompts, limit, sampler, layout, tokenizer, flags, force)
-        records = store.read()
-        records = [records[p.id] | {"budget": p.budget} for p in problems]
-        row = {"name": name, "data": data.name, "step": step, "budget": budget}
+        records = [store.records[p.id] | {"budget": p.budget} for p in problems]
+        row = {"name": name, "data": data.name, "step": step, "budget": budget, "max_tokens": limit}
+        row |= {"template": data.template, "grader": data.grader_version}
         row |= {"mode": mode if budget else problems[0].mode, **summarize(records)}
         results.append(row | length_metrics(records, flags["soft_tolerance"]))
     return results
@@ -189,8 +197,9 @@ def evaluate_sets(
 
 def run_set(store, name, data, problems, prompts, limit, sampler, params, tokenizer, flags, force=None) -> None:
     """Samples and grades what the store does not hold yet, some problems at a time. force: see forced_generate."""
-    done = store.read()
-    todo = [i for i, p in enumerate(problems) if p.id not in done]
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    done = {key: (r["prompt"], r["answer"]) for key, r in store.records.items()}  # of another text: asked again
+    todo = [i for i, p in enumerate(problems) if done.get(p.id) != (texts[i], p.answer)]
     todo.sort(key=lambda i: len(prompts[i]))  # prompts of one prefill bucket together
     size = flags["batch"] or max(1, math.ceil(4 * flags["slots"] / flags["samples"]))
     sampling = Sampling(flags["temperature"], flags["top_k"], flags["top_p"], flags["min_p"])
@@ -213,54 +222,61 @@ def run_set(store, name, data, problems, prompts, limit, sampler, params, tokeni
             room=limit if force else 1,
         )
         for i, record in zip(part, records, strict=True):
-            record["prompt"] = tokenizer.decode(prompts[i])
+            record["prompt"] = texts[i]
         store.append(records)
         tokens += sum(s["tokens"] for r in records for s in r["samples"])
         rate = tokens / (time.perf_counter() - begin)
         count = len(problems) - len(todo) + first + len(part)
-        right = summarize(list(store.read().values()))["accuracy"]
-        print(
-            f"{name}: {count}/{len(problems)} problems, accuracy {100 * right:.1f} %, {rate:,.0f} tokens/s",
-            file=sys.stderr,
-        )
+        right = summarize(list(store.records.values()))["accuracy"]
+        line = f"{name}: {count}/{len(problems)} problems, accuracy {100 * right:.1f} %, {rate:,.0f} tokens/s"
+        if distributed.is_main():
+            print(line, file=sys.stderr)
 
 
 class Store:
     """The records of one set as jsonl, appended batch by batch: what is there need not be sampled again.
 
     The first line holds the settings; other settings on the same file raise UserError. A last line torn by a
-    kill is cut off.
+    kill is cut off. Of several hosts the first reads and writes the file. records: {problem id: record}.
     """
 
     def __init__(self, path: pathlib.Path, settings: dict):
         self.path = path
-        if path.exists():
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if whole != data:
-                os.truncate(path, len(whole))
-            before = json.loads(whole.splitlines()[0])["settings"] if whole else settings
-            changed = [k for k in settings if before.get(k) != settings[k]]
-            if changed:
-                key = changed[0]
-                raise UserError(
-                    f"{path}: made with {key}={before.get(key)!r}, now {settings[key]!r}; "
-                    "choose another --out"
-                )
-        if not path.exists() or not path.stat().st_size:
-            atomic_write(path, json.dumps({"settings": settings}) + "\n")
+        mine = None
+        if distributed.is_main():
+            try:
+                mine = self._open(settings)
+            except UserError as e:
+                mine = str(e)
+        opened = distributed.broadcast(mine)
+        if isinstance(opened, str):  # on every host, or the others would wait for this one
+            raise UserError(opened)
+        self.records: dict[str, dict[str, Any]] = {record["id"]: record for record in opened}
+
+    def _open(self, settings: dict) -> Records:
+        data = self.path.read_bytes() if self.path.exists() else b""
+        head, *lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1] or [None]
+        if head is None:
+            atomic_write(self.path, json.dumps({"settings": settings}) + "\n")
+            return []
+        os.truncate(self.path, data.rfind(b"\n") + 1)
+        try:
+            before, records = json.loads(head)["settings"], [json.loads(line) for line in lines]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path}: damaged; delete it, or choose another --out") from None
+        changed = next((k for k in settings if before.get(k) != settings[k]), None)
+        if changed:
+            was, now = before.get(changed), settings[changed]
+            raise UserError(f"{self.path}: made with {changed}={was!r}, now {now!r}; choose another --out")
+        return records
 
     def append(self, records: Records) -> None:
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-            f.flush()
-            os.fsync(f.fileno())
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        """{problem id: record}."""
-        with open(self.path, encoding="utf-8") as f:
-            next(f)
-            return {record["id"]: record for record in map(json.loads, f)}
+        self.records |= {record["id"]: record for record in records}
+        if distributed.is_main():
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+                f.flush()
+                os.fsync(f.fileno())
 
 
 def _settings(flags: dict, limit: int, budget: int | None, data: EvalSet) -> dict:

@@ -153,6 +153,52 @@ def training_run(model, tmp_path):
     return root
 
 
+def test_a_question_that_changed_is_asked_again(model, tmp_path):
+    data, flags = tmp_path / "x.jsonl", ("--max_new_tokens=4", "--template=plain")
+    rows = [{"id": str(i), "problem": f"dial {i}: a+1 ?", "answer": "3"} for i in range(3)]
+
+    def ask():
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run(model, tmp_path / "out", f"--data={data}", *flags)[1]["x.jsonl"]
+
+    before = ask()
+    rows[1]["answer"] = "4"
+    after = ask()
+    assert after[:4] == before and [json.loads(line)["id"] for line in after[4:]] == ["1"]
+    assert ask() == after
+
+
+def test_questions_in_no_words_of_the_model_are_answered_wrongly(model, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"question": "What is <1>?", "answer": "1"}) + "\n")
+    result, files = run(model, tmp_path / "out", f"--data={tmp_path / 'x.jsonl'}", "--samples=2")
+    (row,) = result["results"]
+    assert (row["accuracy"], row["unparsed"], row["truncated"]) == (0.0, 1.0, 0.0)
+    assert "1 of 1 prompts hold text that the model has no tokens for" in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_kept_apart(model, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").write_text(json.dumps([{"question": "dial 1: a+1 ?", "answer": folder}]))
+    specs = [str(tmp_path / folder / "x.json") for folder in ("a", "b")]
+    flags = ("--max_new_tokens=4", "--template=plain")
+    result, files = run(model, tmp_path / "out", f"--data={','.join(specs)}", *flags)
+    assert [row["name"] for row in result["results"]] == ["x", specs[1]] and len(files) == 2
+    assert (result["results"][0]["template"], result["results"][0]["max_tokens"]) == ("plain", 4)
+    assert result["results"][0]["grader"] == result["grader_version"]
+    with pytest.raises(UserError, match="twice"):
+        run(model, tmp_path / "out", f"--data={specs[0]},{specs[0]}", *flags)
+
+
+def test_a_damaged_file_of_completions_is_one_line(model, tmp_path):
+    run(model, tmp_path, "--data=dial:n_max=3", "--limit=2")
+    file = tmp_path / "completions" / "dial_n_max_3.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + "{\n" + lines[2])
+    with pytest.raises(UserError, match="damaged; delete it"):
+        run(model, tmp_path, "--data=dial:n_max=3", "--limit=2")
+
+
 def test_all_checkpoints_of_a_run(model, training_run, tmp_path):
     flags = ("--data=dial:n_max=3", "--limit=3", "--samples=2")
     result, files = run(training_run, tmp_path / "all", *flags, "--all_checkpoints")

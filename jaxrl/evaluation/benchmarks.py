@@ -16,6 +16,7 @@ from jaxrl.tasks.answers import choice_letter, extract
 from jaxrl.tasks.data import load_problems
 from jaxrl.tasks.equality import clean
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
+from jaxrl.tasks.readers import SUFFIXES
 from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Grade
 from jaxrl.tasks.templates import TEMPLATES, encode_prompt
@@ -39,7 +40,7 @@ class EvalSet(NamedTuple):
     template: str
     grader_version: str
     max_tokens: int
-    delimiters: Delimiters
+    delimiters: Callable[[], Delimiters]
     answer_tokens: int
 
 
@@ -69,7 +70,7 @@ def load_dial(spec: str, tokenizer, limit: int) -> EvalSet:
         template="dial",
         grader_version="dial 1",
         max_tokens=2 * settings["n_max"] + 8,
-        delimiters=Delimiters(tuple(tokenizer.encode(dial.ARROW)), wait=tuple(tokenizer.encode(dial.FILLER))),
+        delimiters=lambda: Delimiters(tuple(tokenizer.encode(dial.ARROW)), wait=tuple(tokenizer.encode(dial.FILLER))),
         answer_tokens=2,
     )
 
@@ -102,19 +103,30 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
     template = flags["template"] or default_template(flags["model"], tokenizer)
     if template not in TEMPLATES[:3]:
         raise UserError(f"--template={template!r}: choose one of {', '.join(TEMPLATES[:3])}")
+    file = pathlib.Path(spec).name
     return EvalSet(
         spec=spec,
-        name=pathlib.Path(spec).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet"),
+        name=next((file.removesuffix(end) for end in SUFFIXES if file.endswith(end)), file),
         problems=loaded.problems,
-        encode=lambda problem: encode_prompt(problem, tokenizer, template),
+        encode=lambda problem: _encode(problem, tokenizer, template),
         grade=lambda problems, texts: grade_text(problems, texts, grader, reward),
         vote=_vote,
         template=template,
         grader_version=f"{GRADER_VERSION} {reward.spec}" if reward else GRADER_VERSION,
         max_tokens=MAX_TOKENS,
-        delimiters=Delimiters(*(tuple(tokenizer.encode(s)) for s in (flags["end_thinking"], *S1_PIECES))),
+        delimiters=lambda: Delimiters(*(tuple(tokenizer.encode(s)) for s in (flags["end_thinking"], *S1_PIECES))),
         answer_tokens=64,
     )
+
+
+def _encode(problem: Problem, tokenizer, template: str) -> list[int]:
+    """The prompt's tokens; [] if the tokenizer has no tokens for its text, as that of a toy model may not."""
+    try:
+        return encode_prompt(problem, tokenizer, template)
+    except UserError:
+        raise
+    except ValueError:
+        return []
 
 
 def default_template(model: str, tokenizer) -> str:
@@ -148,8 +160,21 @@ def _vote(problem: Problem, text: str) -> str | None:
     return None if answer is None else clean(answer.latex)[:200]
 
 
-def load_set(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserReward | None = None) -> EvalSet:
-    """The data set of one part of --data. Raises UserError for what is neither a file nor a known name."""
-    if spec.split(":")[0] == "dial":
-        return load_dial(spec, tokenizer, flags["limit"])
-    return load_text(spec, tokenizer, flags, grader, reward)
+def load_sets(
+    specs: str, tokenizer, flags: dict, grader: Grader, reward: UserReward | None = None
+) -> list[EvalSet]:
+    """The data sets of --data, each with a name of its own.
+
+    Raises UserError for what is neither a file nor a known name, and for a set that is listed twice.
+    """
+    sets: list[EvalSet] = []
+    for spec in specs.split(","):
+        if spec in [data.spec for data in sets]:
+            raise UserError(f"--data lists {spec!r} twice")
+        if spec.split(":")[0] == "dial":
+            data = load_dial(spec, tokenizer, flags["limit"])
+        else:
+            data = load_text(spec, tokenizer, flags, grader, reward)
+        taken = data.name in [other.name for other in sets]  # files of one name in two folders
+        sets.append(data._replace(name=spec) if taken else data)
+    return sets

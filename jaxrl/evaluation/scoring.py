@@ -113,9 +113,9 @@ def _evaluate(
             asked, texts, [c for group in drawn for c in group], grade(asked, texts), strict=True
         )
     ]
-    # A prompt without room for an answer is answered wrongly, not left out: leaving it out would flatter.
-    unanswered = {"text": "", "tokens": 0, "finish": "no room", "outcome": "unparsed", "correct": 0.0}
-    unanswered |= {"valid": True, "vote": None}
+    # A prompt without room for an answer, or in no words the model knows, is answered wrongly, not left out: that
+    # would flatter.
+    unanswered = {"text": "", "tokens": 0, "outcome": "unparsed", "correct": 0.0, "valid": True, "vote": None}
     source = iter(rows)
     return [
         {
@@ -124,7 +124,10 @@ def _evaluate(
             "budget": problem.budget,
             "mode": problem.mode,
             "prompt_tokens": len(prompt),
-            "samples": [next(source) if fit else unanswered for _ in range(samples)],
+            "samples": [
+                next(source) if fit else unanswered | {"finish": "no room" if len(prompt) else "no words"}
+                for _ in range(samples)
+            ],
         }
         for problem, prompt, fit in zip(problems, prompts, fits, strict=True)
     ]
