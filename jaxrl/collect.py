@@ -136,6 +136,9 @@ class Collector:
             "selection/dropped_lengths": [
                 round(mean_length(g), 2) for g, k in zip(sampled, kept_flags, strict=True) if not k
             ],
+            "selection/dropped_reasons": [
+                reason.rpartition("/")[2] for reason, k in zip(why, kept_flags, strict=True) if not k
+            ],
             **dict(sorted(dropped.items())),
             **(group_metrics(sampled) if sampled else {}),
         }

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from jaxrl.errors import UserError
-from jaxrl.reporting.page import Figure, render
+from jaxrl.reporting.page import Figure, beside, render
 from jaxrl.reporting.panels import PANELS
 from jaxrl.reporting.runs import Setting, group_runs, read_run
 from jaxrl.reporting.style import SERIES, drawing, save_png, to_svg
@@ -21,6 +21,7 @@ from jaxrl.runtime import cli
 from jaxrl.runtime.rundir import atomic_write
 
 WIDE = (10.6, 4.0)  # inches, across the page
+SMALL = (3.9, 2.6)  # three beside each other
 
 
 def main(argv: list[str]) -> None:
@@ -48,14 +49,15 @@ def draw_all(settings: Sequence[Setting], pngs: pathlib.Path) -> dict[str, list[
     Panels about a single run are drawn for the first seed of every setting.
     """
     sections: dict[str, list[Figure]] = {}
+    alone, columns = len(settings) == 1, beside(len(settings))
     for panel in PANELS:
-        alone = len(settings) == 1
         drawn = []
         for i, setting in enumerate(settings if panel.single else [None]):
             name = panel.name + (f"_{i}" if panel.single and not alone else "")
             what = (setting.runs[0], SERIES[i % len(SERIES)]) if panel.single else (settings,)
             label = setting.label if panel.single and not alone else ""
-            svg = _draw(panel.draw, what, name, pngs, WIDE if panel.wide and alone else ())
+            size = SMALL if panel.single and columns == 3 else WIDE if panel.wide and alone else ()
+            svg = _draw(panel.draw, what, name, pngs, size)
             if svg and panel.wide and alone:  # a second drawing for narrow screens
                 svg = f"<div class=broad>{svg}</div><div class=narrow>{_draw(panel.draw, what, name)}</div>"
             drawn += [(label, svg)] if svg else []

@@ -108,7 +108,7 @@ def test_tops_up_until_full_and_reports_what_it_cost():
     assert m["acceptance_rate"] == kept / everything
     assert m["perf/slot_utilisation"] == 0.5
     assert m["selection/kept_lengths"] == [round(float(g.lengths.mean()), 2) for g in got.chosen]
-    assert m["selection/dropped_lengths"] == [3.0] * 4
+    assert m["selection/dropped_lengths"] == [3.0] * 4 and m["selection/dropped_reasons"] == ["all_correct"] * 4
     assert m["accuracy"] == 0.75 and m["zero_std_fraction"] == 0.5
     assert m["outcome/correct"] == 8 * G - 8 and m["outcome/wrong"] == 8
 

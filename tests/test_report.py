@@ -155,7 +155,7 @@ def test_labels_say_what_tells_settings_apart(pages):
         "arora",
     ]
     assert labels(chosen, {"algorithm.selection": "lspo"}) == ["none", "lspo"]
-    assert labels({}, {"batch.updates": 4}) == ["updates None", "updates 4"]
+    assert labels({}, {"batch.updates": 4}) == ["updates 1", "updates 4"]  # an older run, before the key
     assert labels({"a.hyper.x": 1, "run_dir": "u"}, {"a.hyper.x": 2, "eval.every": 3}) == ["x 1", "x 2"]
     assert labels({}, {"seed": 5}) == ["grpo0"]
 

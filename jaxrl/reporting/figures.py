@@ -148,6 +148,8 @@ def lengths(ax, settings: Sequence[Setting]) -> bool:
 
 def ridges(ax, run: Run, colour: str = SERIES[0]) -> bool:
     """Distribution of response lengths, one ridge per moment of training, first at the back."""
+    from matplotlib.ticker import MaxNLocator
+
     rows = [(r["step"], r["hist/length"]) for r in run.records if r.get("hist/length")]
     if len(rows) < 2:
         return False
@@ -170,6 +172,7 @@ def ridges(ax, run: Run, colour: str = SERIES[0]) -> bool:
         ax.plot(grid, y, color=colour, linewidth=1.0, zorder=2 * i + 1)
     ax.set_yticks([len(chosen) - 1 - i for i in range(len(chosen))], [f"{step:g}" for step, _ in chosen])
     ax.set_ylabel("step")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.grid(False)
     ax.set_xlim(0, longest * 1.04)
     ax.set_xlabel("response length, tokens")

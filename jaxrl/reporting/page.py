@@ -41,7 +41,7 @@ position:sticky;top:0;z-index:2;background:var(--page)}
 figure{margin:0;background:var(--paper);border:1px solid var(--rule);border-radius:10px;min-width:0;
 padding:20px 22px 16px;display:flex;flex-direction:column}
 figure svg{width:100%;height:auto;margin:10px 0 6px;display:block}
-.drawn{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(330px,100%),1fr));gap:6px 26px}
+.drawn{display:grid;grid-template-columns:repeat(var(--n),minmax(0,1fr));gap:6px 26px}
 h4{margin:12px 0 0;font-size:14px;font-weight:600}
 .lone{grid-column:1/-1;display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);grid-template-rows:auto 1fr;
 column-gap:44px}
@@ -78,7 +78,8 @@ pre{font:13px/1.6 ui-monospace,Menlo,Consolas,monospace;overflow-x:auto}
 footer{margin-top:72px;font-size:13px;color:var(--muted)}
 @media (max-width:860px){main{padding:32px 14px 64px}h1{font-size:34px}h2{margin-top:52px}
 .grid{grid-template-columns:minmax(0,1fr);gap:14px}figure{padding:16px 12px 14px}.lone{display:flex}
-.broad{display:none}.narrow{display:block}.tile b{font-size:24px}.tiles{grid-template-columns:1fr 1fr}
+.drawn{grid-template-columns:minmax(0,1fr)}.broad{display:none}.narrow{display:block}
+.tile b{font-size:24px}.tiles{grid-template-columns:1fr 1fr}
 th,td{padding:7px 8px}.sample{padding:14px}.completion{padding-left:11px}}
 @media print{body{background:#fff}.grid{grid-template-columns:1fr 1fr}figure,.sample{break-inside:avoid}}
 """
@@ -143,9 +144,15 @@ def _grid(panels: Sequence[Figure]) -> str:
         kind = " class=wide" if figure.wide else " class=lone" if left and last else ""
         left = figure.wide or not left or bool(kind)
         drawn = "".join(f"<div>{_label(label)}{svg}</div>" for label, svg in figure.drawn)
-        parts.append(f"<figure{kind}><h3>{_text(figure.title)}</h3><div class=drawn>{drawn}</div>")
+        parts.append(f"<figure{kind}><h3>{_text(figure.title)}</h3>")
+        parts.append(f"<div class=drawn style='--n:{beside(len(figure.drawn))}'>{drawn}</div>")
         parts.append(f"<figcaption>{_text(figure.caption)}</figcaption></figure>")
     return f"<div class=grid>{''.join(parts)}</div>"
+
+
+def beside(count: int) -> int:
+    """How many of `count` drawings stand in one row, so that the last row has few holes."""
+    return {1: 1, 2: 2, 4: 2}.get(count, 3)
 
 
 def _label(text: str) -> str:
@@ -279,6 +286,7 @@ def _prompt(rows: list[dict]) -> str:
     right = sum(bool(row.get("correct")) for row in rows)
     facts = [
         fate,
+        f"budget {rows[0]['budget']} tokens" if rows[0].get("budget") else "",
         f"{right} of {len(rows)} correct",
         f"answer {rows[0]['answer']}" if rows[0].get("answer") else "",
     ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl.errors import UserError
+from jaxrl.runtime.config import base_config
 from jaxrl.runtime.metrics import read_metrics
 
 # Settings that do not make a run another method.
@@ -113,7 +114,12 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Setting]:
-    """Settings in order of first appearance, labelled by the settings in which they differ."""
+    """Settings in order of first appearance, labelled by the settings in which they differ.
+
+    A key that a run does not record, being older than the key, counts as its default.
+    """
+    defaults = flatten(base_config().to_dict())
+    runs = [dataclasses.replace(run, config=defaults | run.config) for run in runs]
     groups: dict[str, list[Run]] = {}
     for run in runs:
         method = {k: v for k, v in run.config.items() if not k.startswith(_NOT_METHOD)}

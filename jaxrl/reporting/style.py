@@ -123,6 +123,10 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
             if overlap > 1e-12:
                 places[i] -= overlap / 2
                 places[i + 1] += overlap / 2
+    for i in range(len(places)):  # not into the labels of the axis below, nor out of the figure
+        places[i] = max(places[i], places[i - 1] + gap if i else 0)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else 1.02)
     right = max(e[0] for e in ends)
     for (_, _, text, colour), y in zip(ends, places, strict=True):
         ax.annotate(

@@ -62,6 +62,7 @@ def write_run(
                 "hist/length": [[int(e), int(c)] for e, c in zip(edges, counts, strict=True)],
                 "selection/kept_lengths": means[kept].round(2).tolist(),
                 "selection/dropped_lengths": means[~kept].round(2).tolist(),
+                "selection/dropped_reasons": ["middle" if m < p65 else "longest" for m in means[~kept]],
                 "selection/dropped/accuracy/all_correct": int(10 * rise),
                 "selection/dropped/lspo/middle": int((~kept).sum()),
             }
