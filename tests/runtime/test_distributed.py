@@ -177,6 +177,23 @@ while True:
 """
 
 
+FAIL = """
+import time
+show("ready")
+if me == int(sys.argv[1]):
+    raise ValueError("a mistake of one process")
+time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_fails_takes_the_other_along(victim):
+    children = two(FAIL, victim)
+    finish(children, 90)  # raises TimeoutExpired if the other one waits for ever
+    assert children[victim].returncode not in (0, None) and children[1 - victim].returncode == -signal.SIGABRT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_other(tmp_path, victim):
