@@ -40,21 +40,28 @@ def draw(result: dict, curves: Sequence[Setting], sweeps: dict[str, dict], stem:
 
 
 def forest(ax, result: dict) -> None:
-    """One line per method: mean and interval, filled at equal updates and hollow at equal tokens. Methods whose label
-    ends alike share a colour."""
-    rows = result["rows"]
+    """One line per method, filled at equal updates and hollow at equal tokens: the paired difference to the baseline
+    (the method without one), because seeds differ more than methods do; the mean where there is no baseline. Methods
+    whose labels end alike share a colour."""
+    rows = [row for row in result["rows"] if row["difference_updates"]]
+    prefix, base = ("difference_", next(r["method"] for r in result["rows"] if r not in rows)) if rows else ("", "")
+    rows = rows or result["rows"]
     groups = list(dict.fromkeys(row["method"].split()[-1] for row in rows))
     for i, row in enumerate(rows):
         colour = SERIES[groups.index(row["method"].split()[-1]) % len(SERIES)]
         for shift, name, face in ((-0.14, "updates", colour), (0.14, "tokens", PAPER)):
-            mean, half = 100 * row[name][0], 100 * np.nan_to_num(row[name][1])
+            mean, half = (100 * np.nan_to_num(value) for value in row[prefix + name])
             ax.plot([mean - half, mean + half], [i + shift] * 2, color=colour, linewidth=1.1, alpha=0.75)
             ax.plot(mean, i + shift, marker="o", markersize=4.5, color=colour, markerfacecolor=face)
     ax.set_yticks(range(len(rows)), [row["method"] for row in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
-    ax.set_xlabel(f"{result['metric'].removeprefix('eval/')}, percent:  ● equal updates   ○ equal generated tokens")
+    what = result["metric"].removeprefix("eval/")
+    if base:
+        ax.axvline(0, color=MUTED, linewidth=1)
+        what = f"{what} minus that of {base}"
+    ax.set_xlabel(f"{what}, points:  ● equal updates   ○ equal generated tokens")
 
 
 def obedience(ax, sweeps: dict[str, dict]) -> None:
