@@ -9,7 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # entries per block of the inverse CDF: a float32 sum of 128 blocks of 128 stays unbiased
+# Blocks of the inverse CDF: their running sum has 128 entries, and so about as many within one, so float32 stays
+# unbiased. A fixed number, because chips that share a vocabulary then hold whole blocks, and no chip all logits.
+BLOCKS = 128
 _BISECTIONS = 32
 
 
@@ -55,14 +57,17 @@ def inverse_cdf(weights, u):
     Two levels, a block and then an entry within it, each with its own uniform: one float32 running sum
     over 150k entries is biased, and one 24-bit uniform cannot reach small entries.
 
+    Up to 128 entries are one block.
+
     Args:
       weights: float32 [B, V], not negative, not all zero in a row. u: float32 [B, 2] in (0, 1].
     """
     B, V = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    count = BLOCKS if V > BLOCKS else 1
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % count))).reshape(B, count, -1)
     block = _first_at_least(blocks.sum(-1), u[:, 0])
     row = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return jnp.minimum(block * BLOCK + _first_at_least(row, u[:, 1]), V - 1)
+    return jnp.minimum(block * blocks.shape[-1] + _first_at_least(row, u[:, 1]), V - 1)
 
 
 def _threshold(z, reaches):

@@ -135,7 +135,7 @@ def test_min_tokens_holds_the_end_back():
 
 def test_banned_tokens_are_never_drawn():
     bias = np.full(tiny.CONFIG.vocab_size, -np.inf, np.float32)
-    allowed = np.array([5, 130, 299])  # one per block
+    allowed = np.array([5, 130, 299])
     bias[allowed] = 0.0
     tokens = np.concatenate(
         [c.tokens for g in generate(tiny.requests(), sampling=Sampling(bias=bias)) for c in g]

@@ -12,7 +12,7 @@ from models.decoder import Decoder, init_params, logits
 
 EOS = (3, 7)
 CONFIG = DecoderConfig(
-    vocab_size=300,  # more than two blocks of the inverse CDF
+    vocab_size=300,  # more than one block of the inverse CDF, and not a multiple of their number
     hidden_size=32,
     intermediate_size=48,
     num_layers=2,
@@ -79,12 +79,12 @@ def uniforms(seed, step, problem, sample, position):
 
 
 def pick(weights, u):
-    """Two-level inverse CDF over blocks of 128 in float64."""
-    blocks = np.pad(weights, (0, -len(weights) % 128)).reshape(-1, 128)
+    """Two-level inverse CDF over 128 blocks in float64."""
+    blocks = np.pad(weights, (0, -len(weights) % 128)).reshape(128, -1)
     sums = np.cumsum(blocks.sum(1))
     block = int(np.searchsorted(sums, u[0] * sums[-1]))
     within = np.cumsum(blocks[block])
-    return 128 * block + int(np.searchsorted(within, u[1] * within[-1]))
+    return blocks.shape[1] * block + int(np.searchsorted(within, u[1] * within[-1]))
 
 
 def reference(request, sample, *, seed, step=0, temperature=1.0, filtered=lambda w: w):
