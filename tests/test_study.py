@@ -189,8 +189,7 @@ def write_sweep(path, accuracy):
     path.mkdir(parents=True)
     keys = ("mean_error", "mean_deviation", "rmse", "hard_violation", "soft_violation")
     row = dict(data="dial", accuracy=accuracy, mean_tokens=9.0) | dict.fromkeys(keys, 0.25)
-    sweep = dict(mean_error=0.25, log_linear_slope=None, control=1.0, scaling=0.0, performance=accuracy)
-    result = {"results": [row | {"budget": 8}, row | {"budget": 16}], "sweeps": {"dial": sweep}}
+    result = {"results": [row | {"budget": 8}, row | {"budget": 16}]}
     (path / "result.json").write_text(json.dumps(result))
 
 

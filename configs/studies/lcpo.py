@@ -50,11 +50,11 @@ def get_study():
             "slots": 256,
         },
         "sweeps": {
-            "Exact, asked": {"run": "LCPO-Exact", "budget_mode": "exact"},
-            "Max after Exact, asked": {"run": "LCPO-Max after Exact", "budget_mode": "max"},
-            "no length reward, asked": {"run": "no length reward", "budget_mode": "exact"},
-            "no budgets, left alone": {"run": "no budgets", "budget_mode": "none"},
-            "no budgets, forced": {"run": "no budgets", "budget_mode": "forced"},
-            "no budgets, forced and prolonged": {"run": "no budgets", "budget_mode": "forced", "waits": 100},
+            "Exact": {"run": "LCPO-Exact", "budget_mode": "exact"},
+            "Max after Exact": {"run": "LCPO-Max after Exact", "budget_mode": "max"},
+            "told only": {"run": "no length reward", "budget_mode": "exact"},
+            "left alone": {"run": "no budgets", "budget_mode": "none"},
+            "forced": {"run": "no budgets", "budget_mode": "forced"},
+            "forced, prolonged": {"run": "no budgets", "budget_mode": "forced", "waits": 100},
         },
     }

@@ -76,24 +76,25 @@ def length_metrics(records: Records, tolerance: int = 500) -> dict[str, float]:
 def log_linear_slope(tokens: Sequence[float], accuracies: Sequence[float]) -> float:
     """Least-squares slope of accuracy against ln(mean tokens): accuracy gained per e-fold of tokens.
 
-    Times ln 2 it is the gain per doubling. NaN for fewer than two distinct token counts.
+    Times ln 2 it is the gain per doubling. NaN where counts lie within 5 %: that slope would be one of noise.
     """
     x, y = np.log(np.maximum(np.asarray(tokens, np.float64), 1e-9)), np.asarray(accuracies, np.float64)
     x = x - x.mean() if len(x) else x
-    return float(x @ (y - y.mean()) / (x @ x)) if len(x) > 1 and x @ x > 1e-12 else math.nan
+    return float(x @ (y - y.mean()) / (x @ x)) if len(x) > 1 and np.ptp(x) > math.log(1.05) else math.nan
 
 
 def sweep_metrics(rows: Sequence[dict]) -> dict[str, float]:
     """What a sweep over budgets amounts to; rows: one summary per budget with budget, mean_tokens, accuracy.
 
     mean_error: mean over budgets of |mean_error|. slope: see log_linear_slope. control, scaling (per 1000
-    tokens) and performance: s1's three figures (2501.19393 section 4), the budget being the upper limit.
+    tokens; NaN where slope is) and performance: s1's three figures (2501.19393 section 4), the budget being the limit.
     """
     tokens, accuracies = [r["mean_tokens"] for r in rows], [r["accuracy"] for r in rows]
+    slope = log_linear_slope(tokens, accuracies)
     return {
         "mean_error": float(np.mean([abs(r["mean_error"]) for r in rows])),
-        "log_linear_slope": log_linear_slope(tokens, accuracies),
+        "log_linear_slope": slope,
         "control": control(tokens, [r["budget"] for r in rows]),
-        "scaling": 1000 * scaling(tokens, accuracies),
+        "scaling": math.nan if math.isnan(slope) else 1000 * scaling(tokens, accuracies),
         "performance": performance(accuracies),
     }

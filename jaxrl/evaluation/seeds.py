@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxrl.evaluation.lengths import sweep_metrics
 from jaxrl.evaluation.tables import markdown
 from jaxrl.reporting.runs import t_half_width
 
@@ -43,23 +44,17 @@ def average_sweeps(results: Sequence[dict]) -> dict[str, dict]:
     """{data: {"budgets": {budget: {metric: [mean, half]}}, "summary": {metric: [mean, half]}}} over seeds.
 
     results: one result.json of a budget sweep of one checkpoint per seed. A metric that a seed does not have (no
-    slope) is null.
+    slope) is NaN.
     """
     out = {}
-    for key in results[0]["sweeps"]:
-        data = key.partition(" step ")[0]
+    for data in dict.fromkeys(row["data"] for row in results[0]["results"] if row["budget"]):
         rows = [[row for row in result["results"] if row["data"] == data and row["budget"]] for result in results]
         budgets = {
             row["budget"]: {k: mean_and_half([seed[i][k] for seed in rows]) for k in PER_BUDGET}
             for i, row in enumerate(rows[0])
         }
-        summary = {}
-        for name, _ in SUMMARY.values():
-            found = [
-                result["sweeps"][key][name] if name in result["sweeps"][key] else np.mean([r[name] for r in seed])
-                for result, seed in zip(results, rows, strict=True)
-            ]
-            summary[name] = mean_and_half([math.nan if value is None else value for value in found])
+        found = [{k: np.mean([r[k] for r in seed]) for k in PER_BUDGET} | sweep_metrics(seed) for seed in rows]
+        summary = {name: mean_and_half([f[name] for f in found]) for name, _ in SUMMARY.values()}
         out[data] = {"budgets": budgets, "summary": summary, "seeds": len(results)}
     return out
 
