@@ -12,7 +12,8 @@ def get_config():
     c.batch.prompts, c.batch.group_size, c.batch.generation_prompts = 2, 4, 4
     c.batch.keep_surplus, c.batch.greso = True, True
     c.batch.row_tokens = c.batch.micro_tokens = 256  # all of a step in one row: one shape to trace at every start
-    c.sampling.max_tokens, c.sampling.slots, c.sampling.chunk, c.sampling.window = 12, 16, 8, 8
+    c.sampling.max_tokens, c.sampling.slots, c.sampling.chunk, c.sampling.window = 12, 16, 4, 8
+    c.sampling.carry_over, c.sampling.prefetch = 4, True  # and completions are half done when a step ends
     c.algorithm.selection = "accuracy"
     c.algorithm.kl_coef = 0.01
     c.optimizer.warmup_steps = 10
