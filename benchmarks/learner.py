@@ -1,19 +1,17 @@
-"""What the update costs, in time and memory, against what the machine allows and against TRL.
+"""What the learner costs, in time and memory, against what the machine allows and against TRL.
 
     python benchmarks/learner.py                                    # update step, small model
     python benchmarks/learner.py --model=large --micro_tokens=768,6144 --remat=none,dots
     python benchmarks/learner.py --task=memory                      # fused log-probs: bytes, compiled only
     python benchmarks/learner.py --task=logprobs                    # fused log-probs: time against the plain form
-    python benchmarks/learner.py --model=large --peers --rounds=2   # TRL's whole step beside the update
+    python benchmarks/learner.py --task=step --model=large          # a whole RL step: sample, grade, update
+    python benchmarks/learner.py --task=step --model=large --peers=trl --torch_python=PYTHON_WITH_TRL
 
-The work: one GRPO update on 32 sequences of 64 prompt and 128 response tokens, float32, AdamW with clipping.
---cores=1 pins everything to one core and compares CPU seconds, which hold up under other load; --cores=0 leaves
-threads alone and compares wall time, which needs a quiet machine.
-
---peers runs TRL's `trl_step.py` in turn with the update, each as its own process. It needs BENCH_TORCH_PY (an
-interpreter with torch, transformers and trl), BENCH_MODEL_DIR (the checkpoints that `make_models.py` wrote) and
-BENCH_DIR (the folder with both scripts; default ../shared/bench). TRL's rollout is subtracted: what is compared
-is its log-probs, loss, backward and optimizer with our update.
+The work: one GRPO update on 32 sequences (4 prompts x 8) of 64 prompt and 128 response tokens, float32, AdamW with
+clipping; a whole step samples the responses first and grades their texts. --cores=1 pins everything to one core and
+compares CPU seconds, which hold up under other load; --cores=0 leaves threads alone and compares wall time, which
+needs a quiet machine. --peers=trl runs TRL's GRPOTrainer on the same work (benchmarks/trl_step.py) in turn with the
+whole step, each as its own process, --rounds times.
 """
 
 from __future__ import annotations
@@ -26,13 +24,19 @@ import subprocess
 import sys
 import time
 
-DEFAULTS = dict(task="update", model="small", micro_tokens="768", remat="none", rounds=3, cores=1, peers=False)
+DEFAULTS = dict(
+    task="update", model="small", micro_tokens="1536", remat="dots", rounds=3, cores=1, peers="", torch_python="python")
 SHAPES = {
     "small": dict(vocab_size=8192, hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=768),
     "large": dict(
         vocab_size=32768, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, intermediate_size=3072),
 }
-BATCH, PROMPT, RESPONSE = 32, 64, 128
+BATCH, GROUP, PROMPT, RESPONSE = 32, 8, 64, 128
+
+
+def reward(text: str) -> float:
+    """Share of even words: differs between answers, so that there is something to learn."""
+    return sum(word.isdigit() and int(word) % 2 == 0 for word in text.split()) / RESPONSE
 
 
 def clock(flags) -> float:
@@ -194,34 +198,89 @@ def run_logprobs(flags):
                  temp_mib=program.memory_analysis().temp_size_in_bytes / 2**20)
 
 
-# ------------------------------------------------------------------------------------------------------------ peers
+# -------------------------------------------------------------------------------------------------------- whole step
+
+
+def step_config(flags):
+    from jaxrl.runtime.config import base_config
+
+    config = base_config()
+    config.batch.prompts, config.batch.group_size = BATCH // GROUP, GROUP
+    config.batch.row_tokens, config.batch.micro_tokens = PROMPT + RESPONSE, int(flags["micro_tokens"])
+    config.sampling.max_prompt, config.sampling.max_tokens, config.sampling.slots = PROMPT, RESPONSE, BATCH
+    config.model.remat, config.optimizer.learning_rate = flags["remat"], 1e-5
+    return config
+
+
+def sampled_groups(sampler, params, prompts, seed: int):
+    """Groups of graded completions, as the collector would hand them on."""
+    import numpy as np
+
+    from jaxrl.rollout.engine import Request
+    from jaxrl.types import Group, Problem
+
+    requests = [Request(p, GROUP, RESPONSE, i) for i, p in enumerate(prompts)]
+    groups = []
+    for prompt, completions in zip(prompts, sampler.generate(params, requests, seed=seed), strict=True):
+        texts = [" ".join(map(str, c.tokens)) for c in completions]
+        rewards = np.array([reward(t) for t in texts], np.float32)
+        ones = np.ones(GROUP, bool)
+        groups.append(Group(Problem("", "", ""), prompt, completions, texts, rewards, rewards, ones, [""] * GROUP))
+    return groups
+
+
+def run_step(flags):
+    """One line: seconds of whole steps, of their rollouts, peak memory of the process."""
+    import jax
+    import numpy as np
+
+    from jaxrl.batch import make_batches
+    from jaxrl.learner.learner import Learner
+    from jaxrl.rollout.engine import Sampler
+    from jaxrl.runtime.mesh import make_mesh
+    from models.decoder import init_params
+
+    config, decoder = step_config(flags), decoder_config(flags["model"])
+    learner = Learner(config, decoder, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    # the end token is no token of the vocabulary: all answers have full length, as the peer's are made to have
+    sampler = Sampler(decoder, (-1,), max_prompt=PROMPT, max_tokens=RESPONSE, slots=BATCH, chunk=config.sampling.chunk)
+    state = learner.init(init_params(decoder, jax.random.key(0)))
+    rng, seconds, rollout = np.random.default_rng(0), [], []
+    for step in range(flags["rounds"] + 1):
+        prompts = rng.integers(2, decoder.vocab_size, (BATCH // GROUP, PROMPT)).astype(np.int32)
+        begin = clock(flags)
+        groups = sampled_groups(sampler, sampler.layout(state.params), prompts, step)
+        rollout.append(clock(flags) - begin)
+        state, metrics = learner.update(state, [b.data for b in make_batches(groups, config, step)])
+        seconds.append(clock(flags) - begin)
+        assert metrics["nonfinite"] == 0
+    emit(engine="jaxrl", model=flags["model"], micro_tokens=flags["micro_tokens"], remat=flags["remat"],
+         seconds=seconds[1:], rollout=rollout[1:], peak_rss_mib=round(peak_rss_mib()))
 
 
 def compare(flags, argv):
-    """Update and TRL step in turn; medians, and the ratio of each round."""
-    missing = [name for name in ("BENCH_TORCH_PY", "BENCH_MODEL_DIR") if name not in os.environ]
-    if missing:
-        sys.exit(f"--peers needs {' and '.join(missing)} in the environment; see the top of this file")
-    own, trl = [], []
-    directory = os.environ.get("BENCH_DIR", os.path.join("..", "shared", "bench"))
-    one_core = {"BENCH_ONE_CORE": "1"} if flags["cores"] == 1 else {}
-    peer = [os.environ["BENCH_TORCH_PY"], os.path.join(directory, "trl_step.py"), "--model", flags["model"]]
+    """Own step and TRL's in turn; medians, and the ratio of each round."""
+    steps = "2"
+    own = [sys.executable, __file__, *argv, "--peers=", "--task=step", f"--rounds={steps}"]
+    peer = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trl_step.py")
+    commands = {"jaxrl": own, "trl": [flags["torch_python"], peer, flags["model"], steps, str(flags["cores"])]}
+    rows = {name: [] for name in commands}
     for _ in range(flags["rounds"]):
-        row = last_line([sys.executable, __file__, *argv, "--peers=no"], {})
-        own.append((row["seconds"], row["peak_rss_mib"]))
-        row = last_line([*peer, "--repeats", "1"], one_core)
-        rollout = row["phases"]["_generate_and_score_completions"]
-        share = 1 - rollout / row["seconds"]
-        trl.append((share * (row["cpu_s"] if one_core else row["seconds"]), row["peak_rss_mib"]))
-    ratios = [round(t[0] / o[0], 2) for o, t in zip(own, trl, strict=True)]
-    for name, rows in (("jaxrl", own), ("trl", trl)):
-        print(f"{flags['model']} {name:6} update {statistics.median(r[0] for r in rows):7.2f} s   peak RSS "
-              f"{max(r[1] for r in rows):7.0f} MiB")
-    print(f"jaxrl is {statistics.median(ratios):.2f} x  {ratios}   (TRL's memory includes its rollout)")
+        for name, command in commands.items():
+            rows[name].append(last_line(command))
+    whole = {name: [statistics.median(r["seconds"]) for r in found] for name, found in rows.items()}
+    rollout = {name: [statistics.median(r["rollout"]) for r in found] for name, found in rows.items()}
+    for name, found in rows.items():
+        peak = max(r["peak_rss_mib"] for r in found)
+        rest = statistics.median(a - b for a, b in zip(whole[name], rollout[name], strict=True))
+        print(f"{flags['model']} {name:6} step {statistics.median(whole[name]):7.2f} s = rollout "
+              f"{statistics.median(rollout[name]):6.2f} + update {rest:6.2f}   peak RSS {peak:7.0f} MiB")
+    ratios = [round(t / o, 2) for o, t in zip(whole["jaxrl"], whole["trl"], strict=True)]
+    print(f"jaxrl is {statistics.median(ratios):.2f} x  {ratios}")
 
 
-def last_line(command, environment):
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+def last_line(command):
+    done = subprocess.run(command, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not rows:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -235,11 +294,13 @@ def main(argv: list[str]):
         name, _, value = arg.removeprefix("--").partition("=")
         if name not in flags or not arg.startswith("--"):
             sys.exit(f"{__doc__}\nunknown flag {arg}; valid: {', '.join('--' + k for k in flags)}")
-        flags[name] = value != "no" if name == "peers" else type(DEFAULTS[name])(value)
+        flags[name] = type(DEFAULTS[name])(value)
     if flags["cores"]:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-flags["cores"]:])
         os.environ["OMP_NUM_THREADS"] = str(flags["cores"])
-    tasks = {"update": run_update, "memory": run_memory, "logprobs": run_logprobs}
+    tasks = {"update": run_update, "memory": run_memory, "logprobs": run_logprobs, "step": run_step}
+    if flags["peers"] not in ("", "trl"):
+        sys.exit(f"--peers={flags['peers']}: only trl")
     if flags["peers"]:
         return compare(flags, argv)
     if flags["task"] not in tasks:

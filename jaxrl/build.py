@@ -105,7 +105,8 @@ def attention(config, on) -> str:
 def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
     """The sampler of config.sampling, on the devices of this host that belong to the mesh `on`."""
     s = config.sampling
-    placement = place(decoder, on, s.tensor) if on.size > 1 else None
+    elsewhere = on.devices.flat[0].platform != jax.default_backend()  # preflight: one chip that is not here
+    placement = place(decoder, on, s.tensor) if on.size > 1 or elsewhere else None
     if placement and s.slots % placement.row_multiple:
         raise UserError(
             f"config.sampling.slots={s.slots} must be a multiple of {placement.row_multiple}, this host's copies of "

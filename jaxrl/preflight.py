@@ -33,6 +33,7 @@ from jaxrl import build
 from jaxrl.batch import row_lengths
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
+from jaxrl.learner.state import HOST
 from jaxrl.learner.update import abstract_batch
 from jaxrl.rollout.device import bucket
 from jaxrl.rollout.placement import place
@@ -179,8 +180,9 @@ def _placed(tree, shardings):
 
 
 def _bytes(tree) -> float:
-    """Bytes of a tree of placed shapes on one chip."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of a tree of placed shapes on one chip; what is offloaded to the host takes none."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 # ---------------------------------------------------------------------------------------------------- the answer
@@ -274,6 +276,8 @@ def _remedies(name: str, config, chips: int) -> Iterator[tuple[str, Any]]:
         yield "mesh.fsdp", -1
     if config.optimizer.state_dtype != "bfloat16":
         yield "optimizer.state_dtype", "bfloat16"
+    if not config.optimizer.offload:
+        yield "optimizer.offload", True
 
 
 def make_mesh(config, devices):

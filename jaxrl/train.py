@@ -15,6 +15,7 @@ from jaxrl.batch import kl_in_reward, make_batches, sample_rows
 from jaxrl.collect import Collector
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
+from jaxrl.learner.performance import performance
 from jaxrl.runtime import cli, distributed, nonfinite
 from jaxrl.runtime.compiles import Compiles
 from jaxrl.runtime.config import parse_config, validate
@@ -116,7 +117,7 @@ def train(config) -> int:
                     build.describe_run(run, config, decoder, tokenizer, step)
                     continue
             now = time.perf_counter()
-            record = {**collected.metrics, **packing_metrics(batches), **learned}
+            record = {**collected.metrics, **performance(batches, learner, now - begin_update), **learned}
             record |= {"time/update": now - begin_update, "time/step": now - begin, **checkpoints.timings}
             record["tokens_per_second"] = record["generated_tokens"] / record["time/step"]
             last = step == config.steps
@@ -138,16 +139,6 @@ def train(config) -> int:
     if main:
         closing_table(run)
     return 0
-
-
-def packing_metrics(batches) -> dict[str, float]:
-    """How much of the update went into padding, and how much it would have been without packing."""
-    if not batches:
-        return {}
-    return {
-        "perf/padding_waste": sum(b.packing.waste for b in batches) / len(batches),
-        "perf/padding_waste_unpacked": sum(b.packing.waste_to_longest for b in batches) / len(batches),
-    }
 
 
 def closing_table(run: RunDir) -> None:

@@ -91,6 +91,30 @@ def rms_norm(x, scale, eps):
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def project(x, w):
+    """x [..., D] @ w [D, F]; one flat product on a single device.
+
+    There a CPU also writes the gradient of the result out before it is used. Left alone, XLA computes it a second
+    time inside the product for w's gradient, transposed, and the MLP's backward pass takes 1.4 times as long.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return x @ w
+    return _gradient_written_out(x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+
+
+@jax.custom_vjp
+def _gradient_written_out(y):
+    return y
+
+
+def _write_out(_, g):
+    return (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),)
+
+
+_gradient_written_out.defvjp(lambda y: (y, None), _write_out)
+
+
 def _weights(std: float, *axes: str):
     return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
 
@@ -121,14 +145,14 @@ class Attention(nn.Module):
             return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
 
         if self.fused:
-            qkv = x @ param("qkv", _weights(c.init_std, "embed", "heads"), D, (N + 2 * K) * H)
+            qkv = project(x, param("qkv", _weights(c.init_std, "embed", "heads"), D, (N + 2 * K) * H))
             if c.qkv_bias:
                 qkv += param("qkv_bias", _zeros("heads"), (N + 2 * K) * H)
             q, k, v = jnp.split(qkv, [N * H, (N + K) * H], axis=-1)
         else:
-            q = x @ param("q", _weights(c.init_std, "embed", "heads"), D, N * H)
-            k = x @ param("k", _weights(c.init_std, "embed", "kv_heads"), D, K * H)
-            v = x @ param("v", _weights(c.init_std, "embed", "kv_heads"), D, K * H)
+            q = project(x, param("q", _weights(c.init_std, "embed", "heads"), D, N * H))
+            k = project(x, param("k", _weights(c.init_std, "embed", "kv_heads"), D, K * H))
+            v = project(x, param("v", _weights(c.init_std, "embed", "kv_heads"), D, K * H))
             if c.qkv_bias:
                 q += param("q_bias", _zeros("heads"), N * H)
                 k += param("k_bias", _zeros("kv_heads"), K * H)
@@ -148,9 +172,8 @@ class Attention(nn.Module):
             values = lax.dynamic_update_slice(values, v, (0, 0, end, 0))
             layer_cache = (keys, values)
             out = attend(q, keys, values, mask, self.key_columns)
-        return out.reshape(B, T, N * H) @ param(
-            "o", _weights(c.init_std, "heads", "embed"), N * H, D
-        ), layer_cache
+        o = param("o", _weights(c.init_std, "heads", "embed"), N * H, D)
+        return project(out.reshape(B, T, N * H), o), layer_cache
 
 
 class MLP(nn.Module):
@@ -169,11 +192,11 @@ class MLP(nn.Module):
             return self.param(name, _weights(c.init_std, *axes), shape, self.param_dtype).astype(self.dtype)
 
         if self.fused:
-            gate, up = jnp.split(x @ param("gate_up", ("embed", "mlp"), D, 2 * F), 2, axis=-1)
+            gate, up = jnp.split(project(x, param("gate_up", ("embed", "mlp"), D, 2 * F)), 2, axis=-1)
         else:
-            gate = x @ param("gate", ("embed", "mlp"), D, F)
-            up = x @ param("up", ("embed", "mlp"), D, F)
-        return (nn.silu(gate) * up) @ param("down", ("mlp", "embed"), F, D)
+            gate = project(x, param("gate", ("embed", "mlp"), D, F))
+            up = project(x, param("up", ("embed", "mlp"), D, F))
+        return project(nn.silu(gate) * up, param("down", ("mlp", "embed"), F, D))
 
 
 class Scale(nn.Module):

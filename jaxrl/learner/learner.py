@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl.errors import UserError
 from jaxrl.learner.packing import PackedBatch
 from jaxrl.learner.state import TrainState, abstract_state, build_optimizer, init_state
 from jaxrl.learner.update import Objective, build_programs, place_batch
@@ -53,6 +54,7 @@ def optimizer(config):
         weight_decay=o.weight_decay,
         grad_clip=o.grad_clip,
         state_dtype=jnp.dtype(o.state_dtype),
+        offload=o.offload,
     )
 
 
@@ -60,6 +62,11 @@ class Learner:
     """Builds the programs of a configuration once and runs them on the mini-batches of each step."""
 
     def __init__(self, config, decoder: DecoderConfig, mesh):
+        row, tensor = config.batch.row_tokens or 128, mesh.shape["tensor"]
+        if config.mesh.sequence_parallel and row % tensor:
+            raise UserError(
+                f"config.mesh.sequence_parallel: mesh.tensor={tensor} does not divide config.batch.row_tokens={row}"
+            )
         self.decoder, self.mesh = decoder, mesh
         self.param_dtype = jnp.dtype(config.model.param_dtype)
         self.objective, self.optimizer = objective(config), optimizer(config)
@@ -71,6 +78,7 @@ class Learner:
             dtype=jnp.dtype(config.model.dtype),
             remat=config.model.remat,
             attention=config.model.attention,
+            sequence_parallel=config.mesh.sequence_parallel,
         )
 
     def abstract_state(self) -> TrainState:
@@ -82,6 +90,11 @@ class Learner:
         return init_state(
             self.decoder, self.optimizer, self.mesh, params=params, param_dtype=self.param_dtype
         )
+
+    @property
+    def compiles(self) -> int:
+        """Programs compiled so far: one for each shape and capacity of the batches seen, and kind."""
+        return self.programs.update._cache_size() + self.programs.score._cache_size()
 
     def score(self, params, batch: PackedBatch):
         """Log-probs of every response token under params: float32 [M, R, T], zero elsewhere."""

@@ -118,7 +118,7 @@ def pack(
     if longest > max(row_lengths):
         raise UserError(f"config.batch.row_tokens: rows of {max(row_lengths)} tokens cannot hold a sequence of "
                         f"{longest} (prompt {plen[lengths.argmax()]}); use at least that")
-    T = min(t for t in row_lengths if t >= longest)
+    T = int(min(t for t in row_lengths if t >= longest))
     row_of, column = _first_fit_decreasing(lengths, T)
     R, num_micro = _row_count(int(row_of.max()) + 1, T, micro_tokens, shards)
     row_of, most = _deal(row_of, rlen, num_micro, R, shards)
@@ -158,9 +158,9 @@ def pack(
 
 
 def capacity_bucket(tokens: int, positions: int) -> int:
-    """tokens rounded up to a sixteenth of the positions, so that few capacities occur; at most all positions."""
-    step = -(-positions // 16)
-    return min(positions, max(step, -(-tokens // step) * step))
+    """tokens rounded up to an eighth of the positions, so that few capacities occur; at most all positions."""
+    step = -(-positions // 8)
+    return int(min(positions, max(step, -(-tokens // step) * step)))
 
 
 def _first_fit_decreasing(lengths, T: int):
@@ -175,11 +175,13 @@ def _first_fit_decreasing(lengths, T: int):
 
 
 def _row_count(rows: int, T: int, micro_tokens: int, shards: int) -> tuple[int, int]:
-    """(R, micro-batches in use): the budget's row count, its half or its quarter, whichever pads least."""
+    """(R, micro-batches in use): the budget's row count, its half or its quarter; the largest that computes at most
+    one percent more rows than the best of them, so that a row more or less is no reason for another shape."""
     most = max(1, micro_tokens // (T * shards))
     counts = sorted({max(1, most // part) * shards for part in (1, 2, 4)}, reverse=True)
-    R = min(counts, key=lambda R: -(-rows // R) * R)  # ties: the largest
-    return R, int(-(-rows // R))
+    computed = [-(-rows // R) * R for R in counts]
+    R = next(R for R, n in zip(counts, computed, strict=True) if n <= 1.01 * min(computed))
+    return R, -(-rows // R)
 
 
 def _deal(row_of, response_lengths, num_micro: int, R: int, shards: int):

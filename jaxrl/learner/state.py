@@ -18,6 +18,7 @@ from models.config import DecoderConfig
 from models.decoder import abstract_params, init_params
 
 SCHEDULES = ("constant", "cosine", "linear")
+HOST = "pinned_host"  # the memory that a device can copy from and to by itself
 
 
 @flax.struct.dataclass
@@ -33,10 +34,12 @@ class TrainState:
 
 
 class Optimizer(NamedTuple):
-    """transform: optax gradient transformation. schedule: updates applied so far -> learning rate."""
+    """transform: optax gradient transformation. schedule: updates applied so far -> learning rate. offload: its
+    state rests in the host's memory and visits the device only while it is applied."""
 
     transform: optax.GradientTransformation
     schedule: Callable
+    offload: bool = False
 
 
 @functools.lru_cache(maxsize=8)  # equal settings, equal object: build_programs tells optimizers apart by identity
@@ -51,6 +54,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     grad_clip: float = 0.0,
     state_dtype=jnp.float32,
+    offload: bool = False,
 ) -> Optimizer:
     """AdamW (1711.05101) behind global-norm clipping.
 
@@ -65,7 +69,7 @@ def build_optimizer(
     adam = _adam_stored_as(optax.scale_by_adam(b1, b2, eps), state_dtype)
     chain = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
     chain += [adam, optax.add_decayed_weights(weight_decay, mask=decays), optax.scale_by_learning_rate(lr)]
-    return Optimizer(optax.chain(*chain), lr)
+    return Optimizer(optax.chain(*chain), lr, offload)
 
 
 def _schedule(peak, warmup, kind, total):
@@ -137,7 +141,8 @@ def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rule
                    param_dtype=jnp.float32) -> TrainState:
     """TrainState of jax.ShapeDtypeStruct with shardings: what `preflight` lowers with and checkpoints restore to.
 
-    Moments lie as their parameters do. Raises UserError if a dimension does not divide by its mesh axis.
+    Moments lie as their parameters do, on the host if the optimizer is offloaded. Raises UserError if a dimension
+    does not divide by its mesh axis.
     """
     rules = rules or logical_rules(mesh, config.num_kv_heads, config.vocab_size)
     params, specs = abstract_params(config, param_dtype)
@@ -147,7 +152,10 @@ def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rule
 
     def place(path, leaf):
         tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
-        sharding = next((by_path[t] for t in tails if t in by_path), replicated(mesh))
+        sharding = next((by_path[t] for t in tails if t in by_path), None)
+        if sharding and optimizer.offload and path[0].name == "opt_state":
+            sharding = sharding.with_memory_kind(HOST)
+        sharding = sharding or replicated(mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)
@@ -156,6 +164,20 @@ def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rule
 def sharding_of(tree):
     """The tree of shardings of a tree of (abstract) arrays."""
     return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def on_device(tree, shardings):
+    """The tree with what rests in host memory copied to the device. shardings: where each array rests."""
+
+    def one(x, sharding):
+        return jax.device_put(x, sharding.with_memory_kind("device")) if sharding.memory_kind == HOST else x
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def on_host(tree, shardings):
+    """The inverse of `on_device`."""
+    return jax.tree.map(lambda x, s: jax.device_put(x, s) if s.memory_kind == HOST else x, tree, shardings)
 
 
 def init_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, key=None, params=None,

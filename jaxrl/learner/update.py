@@ -40,7 +40,7 @@ from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.segments import count_sequences
 from jaxrl.learner.logprobs import HeadSettings, response_logprobs
 from jaxrl.learner.packing import PackedBatch
-from jaxrl.learner.state import Optimizer, TrainState, abstract_state, sharding_of
+from jaxrl.learner.state import Optimizer, TrainState, abstract_state, on_device, on_host, sharding_of
 from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, shardings, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
@@ -96,7 +96,8 @@ def build_programs(
 ) -> Programs:
     """The learner's programs. dtype: compute dtype (sums, softmax and log-probs stay float32).
 
-    remat, attention: see models.decoder.Decoder; "auto" takes the backend's kernel. Raises ValueError for unknown
+    remat, attention: see models.decoder.Decoder; "auto" takes the backend's kernel. sequence_parallel: between
+    blocks, tokens are split over the mesh's tensor axis, which must divide them. Raises ValueError for unknown
     names of the objective.
     """
     loss, loss_hyper = resolve(LOSSES, "loss", objective.loss, objective.loss_hyper)
@@ -207,12 +208,14 @@ def build_programs(
         grad_norm = optax.tree.norm(grads)
         ok = jnp.isfinite(total) & jnp.isfinite(grad_norm)
         metrics = _metrics(total, grad_norm, sums, maxima, batch.num_tokens, optimizer.schedule(state.step), ok)
-        return _apply(state, grads, optimizer, ok), metrics
+        state = state.replace(opt_state=on_device(state.opt_state, resting.opt_state))
+        state = _apply(state, grads, optimizer, ok)
+        return state.replace(opt_state=on_host(state.opt_state, resting.opt_state)), metrics
 
     # Results lie exactly as the inputs do, so that no second call compiles again.
-    state = sharding_of(abstract_state(config, optimizer, mesh, rules))
+    resting = sharding_of(abstract_state(config, optimizer, mesh, rules))
     return Programs(
-        update=jax.jit(update, donate_argnums=0, out_shardings=(state, replicated(mesh))),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(resting, replicated(mesh))),
         score=jax.jit(score, out_shardings=NamedSharding(mesh, P(None, BATCH))),
     )
 

@@ -129,6 +129,7 @@ def base_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.0
     c.optimizer.grad_clip = 1.0
     c.optimizer.state_dtype = "float32"
+    c.optimizer.offload = False  # keep the optimizer's moments in host memory
 
     c.sft = ConfigDict()  # warm start on demonstrations, before step 0; cached in the run directory
     c.sft.steps = 0
@@ -140,6 +141,7 @@ def base_config() -> ConfigDict:
     c.sft.data = ""  # jsonl with problem and solution fields, when the task is not dial
 
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 = whatever is left
+    c.mesh.sequence_parallel = False  # between blocks, split tokens over the tensor axis
     c.topology = ""  # TPU slice this is meant for, such as v5e:4x4: what preflight compiles for by default
     c.eval = ConfigDict(dict(every=20, problems=512, samples=1, temperature=1.0, max_tokens=0))
     c.checkpoint = ConfigDict(dict(every=20, keep=2, keep_best=""))

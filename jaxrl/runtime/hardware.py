@@ -6,6 +6,9 @@ Figures are the makers' published peaks for dense bf16 (fp32 accumulation), per 
 from __future__ import annotations
 
 import dataclasses
+import resource
+
+import jax
 
 GIB = 2**30
 
@@ -49,6 +52,20 @@ def chip(device_kind: str) -> Chip | None:
     """The chip behind `jax.Device.device_kind`; None for a CPU and for what the table does not know."""
     kind = device_kind.lower()
     return next((c for key, c in CHIPS.items() if key in kind), None)
+
+
+def peak_memory(devices) -> dict[str, float]:
+    """perf/hbm_peak_gib of the fullest of this process's devices and perf/hbm_peak_share of what it may use; for
+    devices that keep no account (a CPU), perf/host_peak_gib of the process."""
+    own = [d for d in devices if d.process_index == jax.process_index()]
+    stats = [s for d in own if (s := d.memory_stats()) and "peak_bytes_in_use" in s]
+    if not stats:
+        return {"perf/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
+    fullest = max(stats, key=lambda s: s["peak_bytes_in_use"])
+    out = {"perf/hbm_peak_gib": fullest["peak_bytes_in_use"] / GIB}
+    if limit := fullest.get("bytes_limit"):
+        out["perf/hbm_peak_share"] = fullest["peak_bytes_in_use"] / limit
+    return out
 
 
 def model_flops_per_token(config, context: float) -> float:

@@ -81,7 +81,7 @@ def test_collectives_of_the_update(two):
 @pytest.mark.slow
 def test_every_mesh_agrees(tmp_path):
     """(8,1,1) data, (1,8,1) fsdp, (1,1,8) tensor (with replicated key-value heads), and sequence parallelism."""
-    names = ["1,1,1", "8,1,1", "1,8,1", "1,1,8", "2,2,2", "1,4,2+sp"]
+    names = ["1,1,1", "8,1,1", "1,8,1", "1,1,8", "2,2,2", "1,1,8+sp", "2,2,2+sp"]
     agree(*run_worker(tmp_path / "out.npz", *names), names)
 
 

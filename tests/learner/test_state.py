@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl.errors import UserError
-from jaxrl.learner.state import abstract_state, build_optimizer, decays, fresh_state, init_state
+from jaxrl.learner.packing import pack
+from jaxrl.learner.state import HOST, abstract_state, build_optimizer, decays, fresh_state, init_state
+from jaxrl.learner.update import Objective, build_programs, place_batch
 from jaxrl.runtime.mesh import make_mesh
 from models.config import DecoderConfig
 from models.decoder import abstract_params
@@ -120,4 +122,25 @@ def test_a_state_is_what_its_abstract_says():
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
     given = init_state(CONFIG, optimizer, mesh, params=jax.tree.map(jnp.copy, state.params), param_dtype=jnp.bfloat16)
     for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_offloaded_moments_rest_on_the_host_and_change_nothing():
+    """Two updates with and without: the same parameters and moments, only elsewhere; no second compilation."""
+    mesh, results = make_mesh(1, 1, 1, devices=jax.devices()[:1]), []
+    tokens = [np.arange(1, 6)] * 3
+    batch, _ = pack(tokens, tokens, [1.0, -0.5, 0.3], [np.zeros(5)] * 3, (16,), 32)
+    for offload in (False, True):
+        optimizer = build_optimizer(1e-2, grad_clip=1.0, offload=offload)
+        programs = build_programs(CONFIG, mesh, optimizer, Objective(on_policy=True))
+        state = init_state(CONFIG, optimizer, mesh, jax.random.key(0))
+        for _ in range(2):
+            state, _ = programs.update(state, place_batch(batch, mesh))
+            adam = next(s for s in state.opt_state if hasattr(s, "nu"))
+            kinds = {x.sharding.memory_kind for x in jax.tree.leaves((adam.mu, adam.nu))}
+            assert kinds == {HOST if offload else "device"}
+            assert {x.sharding.memory_kind for x in jax.tree.leaves(state.params)} == {"device"}
+        assert programs.update._cache_size() == 1
+        results.append(state)
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -207,6 +207,7 @@ def test_a_non_finite_update_changes_nothing_but_the_counters(bad):
     good, _ = batch_of()
     spoilt = good.replace(advantages=np.where(good.response_mask > 0, bad, 0).astype(np.float32))
     _, _, state = update(1, good)
+    compiled = programs(1).update._cache_size()
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     pointer = state.params["embed"]["embedding"]
     _, metrics, after = update(1, spoilt, state)
@@ -218,6 +219,7 @@ def test_a_non_finite_update_changes_nothing_but_the_counters(bad):
     _, metrics, after = update(1, good, after)
     assert metrics["nonfinite"] == 0 and metrics["lr"] == 2.0  # the schedule counts applied updates
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 0)
+    assert programs(1).update._cache_size() == compiled  # one shape, one compilation
 
 
 def test_whole_batch_preparation_and_rejected_tokens_leaving_the_denominator():
