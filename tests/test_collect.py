@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl import collect
 from jaxrl.algorithms.length import LENGTH_REWARDS
+from jaxrl.algorithms.selection import SELECTIONS, Selection
 from jaxrl.batch import sample_rows, trained_completions
 from jaxrl.collect import Collector, group_from_json, group_to_json, shape_rewards, with_budget
 from jaxrl.errors import UserError
@@ -111,6 +112,13 @@ def test_tops_up_until_full_and_reports_what_it_cost():
     assert m["selection/dropped_lengths"] == [3.0] * 4 and m["selection/dropped_reasons"] == ["all_correct"] * 4
     assert m["accuracy"] == 0.75 and m["zero_std_fraction"] == 0.5
     assert m["outcome/correct"] == 8 * G - 8 and m["outcome/wrong"] == 8
+
+
+def test_a_rule_that_only_counts_still_tells_kept_from_dropped(monkeypatch):
+    monkeypatch.setitem(SELECTIONS, "odd", Selection(lambda groups, hyper: (groups[1::2], {"even": 2}), {}))
+    got = make(changes={"algorithm.selection": "odd"})[0].collect(None, 0)
+    assert got.kept == [False, True] * 4 and got.reasons == ["odd", ""] * 4
+    assert got.metrics["selection/dropped/odd/even"] == 4
 
 
 def test_groups_beyond_the_batch_are_discarded_or_kept():
