@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import pathlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -146,3 +147,14 @@ def test_wrong_commands_are_noticed(monkeypatch):
     ):
         with pytest.raises((AssertionError, UserError, ImportError)):
             check_command(wrong)
+
+
+def test_the_picture_of_the_code_is_up_to_date():
+    drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
+    file = ROOT / "docs" / "images" / "architecture.svg"
+    assert file.read_text(encoding="utf-8") == drawn["draw"](), "python docs/architecture.py"
+    assert drawn["arrows"]({("commands", "step"), ("step", "tasks"), ("commands", "tasks"), ("tasks", "step")}) == {
+        ("commands", "step"), ("step", "tasks"), ("tasks", "step"),
+    }  # fmt: skip
+    edges = drawn["imports"]()
+    assert not any(a in ("models", "algorithms") for a, _ in edges)  # they know nothing of the rest
