@@ -218,8 +218,8 @@ def tokens_spent(run: Run) -> float:
 def compare(study: dict, metric: str) -> dict[str, Any]:
     """One metric of all finished runs at equal updates and at equal generated tokens.
 
-    Equal updates: the last step that every run has evaluated. Equal tokens: what the cheapest run spent in
-    all. Differences to the baseline are paired by seed. Half-widths are 95 % t intervals over seeds.
+    Equal updates: the last step that every run has evaluated. Equal tokens: what the cheapest run of the same
+    seed spent in all. Differences to the baseline are paired by seed. Half-widths are 95 % t intervals over seeds.
     """
     runs = {}
     for label in study["methods"]:
@@ -232,16 +232,18 @@ def compare(study: dict, metric: str) -> dict[str, Any]:
     if not every:
         return {"metric": metric, "rows": [], "pools": []}
     step = min(run.series(metric)[0][-1] for run in every)
-    tokens = min(tokens_spent(run) for run in every)
+    spent = {label: {seed: tokens_spent(run) for seed, run in found.items()} for label, found in runs.items()}
+    seeds = sorted({seed for found in spent.values() for seed in found})
+    tokens = {seed: min(found[seed] for found in spent.values() if seed in found) for seed in seeds}
     values = {
         label: {
-            seed: (at_step(run, metric, step), at_tokens(run, metric, tokens)) for seed, run in found.items()
+            seed: (at_step(run, metric, step), at_tokens(run, metric, tokens[seed])) for seed, run in found.items()
         }
         for label, found in runs.items()
     }
     costs = {
         label: {
-            seed: (tokens_spent(run), at_step(run, "eval/mean_tokens", step)) for seed, run in found.items()
+            seed: (spent[label][seed], at_step(run, "eval/mean_tokens", step)) for seed, run in found.items()
         }
         for label, found in runs.items()
     }
@@ -322,7 +324,8 @@ def table(study: dict, result: dict) -> str:
     return text + (
         f"{result['metric']} in percent, mean ± 95 % t interval over seeds; differences are paired by seed, "
         "and * marks an interval that excludes 0 (not corrected for the number of comparisons). Equal "
-        f"updates: step {result['step']:.0f}. Equal tokens: {result['tokens'] / 1e3:,.0f} k generated.\n"
+        f"updates: step {result['step']:.0f}. Equal tokens: what the cheapest run of the seed generated in all, "
+        f"{min(result['tokens'].values()) / 1e3:,.0f} to {max(result['tokens'].values()) / 1e3:,.0f} k.\n"
     )
 
 

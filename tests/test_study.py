@@ -89,7 +89,7 @@ def test_table_by_hand(grid, tmp_path):
         write_run(runs / "new---better" / f"seed{seed}", {0: 0.1, 2: 0.3, 4: new[seed]}, 200, 4)
     s = study.load_study(str(grid))
     result = study.compare(s, "eval/accuracy")
-    assert (result["step"], result["tokens"]) == (4, 400)
+    assert (result["step"], result["tokens"]) == (4, {0: 400, 1: 400, 2: 400})
     rows = {row["method"]: row for row in result["rows"]}
     t = 4.302652730  # 97.5 % quantile of Student's t, 2 degrees of freedom
     difference = np.subtract(new, base)
@@ -124,6 +124,15 @@ def test_accuracy_between_two_evaluations_is_interpolated(tmp_path):
     run = study.read_run(tmp_path / "seed0")
     assert study.at_tokens(run, "eval/accuracy", 50) == pytest.approx(0.3)
     assert study.at_step(run, "eval/accuracy", 3) == pytest.approx(0.2)
+
+
+def test_equal_tokens_are_those_of_the_cheapest_run_of_the_seed(grid, tmp_path):
+    for seed, tokens in ((0, 100), (1, 50)):
+        for name, factor in (("base", 1), ("new---better", 2)):
+            write_run(tmp_path / "runs" / name / f"seed{seed}", {0: 0.0, 4: 0.8}, factor * tokens, 4)
+    result = study.compare(study.load_study(str(grid)), "eval/accuracy")
+    assert result["tokens"] == {0: 400, 1: 200}
+    assert {row["method"]: row["tokens"][0] for row in result["rows"]} == {"base": 0.8, "new & better": 0.4}
 
 
 def test_unequal_lengths_are_compared_at_the_step_all_have(grid, tmp_path):
