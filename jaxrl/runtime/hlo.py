@@ -20,6 +20,9 @@ _CALLED = re.compile(
     r"\b(?:calls|body|branch_computations|called_computations|true_computation|false_computation)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
+_PLACED = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*\[[0-9,]*\])(\{[^}]*\})?")
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota")
+_SLICES = ("slice", "dynamic-slice", "gather")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -44,6 +47,8 @@ class Counts:
     compiler's own estimates where it gives one (TPU). collectives: kind -> [times run, payload bytes]; the
     payload is the larger side, so the bytes after an all-gather and before a reduce-scatter.
     blocking_bytes: payload of the collectives that the compiler did not make asynchronous.
+    bytes: read from and written to main memory, tile padding aside. A slice counts as what it takes, an update in
+    place as what it writes, and what lies in a TPU's vector memory not at all.
     kernels: name of a hand-written kernel -> times run. kernel_flops: theirs, as far as known here; the
     compiler has no cycle estimate for them. Not part of `flops`.
     unknown_loops: names of loops whose count came from `loop_trips`.
@@ -51,6 +56,7 @@ class Counts:
 
     flops: float = 0.0
     cycles: float = 0.0
+    bytes: float = 0.0
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     blocking_bytes: float = 0.0
     kernel_flops: float = 0.0
@@ -154,6 +160,8 @@ def _walk(computations, name, times, loop_trips, totals: Counts, fused: bool):
             if target and target[1] == "tpu_custom_call":
                 totals.kernels[op.name.split(".")[0]] += times
                 totals.kernel_flops += times * _kernel_flops(op, body)
+        if not fused:
+            totals.bytes += times * _memory_bytes(computations, body, op)
         if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', op.attributes)):
             totals.cycles += times * int(cycles[1])
         trips = 1.0
@@ -168,6 +176,62 @@ def _walk(computations, name, times, loop_trips, totals: Counts, fused: bool):
             called = [max(called, key=lambda c: _weight(computations, c, loop_trips))]
         for c in called:
             _walk(computations, c, times * trips, loop_trips, totals, fused or op.opcode == "fusion")
+
+
+def _main_bytes(shape: str) -> float:
+    """Bytes of the arrays of a shape that are in main memory; S(n) in a layout is another memory of the chip."""
+    return sum(shape_bytes(array) for array, layout in _PLACED.findall(shape) if "S(" not in layout)
+
+
+def _memory_bytes(computations, body, op: Instruction) -> float:
+    """Main-memory traffic of one run of an instruction that is not inside a fusion."""
+    if op.opcode in _FREE or op.opcode.endswith("-done") or op.opcode == "async-start":
+        return 0.0  # an asynchronous computation is counted where it is written down
+    if op.opcode == "custom-call" and re.search(r'"(ConcatBitcast|ZeroCrop|AllocateBuffer)"', op.attributes):
+        return 0.0
+    operands = [body[o].shape if o in body else "" for o in op.operands]
+    if op.opcode == "fusion":
+        return _fusion_bytes(computations[_CALLED.search(op.attributes)[1].strip("%")], operands, op.shape)
+    if op.opcode in _SLICES:
+        return (shape_bytes(op.shape) if _main_bytes(operands[0]) else 0.0) + _main_bytes(op.shape)
+    if op.opcode == "dynamic-update-slice":
+        return _main_bytes(operands[1]) + (shape_bytes(operands[1]) if _main_bytes(op.shape) else 0.0)
+    if op.opcode.endswith("-start") and op.shape.startswith("("):  # both sides in one tuple
+        return _main_bytes(op.shape)
+    return sum(map(_main_bytes, operands)) + _main_bytes(op.shape)
+
+
+def _fusion_bytes(inside, operands: list[str], shape: str) -> float:
+    """Traffic of a fusion: an operand that is only sliced counts as the slices, one updated in place not at all."""
+    total, users = 0.0, collections.defaultdict(list)
+    for op in inside.values():
+        for at, name in enumerate(op.operands):
+            users[name].append((at, op))
+
+    def source(op):
+        while op.opcode == "bitcast" and op.operands:
+            op = inside[op.operands[0]]
+        return op
+
+    def uses(name):
+        for at, op in users[name]:
+            yield from uses(op.name) if op.opcode == "bitcast" else [(at, op)]
+
+    for op in inside.values():
+        if op.opcode == "parameter" and _main_bytes(operands[int(op.inside)]):
+            read = 0.0
+            for at, user in uses(op.name):
+                if user.opcode in _SLICES and at == 0:
+                    read += shape_bytes(user.shape)
+                elif user.opcode != "dynamic-update-slice" or at:
+                    read = float("inf")
+            total += min(read, _main_bytes(operands[int(op.inside)]))
+    root = source(next(op for op in inside.values() if op.root))
+    parts = [source(inside[o]) for o in root.operands] if root.opcode == "tuple" else [root]
+    for part, (array, layout) in zip(parts, _PLACED.findall(shape), strict=False):
+        update = part.opcode == "dynamic-update-slice"
+        total += 0.0 if "S(" in layout else shape_bytes(inside[part.operands[1]].shape if update else array)
+    return total
 
 
 def _kernel_flops(op: Instruction, body) -> float:

@@ -26,13 +26,14 @@ EXAMPLES = "v5e:4x4, v5p:2x2x2 or v6e:4x4"
 class Compiled:
     """One program on one chip. needed: bytes of memory, arguments and results included. arguments: those of the
     arguments. fits: whether the compiler accepted it. buffers: (bytes, what it is), the largest first.
-    counts: see jaxrl.runtime.hlo."""
+    counts: see jaxrl.runtime.hlo. text: the HLO they were counted in."""
 
     needed: int
     arguments: int
     fits: bool
     buffers: list[tuple[int, str]]
     counts: hlo.Counts
+    text: str
 
 
 def slice_devices(topology: str) -> tuple[list, hardware.Chip]:
@@ -84,7 +85,7 @@ def compile_program(lowered, loop_trips: float = 1) -> Compiled:
         assignment = _dumped(folder, "after_optimizations-buffer-assignment.txt")
     names = {op.name: _origin(op) for body in hlo.parse(text)[0].values() for op in body.values()}
     needed, arguments, buffers = _allocations(assignment, names)
-    return Compiled(needed, arguments, fits, buffers, hlo.count(text, loop_trips))
+    return Compiled(needed, arguments, fits, buffers, hlo.count(text, loop_trips), text)
 
 
 def _dumped(folder: str, ending: str) -> str:

@@ -149,3 +149,39 @@ def test_model_flops_match_a_compiled_forward_pass():
     text = jax.jit(forward).lower(params, jax.ShapeDtypeStruct((B, T), np.int32)).compile().as_text()
     expected = B * T * hardware.model_flops_per_token(config, context=T)  # dense attention sees all T
     assert hlo.count(text).flops == pytest.approx(expected, rel=1e-6)
+
+
+MEMORY = """HloModule m
+
+%takes (p: bf16[64,512], q: bf16[8,512], i: s32[]) -> (bf16[8,512], bf16[64,512]) {
+  %p = bf16[64,512]{1,0} parameter(0)
+  %q = bf16[8,512]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %s = bf16[8,512]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={8,512}
+  %sum = bf16[8,512]{1,0} add(%s, %q)
+  %u = bf16[64,512]{1,0} dynamic-update-slice(%p, %q, %i, %i)
+  ROOT %t = (bf16[8,512]{1,0}, bf16[64,512]{1,0}) tuple(%sum, %u)
+}
+
+ENTRY %main (p: bf16[64,512], q: bf16[8,512], i: s32[]) -> bf16[8,512] {
+  %p = bf16[64,512]{1,0} parameter(0)
+  %q = bf16[8,512]{1,0} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  %f = (bf16[8,512]{1,0:T(8,128)(2,1)S(1)}, bf16[64,512]{1,0}) fusion(%p, %q, %i), kind=kLoop, calls=%takes
+  %near = bf16[8,512]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%f), index=0
+  %cs = (bf16[64,512]{1,0:S(1)}, bf16[64,512]{1,0}, u32[]{:S(2)}) copy-start(%p)
+  %cd = bf16[64,512]{1,0:S(1)} copy-done(%cs)
+  ROOT %o = bf16[8,512]{1,0} negate(%near)
+}
+"""
+
+
+def test_bytes_are_those_of_main_memory():
+    piece, whole = 2 * 8 * 512, 2 * 64 * 512
+    fusion = piece + piece + piece  # slice and operand read, update written; the sum stays in vector memory
+    assert hlo.count(MEMORY).bytes == fusion + whole + piece  # fetched to vector memory; result written
+
+
+def test_bytes_of_a_plain_product():
+    text = compiled(lambda a, b: a @ b, (8, 16), (16, 32))
+    assert hlo.count(text).bytes == 4 * (8 * 16 + 16 * 32 + 8 * 32)
