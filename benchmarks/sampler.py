@@ -138,7 +138,9 @@ def run_own(flags: dict):
             extra |= dict(limit_tokens_per_s=round(s.tokens / floor, 1), of_limit=round(floor / spent, 3))
             report("jaxrl", flags, name, t, s.tokens, **extra)
         parts = synchronous(sampler, lambda work=requests: sampler.generate(params, work, seed=1))
-        print(json.dumps(dict(workload=name, sampling_share=round(limits["draw_s"] * steps / spent, 3), **parts)))
+        parts["sampling_share"] = round(limits["draw_s"] * steps / spent, 3)
+        parts["decode_of_limit"] = round(floor / (spent * parts["decode_share"]), 3)
+        print(json.dumps(dict(workload=name, **parts)), flush=True)
 
 
 def synchronous(sampler, generate) -> dict:
