@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxrl.algorithms.segments import LOGP_FLOOR, clean, compute_dtype, sequence_sum
+from jaxrl.algorithms.segments import LOGP_FLOOR, compute_dtype
 
 KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")
 
@@ -52,21 +52,3 @@ def kl_estimate(
         return value
     old_logp = jax.lax.stop_gradient(jnp.maximum(old_logp.astype(dtype), LOGP_FLOOR))
     return value * jnp.exp(jnp.clip(logp - old_logp, -20.0, 20.0))
-
-
-def sequence_kl(
-    old_logp: jax.Array,
-    ref_logp: jax.Array,
-    response_mask: jax.Array,
-    sequence_ids: jax.Array,
-    kind: str = "k1",
-) -> jax.Array:
-    """KL as a reward term: the estimate summed over each response, at every position of its sequence, no
-    gradient.
-
-    All [R, T]. The host subtracts coefficient * sum from the reward of the completion before advantages are
-    taken (as verl's use_kl_in_reward does for outcome rewards).
-    """
-    tokens = clean(old_logp, ref_logp, jnp.zeros_like(old_logp), response_mask)
-    estimate = kl_estimate(tokens.logp, tokens.old_logp, kind)
-    return jax.lax.stop_gradient(sequence_sum(estimate * tokens.mask, sequence_ids))

@@ -1,23 +1,8 @@
-"""How well lengths follow budgets (L1), how accuracy scales with them (s1), and counting thinking tokens."""
+"""How well lengths follow budgets (L1), and how accuracy scales with them (s1)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-
-
-def thinking_length(tokens: Sequence[int], end_of_thinking: Sequence[int]) -> int:
-    """Tokens before the first occurrence of the end-of-thinking ids; all of them if it never occurs.
-
-    For `length.count = thinking only`; the sources count the whole response. Raises ValueError for an empty
-    delimiter.
-    """
-    tokens, end = list(map(int, tokens)), list(map(int, end_of_thinking))
-    if not end:
-        raise ValueError("end_of_thinking must hold at least one token id")
-    starts = (i for i in range(len(tokens) - len(end) + 1) if tokens[i : i + len(end)] == end)
-    return next(starts, len(tokens))
 
 
 def budget_metrics(lengths, budgets, tolerance: int = 500) -> dict[str, float]:

@@ -27,7 +27,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.runtime.mesh import BATCH, num_batch_shards
+from jaxrl.runtime.mesh import BATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,9 +263,3 @@ def _gather(a, index):
 
 def _scatter(a, index, size: int):
     return jnp.zeros((size, *a.shape[1:]), a.dtype).at[index].set(a, mode="drop")
-
-
-def batch_capacity(settings: HeadSettings, rows: int, length: int) -> int:
-    """The capacity that always suffices: every position of a batch shard."""
-    shards = num_batch_shards(settings.mesh) if settings.sharded else 1
-    return rows * length // shards

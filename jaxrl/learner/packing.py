@@ -78,11 +78,6 @@ class Packing:
         return [flat[row, start : start + n] for row, start, n in spans]
 
 
-def default_row_lengths(longest: int, multiple: int = 128) -> tuple[int, ...]:
-    """Three row lengths up to the longest possible prompt plus response: a quarter of it, half, all; rounded up."""
-    return tuple(sorted({-(-longest // (part * multiple)) * multiple for part in (4, 2, 1)}))
-
-
 def pack(
     prompts: Sequence[np.ndarray],
     responses: Sequence[np.ndarray],

@@ -87,11 +87,6 @@ def broadcast(value: Any) -> Any:
     return allgather(value if is_main() else None)[0]
 
 
-def any_process(flag: bool) -> bool:
-    """True on every process if `flag` is true on at least one."""
-    return any(allgather(bool(flag)))
-
-
 def barrier(name: str) -> None:
     """Returns when every process has come here with the same name."""
     if jax.process_count() > 1:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxrl.algorithms.correction import CORRECTIONS, effective_mask, mismatch_stats
 from jaxrl.algorithms.entropy import adapt_coefficient, entropy_advantages, entropy_bonus
 from jaxrl.algorithms.hyper import resolve
-from jaxrl.algorithms.kl import KL_KINDS, kl_estimate, sequence_kl
+from jaxrl.algorithms.kl import KL_KINDS, kl_estimate
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 FORMULA = {"k1": lambda x: x, "k2": lambda x: x**2 / 2, "k3": lambda x: np.exp(-x) + x - 1}
@@ -87,13 +87,6 @@ def test_kl_clamps_and_ratio_correction():
     np.testing.assert_allclose(grad, ratio * (k3 + 1 - np.exp(-x)), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="unknown KL estimator 'k4'; valid: k1, k2"):
         kl_estimate(logp, ref, "k4")
-
-
-def test_sequence_kl_is_the_sum_over_each_response():
-    old = jnp.array([[-1.0, -2.0, -3.0, -1.0]])
-    ref = jnp.array([[-1.5, -2.5, -1.0, np.nan]])
-    mask, ids = jnp.array([[1, 1, 1, 0]]), jnp.array([[1, 1, 2, 2]])
-    np.testing.assert_allclose(sequence_kl(old, ref, mask, ids), [[1.0, 1.0, -2.0, -2.0]])
 
 
 def _weights(name, log_weight, ids=None, mask=None, **constants):

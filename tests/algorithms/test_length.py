@@ -5,7 +5,7 @@ import pytest
 
 from jaxrl.algorithms.hyper import resolve
 from jaxrl.algorithms.length import LENGTH_REWARDS, laser_targets, prompt_suffix, sample_budgets
-from jaxrl.algorithms.length_metrics import budget_metrics, control, performance, scaling, thinking_length
+from jaxrl.algorithms.length_metrics import budget_metrics, control, performance, scaling
 
 
 def _reward(
@@ -188,12 +188,3 @@ def test_s1_metrics():
     assert scaling([2000, 500, 1000], [0.5, 0.3, 0.4]) == pytest.approx((2e-4 + 0.2 / 1500 + 1e-4) / 3)
     assert scaling([500, 500], [0.1, 0.9]) == 0 == scaling([500], [0.1])
     assert performance([0.2, 0.5, 0.4]) == 0.5
-
-
-def test_thinking_length():
-    assert thinking_length([5, 6, 7, 8, 9], [7, 8]) == 2
-    assert thinking_length([7, 6, 7, 8, 7, 8], [7, 8]) == 2
-    assert thinking_length([7, 6, 7], [7, 8]) == 3
-    assert thinking_length([], [7]) == 0
-    with pytest.raises(ValueError, match="at least one token id"):
-        thinking_length([1], [])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.errors import UserError
-from jaxrl.learner.packing import capacity_bucket, default_row_lengths, pack
+from jaxrl.learner.packing import capacity_bucket, pack
 
 
 def sequences(lengths, seed=0):
@@ -117,8 +117,6 @@ def test_few_shapes(prompts, group, longest, micro, shards):
     assert len(shapes) <= 8
 
 
-def test_helpers():
-    assert default_row_lengths(4096) == (1024, 2048, 4096)
-    assert default_row_lengths(100) == (128,)
+def test_capacity_buckets():
     assert capacity_bucket(1, 1600) == 200 and capacity_bucket(201, 1600) == 400 and capacity_bucket(1600, 1600) == 1600
     assert capacity_bucket(5, 5) == 5
