@@ -22,11 +22,13 @@ training = meshes.make_mesh(2, 2, 2)
 abstract, logical = abstract_params(config)
 sharded = jax.device_put(params, meshes.shardings(training, logical, None, abstract))
 
-def generate(placement, params):
-    sampler = Sampler(config, (0,), max_prompt=9, max_tokens=20, slots=16, chunk=8, window=8, placement=placement)
+def generate(placement, params, slots=16, chunk=8, order=range(6)):
+    sampler = Sampler(config, (0,), max_prompt=9, max_tokens=20, slots=slots, chunk=chunk, window=8,
+                      placement=placement)
     laid_out = sampler.layout(params)
     requests = [Request(np.arange(1, 4 + i, dtype=np.int32), 5, 20, i) for i in range(6)]
-    return laid_out, sampler.generate(laid_out, requests, seed=1)
+    groups = sampler.generate(laid_out, [requests[i] for i in order], seed=1)
+    return laid_out, [groups[list(order).index(i)] for i in range(6)]
 
 _, alone = generate(None, params)
 assert len({c.length for group in alone for c in group}) > 1, "vary the model: all answers are equally long"
@@ -38,6 +40,16 @@ for tensor in (1, 2, 4):
     for a, b in zip(sum(alone, []), sum(together, []), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+# the promise: the same tokens, log-probs within 1e-5, on 1 or 8 data-parallel devices, for any slots, chunk and order
+placement = place(config, training, 1)
+assert placement.mesh.shape == {"data": 8, "tensor": 1}
+for options in (dict(), dict(slots=8, chunk=5, order=[3, 0, 5, 4, 1, 2])):
+    for a, b in zip(sum(alone, []), sum(generate(placement, sharded, **options)[1], []), strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
+        assert a.finish == b.finish
+
 for bad in (3, 8):
     try:
         place(config, training, bad)
