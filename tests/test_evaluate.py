@@ -25,6 +25,7 @@ from models.decoder import abstract_params
 from models.tokenizers import vocab_tokenizer
 from models.weights import save_params
 from tests.shared import shared_path
+from tests.test_multihost import free_port
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -297,3 +298,38 @@ def test_trained_stories_model_on_gsm8k(tmp_path):
     for line in files["gsm8k_test.jsonl"][1:]:
         a, b = json.loads(line)["samples"]
         assert a == b  # greedy
+
+
+@pytest.mark.slow
+def test_two_hosts_evaluate_as_one(dial_model, tmp_path):
+    """Two processes of two devices against one process; then continued from a torn file; then refused."""
+    flags = ["--data=dial:n_max=3,dial:mode=exact", "--limit=11", "--samples=3", "--slots=8", "--batch=4"]
+    done, _ = run(dial_model, tmp_path / "one", *flags)
+
+    def start(out, **env):
+        command = [sys.executable, "-m", "jaxrl.evaluate", f"--model={dial_model}", f"--out={out}", *flags]
+        env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*command, "--distributed"], cwd=ROOT, env=os.environ | env, **pipes)
+
+    def both(out):
+        address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+        hosts = [start(out, **address, JAX_PROCESS_ID=str(i)) for i in range(2)]
+        try:
+            return hosts, [host.communicate(timeout=600) for host in hosts]
+        finally:
+            for host in hosts:
+                host.kill()
+
+    hosts, printed = both(tmp_path / "two")
+    assert [host.returncode for host in hosts] == [0, 0], printed[0][1][-3000:]
+    assert "avg@3" in printed[0][0] and "avg@3" not in printed[1][0] and "problems" not in printed[1][1]  # one speaks
+    file = tmp_path / "two" / "completions" / "dial_n_max_3.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 12 and json.loads((tmp_path / "two" / "result.json").read_text())["results"] == done["results"]
+    file.write_text("".join(lines[:5]) + lines[5][:30])
+    assert [host.returncode for host in both(tmp_path / "two")[0]] == [0, 0]
+    assert file.read_text().splitlines(keepends=True)[:5] == lines[:5] and sorted(file.open()) == sorted(lines)
+    flags[2] = "--samples=2"  # refused by both, not by one while the other waits
+    hosts, printed = both(tmp_path / "two")
+    assert [host.returncode for host in hosts] == [2, 2] and all("choose another --out" in e for _, e in printed)

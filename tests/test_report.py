@@ -209,6 +209,16 @@ def test_no_figure_stands_beside_a_hole(count):
         assert left and kinds.count(" class=wide") == (wide >= 0)
 
 
+def test_wide_bands_do_not_flatten_the_lines(pages):
+    low, high = (read_run(pages[1][0]), read_run(pages[1][1]))
+    apart = [dataclasses.replace(r, records=[{"step": i, "x": 0.1 * i + k} for i in range(9)]) for k, r in
+             enumerate((low, high))]  # fmt: skip
+    with drawing() as (_, ax):
+        assert figures.lines(ax, group_runs(apart), [("x", "")])
+        assert group_runs(apart)[0].band("x")[2].max() > 6  # two seeds: t = 12.7
+        assert -1 < ax.get_ylim()[0] < 0.5 and 1.3 < ax.get_ylim()[1] < 2.5
+
+
 def test_fates_have_one_colour_whatever_else_there_is():
     assert figures._tint("middle", figures.FATES) == SERIES[4]
     assert figures._tint("mine", figures.FATES) == figures._tint("mine", figures.FATES)

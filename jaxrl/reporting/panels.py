@@ -32,7 +32,7 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "accuracy", LEARNING, "Accuracy",
         "Share of correct answers on held-out problems. Band: 95 % interval, over problems for one run, over seeds "
-        "for several.",
+        "for several; where it runs out of the figure, there are too few of them.",
         f.accuracy, unseen="Beside it, the same on the prompts sampled for training.",
     ),
     Panel(
