@@ -1,16 +1,20 @@
 """Preflight: real TPU compilations of small and of shipped configs (slow), and every way to ask wrongly (fast)."""
 
+import ast
 import importlib.util
 import math
 import pathlib
+import re
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 
 from jaxrl import build, preflight
 from jaxrl.errors import UserError
+from jaxrl.learner.learner import Learner
 from jaxrl.runtime import hardware, tpu_compiler
 from jaxrl.runtime.config import base_config, parse_config, validate
 from models.decoder import abstract_params
@@ -99,6 +103,33 @@ def test_slices_on_which_a_host_cannot_sample_are_known_without_trying(topology,
 
 
 @libtpu
+def test_one_chip_is_compiled_for_as_a_tpu():
+    """Not as the machine that compiles: a CPU samples with other matrices and another cache layout."""
+    config = small()
+    mesh = slice_mesh(config, "v5e:1x1")
+    sampler = build.sampler(config, build.decoder_config(config), types.SimpleNamespace(eos_ids=(0, 1)), mesh)
+    assert sampler.placement.platform == "tpu"
+    config.model.shape.tie_embeddings = True  # a CPU would get an untied head
+    found = {p.name: p for p in preflight.programs(config, build.decoder_config(config), mesh)}
+    out = found["layout"].lower().out_info
+    assert "lm_head" not in out
+
+
+@libtpu
+def test_offloaded_moments_take_no_memory_of_the_chip():
+    """Each of the two moments is as large as the float32 parameters."""
+    config = small()
+    mesh = slice_mesh(config, "v5e:2x2")
+    decoder = build.decoder_config(config)
+    resident = []
+    for config.optimizer.offload in (False, True):
+        learner = Learner(config, decoder, mesh)
+        resident.append(preflight._bytes(learner.abstract_state()))
+        parameters = preflight._bytes(learner.abstract_state().params)
+    assert resident[0] - resident[1] == 2 * parameters
+
+
+@libtpu
 def test_slots_that_do_not_divide():
     config = small()
     config.sampling.slots = 6
@@ -148,13 +179,38 @@ def test_pod_config_places_on_its_slice(name):
     assert all(p.resident < chip.hbm for p in found)
 
 
+def documented(name):
+    """{program: GiB per chip} that a pod config's docstring reports, and the GiB that its chip has."""
+    text = " ".join(ast.get_docstring(ast.parse((ROOT / "configs/pods" / name.split(":")[0]).read_text())).split())
+    figures = re.search(r"Preflight on (\S+), GiB of ([0-9.]+) a chip: (.*?)[.;] ", text + " ")
+    assert figures, f"{name} reports no preflight"
+    needed = re.findall(r"(\w[\w ]*?) ([0-9.]+)(?:,|$)", figures[3])
+    return figures[1], float(figures[2]), {program: float(value) for program, value in needed}
+
+
+MEASURED = ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py:gspo", "lspo_qwen3_4b.py"]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_docstring_tells_slice_and_memory(name):
+    topology, available, needed = documented(name)
+    config = pod(name)
+    assert topology == config.topology
+    kinds = {"v5e": "tpu v5 lite", "v5p": "tpu v5", "v6e": "tpu v6 lite"}
+    assert available == round(hardware.chip(kinds[topology.split(":")[0]]).hbm / hardware.GIB, 2)
+    assert len(needed) > 1 and max(needed.values()) <= available
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "maspo_r1_distill_7b.py"])
+@pytest.mark.parametrize("name", MEASURED[:3])
 @libtpu
-def test_pod_config_fits(name):
+def test_pod_config_fits_in_what_its_docstring_says(name):
     config = pod(name)
     lines = []
     assert preflight.preflight(config, config.topology, lines.append), "\n".join(lines)
+    found = dict(re.findall(r"^(\w[\w ]*?) +([0-9.]+) of ", "\n".join(lines), re.M))
+    for program, figure in documented(name)[2].items():
+        assert float(found[program]) == pytest.approx(figure, rel=0.1), program
 
 
 # ------------------------------------------------------------------------------------------------ a small one
@@ -187,6 +243,20 @@ def test_small_config_compiles_and_counts_every_loop():
     assert rows["decode"].program.passes == steps
     text = [preflight.line(r, chip) for r in rows.values()]
     assert all(len(t) == len(preflight.HEADER) for t in text)
+
+
+@pytest.mark.slow
+@libtpu
+def test_offloaded_update_compiles_with_moments_outside_the_chips_memory():
+    config = small()
+    mesh = slice_mesh(config, "v5e:2x2")
+    decoder, rows = build.decoder_config(config), []
+    chip = hardware.chip(mesh.devices.flat[0].device_kind)
+    for config.optimizer.offload in (False, True):
+        rows.append(preflight.check(preflight.programs(config, decoder, mesh)[-1], chip).compiled)
+    parameters = preflight._bytes(Learner(config, decoder, mesh).abstract_state().params)
+    assert rows[0].arguments - rows[1].arguments == pytest.approx(2 * parameters, rel=0.05)
+    assert rows[1].needed <= rows[0].needed
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
     python -m jaxrl.train --config=configs/pods/lspo_qwen25_math_7b.py:gspo
 
-Smallest slice of v6e: v6e:2x4 (v6e-8). Preflight: prefill needs 26.78 of 31.24 GiB a chip, update 19.51; a step of
-12,288 answers of 1024 tokens takes 702 s by the compiler's estimate (rollout 520, score 41, update 141),
+Smallest slice of v6e: v6e:2x4 (v6e-8). Preflight on v6e:2x4, GiB of 31.24 a chip: prefill 26.78, update 19.51; a
+step of 12,288 answers of 1024 tokens takes 702 s by the compiler's estimate (rollout 520, score 41, update 141),
 17,927 tokens/s.
 """
 

@@ -19,6 +19,7 @@ from models.decoder import (
     head_matrix,
     init_params,
     logits,
+    project,
     sampling_layout,
 )
 from models.tokenizers import load_tokenizer
@@ -325,3 +326,11 @@ def test_bfloat16_is_close_to_float32(stories, form):
     assert 1e-5 < difference[taken].mean() < 0.02 and difference[taken].max() < 0.25
     agree = (exact.argmax(-1) == rounded.argmax(-1)).mean()
     assert agree > 0.97
+
+
+def test_gradients_are_written_out_on_a_cpu_only():
+    """The barrier that keeps XLA's CPU compiler from computing them twice would keep a TPU's from fusing them."""
+    x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(project(x, w) ** 3), (0, 1))).trace(x, w)
+    found = {p: "optimization_barrier" in gradient.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
+    assert found == {"cpu": True, "tpu": False}
