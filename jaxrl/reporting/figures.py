@@ -52,14 +52,14 @@ def lines(
     if not ends:
         return False
     if not log:
-        _keep_lines_in_view(ax, settings)
+        _keep_lines_in_view(ax, settings, percent)
     _finish(ax, zero)
     if len(ends) > 1:
         label_ends(ax, ends)
     return True
 
 
-def _keep_lines_in_view(ax, settings: Sequence[Setting]) -> None:
+def _keep_lines_in_view(ax, settings: Sequence[Setting], percent: bool) -> None:
     """Bands over two or three seeds may be many times as high as the lines: they run out of the figure instead."""
     if all(len(setting.runs) == 1 for setting in settings):
         return
@@ -67,7 +67,8 @@ def _keep_lines_in_view(ax, settings: Sequence[Setting]) -> None:
     low, high = heights.min(), heights.max()
     room = 0.4 * (high - low) or 1.0
     now = ax.get_ylim()
-    ax.set_ylim(max(now[0], low - room), min(now[1], high + room))
+    most = 100.5 if percent and high <= 100 else high + room
+    ax.set_ylim(max(now[0], low - room), min(now[1], high + room, most))
 
 
 def _finish(ax, zero: bool = False, integer: bool = True) -> None:
@@ -124,7 +125,7 @@ def against_tokens(ax, settings: Sequence[Setting]) -> bool:
         ends.append((grid[-1], mean[-1], setting.label, style["color"]))
     if not ends:
         return False
-    _keep_lines_in_view(ax, settings)
+    _keep_lines_in_view(ax, settings, percent=True)
     _finish(ax, integer=False)
     ax.set_xlabel("generated tokens, millions")
     ax.set_ylabel("correct, %")
