@@ -106,7 +106,8 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
     """The sampler of config.sampling, on the devices of this host that belong to the mesh `on`."""
     s = config.sampling
     elsewhere = on.devices.flat[0].platform != jax.default_backend()  # preflight: one chip that is not here
-    placement = place(decoder, on, s.tensor) if on.size > 1 or elsewhere else None
+    int8 = s.weights == "int8"
+    placement = place(decoder, on, s.tensor, int8=int8) if on.size > 1 or elsewhere else None
     if placement and s.slots % placement.row_multiple:
         raise UserError(
             f"config.sampling.slots={s.slots} must be a multiple of {placement.row_multiple}, this host's copies of "
@@ -127,6 +128,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
         window=s.window,
         dtype=jnp.dtype(config.model.sampler_dtype or config.model.dtype),
         placement=placement,
+        weights=s.weights,
     )
 
 

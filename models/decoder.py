@@ -97,6 +97,9 @@ def project(x, w):
     There a CPU also writes the gradient of the result out before it is used. Left alone, XLA computes it a second
     time inside the product for w's gradient, transposed, and the MLP's backward pass takes 1.4 times as long.
     """
+    if isinstance(w, tuple):  # int8 and a scale per column, see sampling_layout
+        y = project(x, w[0].astype(x.dtype))
+        return (y.astype(jnp.float32) * w[1]).astype(x.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         return x @ w
@@ -127,6 +130,14 @@ def _zeros(*axes: str):
     return nn.with_logical_partitioning(nn.initializers.zeros, axes)
 
 
+def _weight(module, name, init, *shape):
+    """A parameter in the compute dtype; of a quantised one (int8, its float32 scales), which `project` takes."""
+    w = module.param(name, init, shape, module.param_dtype)
+    if w.dtype == jnp.int8:
+        return w, module.get_variable("params", f"{name}_scale")
+    return w.astype(module.dtype)
+
+
 class Attention(nn.Module):
     config: DecoderConfig
     dtype: Any
@@ -142,7 +153,7 @@ class Attention(nn.Module):
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
 
         def param(name, init, *shape):
-            return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+            return _weight(self, name, init, *shape)
 
         if self.fused:
             qkv = project(x, param("qkv", _weights(c.init_std, "embed", "heads"), D, (N + 2 * K) * H))
@@ -189,7 +200,7 @@ class MLP(nn.Module):
         D, F = c.hidden_size, c.intermediate_size
 
         def param(name, axes, *shape):
-            return self.param(name, _weights(c.init_std, *axes), shape, self.param_dtype).astype(self.dtype)
+            return _weight(self, name, _weights(c.init_std, *axes), *shape)
 
         if self.fused:
             gate, up = jnp.split(project(x, param("gate_up", ("embed", "mlp"), D, 2 * F)), 2, axis=-1)
@@ -331,7 +342,9 @@ def head_matrix(params):
 def logits(params, hidden):
     """float32 [..., V] next-token logits of hidden [..., D]."""
     head = head_matrix(params).astype(hidden.dtype)
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    z = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    scale = params.get("lm_head", {}).get("kernel_scale")
+    return z if scale is None else z * scale
 
 
 def _init(config: DecoderConfig, dtype):
@@ -355,7 +368,16 @@ def abstract_params(config: DecoderConfig, dtype=jnp.float32):
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
-def sampling_layout(params, config: DecoderConfig, dtype, fuse: bool = True, untie: bool = False):
+def quantise(w):
+    """(int8 [D, F], float32 [F]) of w [D, F]: symmetric, one scale per column, so that w is about their product."""
+    w = w.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(w), axis=0) / 127, jnp.finfo(jnp.float32).tiny)
+    return jnp.round(w / scale).astype(jnp.int8), scale
+
+
+def sampling_layout(
+    params, config: DecoderConfig, dtype, fuse: bool = True, untie: bool = False, int8: bool = False
+):
     """The same weights, unrolled by layer, cast once, with q/k/v and gate/up fused into one matrix each.
 
     Unrolled, because a scanned decode step would copy every layer's cache in and out of the scan; fused,
@@ -363,12 +385,13 @@ def sampling_layout(params, config: DecoderConfig, dtype, fuse: bool = True, unt
     shardings: it is the one cast-and-reshard from training to sampling per rollout phase.
 
     untie: give tied embeddings a head of their own, [D, V]; a CPU multiplies by a transposed matrix slowly.
+    int8: matrices of the layers and a head of its own become int8, with `*_scale` beside them (see `quantise`).
 
     Returns: params for Decoder(config, dtype, scan_layers=False, fused=fuse).
     """
 
     def one(i):
-        p = jax.tree.map(lambda a: a[i].astype(dtype), params["layers"])
+        p = jax.tree.map(lambda a: a[i] if int8 else a[i].astype(dtype), params["layers"])
         attn, mlp = dict(p["attn"]), dict(p["mlp"])
         if fuse:
             attn["qkv"] = jnp.concatenate([attn.pop("q"), attn.pop("k"), attn.pop("v")], axis=-1)
@@ -376,9 +399,19 @@ def sampling_layout(params, config: DecoderConfig, dtype, fuse: bool = True, unt
                 bias = [attn.pop(f"{n}_bias") for n in "qkv"]
                 attn["qkv_bias"] = jnp.concatenate(bias, axis=-1)
             mlp["gate_up"] = jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=-1)
-        return {**p, "attn": attn, "mlp": mlp}
+        return {name: compact(part) for name, part in {**p, "attn": attn, "mlp": mlp}.items()}
 
-    rest = jax.tree.map(lambda a: a.astype(dtype), {k: v for k, v in params.items() if k != "layers"})
+    def compact(part):
+        matrices = {name: quantise(w) for name, w in part.items() if int8 and w.ndim == 2}
+        out = {name: w.astype(dtype) for name, w in part.items() if name not in matrices}
+        for name, (w, scale) in matrices.items():
+            out |= {name: w, f"{name}_scale": scale}
+        return out
+
+    rest = jax.tree.map(lambda a: a.astype(dtype), {k: v for k, v in params.items() if k not in ("layers", "lm_head")})
+    rest |= {k: v for k, v in params.items() if k == "lm_head"}
     if untie and "lm_head" not in rest:
-        rest["lm_head"] = {"kernel": rest["embed"]["embedding"].T}
+        rest["lm_head"] = {"kernel": params["embed"]["embedding"].T}
+    if "lm_head" in rest:
+        rest["lm_head"] = compact(rest["lm_head"])
     return {**rest, **{f"layer_{i}": one(i) for i in range(config.num_layers)}}

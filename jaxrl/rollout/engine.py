@@ -39,6 +39,7 @@ class Sampler:
         pool. dtype: compute and cache dtype. window: granularity of the attended length.
       refill: share of the slots that must be free before a decode call returns early to refill them.
       placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
+      weights: "same", or "int8" for matrices of one byte an entry (models.decoder.quantise).
 
     Raises ValueError on sizes that do not fit each other.
     """
@@ -57,6 +58,7 @@ class Sampler:
         refill: float = 0.125,
         attention: str = "xla",
         placement: Placement | None = None,
+        weights: str = "same",
     ):
         for name, value in dict(
             max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk
@@ -76,7 +78,7 @@ class Sampler:
         where = placement and placement.cache()
         self.programs: Programs = build_programs(config, dtype, chunk, attention, fused, where, platform)
         self._layout = jax.jit(
-            lambda p: sampling_layout(p, config, dtype, fused, untie=platform == "cpu"),
+            lambda p: sampling_layout(p, config, dtype, fused, platform == "cpu", weights == "int8"),
             out_shardings=placement and placement.cast_where_they_lie(config),
         )
         rows = (max(1, slots // d) for d in (8, 4, 2, 1))  # a few rows are no faster than eight

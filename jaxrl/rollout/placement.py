@@ -42,7 +42,7 @@ class Placement:
 
     training: the learner's mesh. everywhere: the same devices as ("host", "data", "tensor"). mesh: those of this
     process, ("data", "tensor"). rules: logical axis -> mesh axis. fused: whether q/k/v and gate/up share a
-    matrix; split over `tensor`, the seams would not fall on shard boundaries.
+    matrix; split over `tensor`, the seams would not fall on shard boundaries. int8: whether matrices are int8.
     """
 
     training: Mesh
@@ -50,6 +50,7 @@ class Placement:
     mesh: Mesh
     rules: dict
     fused: bool
+    int8: bool = False
 
     @property
     def row_multiple(self) -> int:
@@ -70,7 +71,7 @@ class Placement:
         mesh, rules = mesh or self.mesh, rules or self.rules
         return jax.tree.map(
             lambda spec: NamedSharding(mesh, meshes.to_spec(spec, rules)),
-            _specs(config, self.fused, self.platform == "cpu"),
+            _specs(config, self.fused, self.platform == "cpu", self.int8),
             is_leaf=lambda x: isinstance(x, P),
         )
 
@@ -98,7 +99,8 @@ class Placement:
         return jax.tree.map(local, moved, self.params(config))
 
 
-def place(config: DecoderConfig, training: Mesh, tensor: int = 1, process: int | None = None) -> Placement:
+def place(config: DecoderConfig, training: Mesh, tensor: int = 1, process: int | None = None,
+          int8: bool = False) -> Placement:
     """The placement of process number `process` (default: this one).
 
     tensor: chips that share one copy of the weights. Raises UserError if it does not divide a host's chips, the
@@ -120,11 +122,11 @@ def place(config: DecoderConfig, training: Mesh, tensor: int = 1, process: int |
     rules = dict(RULES)
     for name, size in (("kv_heads", config.num_kv_heads), ("vocab", config.vocab_size)):
         rules[name] = "tensor" if size % tensor == 0 else None
-    return Placement(training, everywhere, mesh, rules, fused=tensor == 1)
+    return Placement(training, everywhere, mesh, rules, fused=tensor == 1, int8=int8)
 
 
-def _specs(config: DecoderConfig, fused: bool, untie: bool):
-    """Logical PartitionSpecs of models.decoder.sampling_layout(params, config, dtype, fused, untie)."""
+def _specs(config: DecoderConfig, fused: bool, untie: bool, int8: bool):
+    """Logical PartitionSpecs of models.decoder.sampling_layout(params, config, dtype, fused, untie, int8)."""
     specs = dict(abstract_params(config)[1])
     stacked = specs.pop("layers")
     layer = jax.tree.map(lambda s: P(*s[1:]), stacked, is_leaf=lambda x: isinstance(x, P))
@@ -140,4 +142,7 @@ def _specs(config: DecoderConfig, fused: bool, untie: bool):
     layer = {**layer, "attn": attn, "mlp": mlp}
     if untie and "lm_head" not in specs:
         specs["lm_head"] = {"kernel": P("embed", "vocab")}
+    if int8:
+        for part in (attn, mlp, specs.get("lm_head", {})):
+            part |= {f"{name}_scale": P(s[1]) for name, s in part.items() if len(s) == 2}
     return {**specs, **{f"layer_{i}": layer for i in range(config.num_layers)}}

@@ -87,6 +87,7 @@ def base_config() -> ConfigDict:
     c.sampling.carry_over = 0  # > 0: a completion gets so many tokens a generation batch, then waits for the next one
     c.sampling.prefetch = False  # the next batch's prompts fill slots that idle while the last completions finish
     c.sampling.warmup = False  # compile every shape the sampler can need before step 1, not only those that occur
+    c.sampling.weights = "same"  # same, int8: matrices of one byte an entry; set algorithm.correction with it
     c.sampling.tensor = 1  # chips that share one copy of the sampler's weights; a host holds whole copies
 
     c.algorithm = ConfigDict()
@@ -258,6 +259,7 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "task.long_prompts", ("error", "drop"))
     _one_of(config, "task.duplicates", DUPLICATES)
     _one_of(config, "batch.on_short", ("smaller", "error"))
+    _one_of(config, "sampling.weights", ("same", "int8"))
     if config.watchdog.seconds < 0 or config.watchdog.grace < 0 or config.watchdog.heartbeat < 1:
         raise UserError("config.watchdog: seconds and grace must be at least 0, heartbeat at least 1")
     for key in ("model.dtype", "model.param_dtype", "optimizer.state_dtype"):
