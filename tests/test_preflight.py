@@ -188,7 +188,8 @@ def documented(name):
     return figures[1], float(figures[2]), {program: float(value) for program, value in needed}
 
 
-MEASURED = ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py:gspo", "lspo_qwen3_4b.py"]
+MEASURED = ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py:gspo", "lspo_qwen3_4b.py",
+            "lspo_qwen25_math_7b_256.py:gspo"]
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -2,8 +2,9 @@
 
     python -m jaxrl.train --config=configs/pods/lspo_qwen3_4b.py
 
-Preflight on v5e:2x4, GiB of 15.75 a chip: layout 8.64, prefill 13.38, decode 13.65, score 6.86; the update was not
-compiled in that run.
+Preflight on v5e:2x4, GiB of 15.75 a chip: layout 8.64, prefill 13.38, decode 13.65, score 6.86, update 11.01; a step
+of 12288 answers of 1536 tokens takes 5,041 s by the compiler's estimate (rollout 4604, score 93, update 343), 3,745
+tokens/s.
 """
 
 from configs.pods.recipes import lspo, pod
