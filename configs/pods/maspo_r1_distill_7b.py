@@ -1,6 +1,10 @@
 """MASPO on R1-Distill-Qwen-7B, answers of up to 7168 tokens.
 
     python -m jaxrl.train --config=configs/pods/maspo_r1_distill_7b.py
+
+Preflight on v5p:2x2x1, GiB of 95.73 a chip: layout 41.67, prefill 70.36, decode 70.78, score 25.76, update 38.57; a
+step of 8192 answers of 3584 tokens takes 7,250 s by the compiler's estimate (rollout 5104, score 448, update 1698),
+4,050 tokens/s.
 """
 
 from configs.pods.recipes import maspo, pod
