@@ -216,6 +216,8 @@ def bad_data(tmp_path, name):
         return ["--config=tests/tiny.py", "--config.algorithm.los=grpo"], ["los"]
     if name == "short warm start":
         return ["--config=tests/tiny.py", "--config.sft.steps=8"], ["config.sft.warmup_steps=20", "sft.steps=8"]
+    if name == "warm start of one half":
+        return ["--config=tests/tiny.py", "--config.sft.steps=60"], ["config.sft.full_steps=100", "sft.steps=60"]
     if name == "missing file":
         path.unlink()
         words += ["no such file"]
@@ -255,7 +257,8 @@ def write_tokenizer(folder, eos):
     (folder / "tokenizer_config.json").write_text(json.dumps(config | ({"eos_token": "</s>"} if eos else {})))
 
 
-MISTAKES = ["unknown key", "short warm start", "missing file", "truncated gzip", "line without answer", "long prompt",
+MISTAKES = ["unknown key", "short warm start", "warm start of one half", "missing file", "truncated gzip",
+            "line without answer", "long prompt",
             "long context", "empty data", "tokenizer without EOS"]  # fmt: skip
 
 

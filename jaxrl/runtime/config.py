@@ -296,6 +296,8 @@ def validate(config: ConfigDict) -> None:
         )
     if 0 < config.sft.steps <= config.sft.warmup_steps:
         raise UserError(f"config.sft.warmup_steps={config.sft.warmup_steps} must be below sft.steps={config.sft.steps}")
+    if 0 < config.sft.steps < config.sft.full_steps:
+        raise UserError(f"config.sft.full_steps={config.sft.full_steps} must not be above sft.steps={config.sft.steps}")
     if b.updates > b.prompts * b.group_size:
         raise UserError(
             f"config.batch.updates={b.updates} is more than the {b.prompts * b.group_size} completions"
