@@ -133,12 +133,14 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
 
 
 def checkpointer(config, run: RunDir) -> Checkpointer:
+    """The checkpoints of a run, kept as config.checkpoint says."""
     c = config.checkpoint
     best = {"keep_best": 1, "best_metric": c.keep_best} if c.keep_best else {}
     return Checkpointer(run.checkpoints, keep_last=c.keep, **best)
 
 
 def writer(config, run: RunDir, state: dict | None) -> MetricsWriter:
+    """The writer of a run's metrics; state: from a checkpoint, None for a new run."""
     trackers = [name for name in ("tensorboard", "wandb") if config.log[name]]
     return MetricsWriter(
         run.root,

@@ -139,6 +139,8 @@ def _weight(module, name, init, *shape):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, over packed rows or over a cache."""
+
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
@@ -188,6 +190,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU; fused: gate and up are one matrix (see sampling_layout)."""
+
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
@@ -222,6 +226,8 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each behind its norm."""
+
     config: DecoderConfig
     dtype: Any
     param_dtype: Any

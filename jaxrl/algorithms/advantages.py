@@ -18,6 +18,8 @@ from jaxrl.algorithms.hyper import resolve
 
 
 class Advantage(NamedTuple):
+    """fn(rewards [N], group_ids [N], lengths [N], hyper) -> advantages [N]; defaults: its constants."""
+
     fn: Callable
     defaults: dict
 

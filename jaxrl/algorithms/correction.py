@@ -17,6 +17,11 @@ from jaxrl.algorithms.segments import Tokens, clean, sequence_mean, sequence_sum
 
 
 class Correction(NamedTuple):
+    """fn(old_logp, sampler_logp, response_mask, sequence_ids, hyper) -> (weights [R, T], sums).
+
+    defaults: its constants.
+    """
+
     fn: Callable
     defaults: dict
 

@@ -22,6 +22,11 @@ import numpy as np
 
 
 class LengthReward(NamedTuple):
+    """fn(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper) -> rewards [N].
+
+    defaults: its constants.
+    """
+
     fn: Callable
     defaults: dict
 

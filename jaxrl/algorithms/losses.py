@@ -24,6 +24,10 @@ from jaxrl.algorithms.maspo import MASPO_DEFAULTS, maspo_loss
 
 
 class Loss(NamedTuple):
+    """A policy loss: fn as described above, its default constants and aggregation, and `prepare` where bounds depend on
+    the whole mini-batch.
+    """
+
     fn: Callable
     defaults: dict
     aggregation: str

@@ -22,6 +22,8 @@ PER_COMPLETION = ("completions", "texts", "correct", "rewards", "valid", "outcom
 
 
 class Selection(NamedTuple):
+    """fn(groups, hyper), see above; defaults: its constants."""
+
     fn: Callable
     defaults: dict
 

@@ -354,6 +354,7 @@ def accuracy_by_tokens(ax, settings: Sequence[Setting]) -> bool:
 
 
 def metric(*series: tuple[str, str], unit: str = "", **options) -> Callable:
+    """A drawing of (metric, label) series over steps; unit: of the y axis; options: those of `lines`."""
     def draw(ax, settings):
         found = lines(ax, settings, series, **options)
         ax.set_ylabel(unit)

@@ -44,6 +44,7 @@ class Checkpoint:
 
 
 def step_path(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Where the checkpoint of a step lies."""
     return directory / f"{step:08d}"
 
 
