@@ -189,7 +189,8 @@ def documented(name):
 
 
 MEASURED = ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py:gspo", "lspo_qwen3_4b.py",
-            "lspo_qwen25_math_7b_256.py:gspo", "maspo_r1_distill_7b.py"]
+            "lspo_qwen25_math_7b_256.py:gspo", "maspo_r1_distill_7b.py",
+            "maspo_r1_distill_14b.py"]
 
 
 @pytest.mark.parametrize("name", MEASURED)
