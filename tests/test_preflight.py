@@ -188,23 +188,18 @@ def documented(name):
     return figures[1], float(figures[2]), {program: float(value) for program, value in needed}
 
 
-MEASURED = ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py:gspo", "lspo_qwen3_4b.py",
-            "lspo_qwen25_math_7b_256.py:gspo", "maspo_r1_distill_7b.py",
-            "maspo_r1_distill_14b.py"]
-
-
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", [name for name, _ in PODS])
 def test_docstring_tells_slice_and_memory(name):
     topology, available, needed = documented(name)
     config = pod(name)
     assert topology == config.topology
     kinds = {"v5e": "tpu v5 lite", "v5p": "tpu v5", "v6e": "tpu v6 lite"}
     assert available == round(hardware.chip(kinds[topology.split(":")[0]]).hbm / hardware.GIB, 2)
-    assert len(needed) > 1 and max(needed.values()) <= available
+    assert "update" in needed and len(needed) > 1 and max(needed.values()) <= available
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURED[:3])
+@pytest.mark.parametrize("name", ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py:gspo"])
 @libtpu
 def test_pod_config_fits_in_what_its_docstring_says(name):
     config = pod(name)
