@@ -79,6 +79,7 @@ def evaluate_task(config, sampler: Sampler, params: Any, tokenizer, task: Task) 
 
 
 def main(argv: list[str]) -> None:
+    """The command line above; returns nothing, writes --out. Raises UserError for flags that cannot be used."""
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     _check(flags)
     cli.use_compilation_cache()

@@ -33,6 +33,7 @@ DEFAULTS = dict(
 
 
 def main(argv: list[str]) -> int:
+    """The command line above; returns the exit code. Raises UserError for flags that cannot be used."""
     flags = cli.parse_flags(argv, DEFAULTS, __doc__)
     if len(flags["positional"]) != 1:
         raise UserError('need one prompt: python -m jaxrl.generate --model=DIR "prompt"')

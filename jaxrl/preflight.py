@@ -325,6 +325,7 @@ def preflight(config, topology: str, out=print) -> bool:
 
 
 def main(argv: list[str]) -> int:
+    """The command line above; returns 0 if every program fits, else 1. Raises UserError for bad input."""
     topology, rest = "", []
     arguments = iter(argv)
     for argument in arguments:

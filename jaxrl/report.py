@@ -25,6 +25,7 @@ SMALL = (3.9, 2.6)  # three beside each other
 
 
 def main(argv: list[str]) -> None:
+    """The command line above; writes the page and its pictures. Raises UserError for a path that is no run."""
     flags = cli.parse_flags(argv, dict(out=""), __doc__)
     paths = flags["positional"]
     if not paths:

@@ -117,6 +117,7 @@ def warm_start(config, decoder, mesh, params, tokenizer, note=print):
 
 
 def main(argv: list[str]) -> int:
+    """The warm start alone, as a command; returns the exit code. Raises UserError for a bad configuration."""
     config = parse_config(argv)
     validate(config)
     if config.sft.steps < 1:

@@ -56,6 +56,7 @@ REQUIRED = {"config": str, "out": str, "seeds": list, "methods": dict}
 
 
 def main(argv: list[str]) -> int:
+    """The command line above; returns the exit code. Raises UserError for a bad study."""
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     study = load_study(flags["config"])
     study["out"] = flags["out"] or study["out"]

@@ -152,6 +152,7 @@ def closing_table(run: RunDir) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Train what the command line describes; returns the exit code (docs/reliability.md lists them)."""
     return train(parse_config(argv))
 
 

@@ -221,6 +221,7 @@ def compare(gold: str, answer: str) -> str:
 
 
 def main() -> None:
+    """Answer comparisons until the parent closes the pipe; argv[1]: memory limit of a worker in MB."""
     compare("x+1", "1+x")  # imports the libraries and warms their parser, once for all workers
     workers.serve(lambda job: compare(*job), memory_mb=int(sys.argv[1]))
 
