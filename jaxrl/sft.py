@@ -38,7 +38,7 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
     """Demonstrations as (prompt, response) tokens, end token included: (first phase, second phase).
 
     The dial task has two phases, full working and then sloppy; a jsonl file (config.sft.data, fields problem and
-    solution) is one phase. Raises UserError naming the file for missing solutions.
+    solution) is the same in both. Raises UserError naming the file for missing solutions.
     """
     eos = [tokenizer.eos_ids[0]]
     if config.task.name == "dial" and not config.sft.data:
@@ -68,7 +68,7 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
     fits = [r for r in rows if len(r[0]) <= config.sampling.max_prompt and len(r[1]) <= config.sampling.max_tokens]
     if not fits:
         raise UserError(f"config.sft.data={config.sft.data}: no demonstration fits sampling.max_prompt/max_tokens")
-    return [], fits
+    return fits, fits
 
 
 def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
@@ -76,7 +76,8 @@ def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
     s = config.sft
     for rows, steps, phase in zip(phases, (s.full_steps, s.steps - s.full_steps), (0, 1), strict=True):
         rng = np.random.default_rng([config.seed, 5, phase])
-        order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-steps * s.batch // max(len(rows), 1)))])
+        passes = -(-steps * s.batch // max(len(rows), 1))
+        order = np.concatenate([rng.permutation(len(rows)) for _ in range(passes)]) if steps else []
         for i in range(steps):
             chosen = [rows[j] for j in order[i * s.batch : (i + 1) * s.batch]]
             prompts, responses = ([np.array(r[k], np.int32) for r in chosen] for k in (0, 1))

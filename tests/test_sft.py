@@ -1,0 +1,53 @@
+"""The warm start on demonstrations of one's own, and on one phase of the embedded ones only."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxrl import build, sft
+from jaxrl.errors import UserError
+from tests.tiny import tiny
+
+ROWS = [{"problem": f"dial {d}: a+1 ?", "answer": str(d + 1), "solution": f" a={d + 1} => {d + 1}"} for d in range(5)]
+
+
+def from_file(tmp_path, rows, changes=()):
+    path = tmp_path / "demos.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"sft.data": str(path), "task.template": "plain", "sft.steps": 4, "sft.full_steps": 0, "sft.batch": 4}
+    return tiny(tmp_path, {**given, **dict(changes)})
+
+
+@pytest.mark.parametrize("full_steps", [0, 3, 4])
+def test_demonstrations_of_a_file_are_visited_evenly(tmp_path, full_steps):
+    config = from_file(tmp_path, ROWS, {"sft.full_steps": full_steps})
+    tokenizer = build.tokenizer(config)
+    made = list(sft.batches(sft.demonstrations(config, tokenizer), config, 1))
+    assert len(made) == 4
+    texts = [tokenizer.decode(row[row > 0]) for b in made for row in np.asarray(b.tokens).reshape(-1, 128)]
+    seen = [sum(text.count(row["problem"] + row["solution"]) for text in texts) for row in ROWS]
+    assert sum(seen) == 16 and min(seen) >= 2  # 4 steps of 4, over 5 demonstrations
+
+
+@pytest.mark.parametrize("full_steps", [0, 2])
+def test_the_embedded_task_may_have_one_phase(tmp_path, full_steps):
+    config = tiny(tmp_path, {"sft.steps": 2, "sft.full_steps": full_steps})
+    phases = sft.demonstrations(config, build.tokenizer(config))
+    assert [bool(rows) for rows in phases] == [full_steps > 0, full_steps < 2]
+    assert len(list(sft.batches(phases, config, 1))) == 2
+
+
+def test_a_file_warms_a_model_up(tmp_path):
+    config = from_file(tmp_path, ROWS, {"sft.steps": 30, "sft.warmup_steps": 2})
+    tokenizer, mesh, said = build.tokenizer(config), build.mesh(config), []
+    decoder = build.decoder_config(config, tokenizer)
+    sft.warm_start(config, decoder, mesh, build.params_maker(config, decoder, mesh)(), tokenizer, said.append)
+    losses = [float(line.split("loss ")[1].split()[0]) for line in said]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_missing_solution_is_named(tmp_path):
+    config = from_file(tmp_path, [ROWS[0], {k: v for k, v in ROWS[1].items() if k != "solution"}])
+    with pytest.raises(UserError, match="demos.jsonl: problem 'demos/1' has no field 'solution'"):
+        sft.demonstrations(config, build.tokenizer(config))
