@@ -69,12 +69,17 @@ def main(argv: list[str]) -> int:
     if not flags["table"]:
         sweeps = [label for label in study["sweeps"] if study["sweeps"][label]["run"] in wanted]
         for label, seed in plan(study, wanted) + [(label, seed) for seed in study["seeds"] for label in sweeps]:
-            line = sweep_command(study, label, seed) if label in sweeps else command(study, label, seed)
             if is_finished(study, label, seed):
                 continue
+            line = sweep_command(study, label, seed) if label in sweeps else command(study, label, seed)
             print(shlex.join(line), flush=True)
-            start = run_here if flags["in_process"] else run_apart
-            if not flags["print_commands"] and start(line):
+            if flags["print_commands"]:
+                continue
+            before = source(study, label)
+            if before and not is_finished(study, before, seed):  # its checkpoint is not the one that is meant
+                print(f"not started: {before} seed {seed} is not finished", file=sys.stderr)
+                failed.append(f"{label} seed {seed}")
+            elif (run_here if flags["in_process"] else run_apart)(line):
                 failed.append(f"{label} seed {seed}")
     if not flags["print_commands"]:
         print(write_table(study))
@@ -116,17 +121,23 @@ def load_study(path: str) -> dict[str, Any]:
     return study
 
 
+def source(study: dict, label: str) -> str | None:
+    """The label whose run of the same seed comes first: what a run starts from, or a sweep evaluates."""
+    if label in study["sweeps"]:
+        return study["sweeps"][label]["run"]
+    return (study["stages"] | study["methods"])[label].get("start")
+
+
 def plan(study: dict, wanted: Sequence[str]) -> list[tuple[str, int]]:
     """(label, seed) of every run that `wanted` needs, each after the one that it starts from.
 
     Seed by seed, so that an unfinished study compares all methods on the seeds that it has.
     """
-    everything = study["stages"] | study["methods"]
     order: list[tuple[str, int]] = []
     for seed in study["seeds"]:
         for label in wanted:
             chain = [label]
-            while (start := everything[chain[-1]].get("start")) and start not in chain:
+            while (start := source(study, chain[-1])) and start not in chain:
                 chain.append(start)
             order += [(link, seed) for link in reversed(chain) if (link, seed) not in order]
     return order
@@ -168,8 +179,13 @@ def sweep_command(study: dict, label: str, seed: int) -> list[str]:
 
 
 def run_apart(line: list[str]) -> int:
-    """The exit code of a command."""
-    return subprocess.run(line).returncode
+    """The exit code of a command. Ctrl-C reaches it as well, and it has the time to save."""
+    with subprocess.Popen(line) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.wait()
+            raise
 
 
 def run_here(line: list[str]) -> int:

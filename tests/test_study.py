@@ -1,7 +1,10 @@
 """The study runner: plan, commands, resuming, and a table checked against the arithmetic done by hand."""
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -67,15 +70,14 @@ def test_runs_only_what_is_missing_and_goes_on_after_a_failure(grid, tmp_path, m
     write_run(runs / "base" / "seed0", {4: 0.5}, 10, 4)
     write_run(runs / "new---better" / "seed0", {2: 0.5}, 10, 4, finished=False)
 
-    class Done:
-        returncode = 1
-
-    monkeypatch.setattr(study.subprocess, "run", lambda line: called.append(line) or Done)
+    monkeypatch.setattr(study, "run_apart", lambda line: called.append(line) or 1)
     code = study.main(["study", f"--config={grid}", "--seeds=0,1"])
     dirs = [flag.partition("run_dir=")[2] for line in called for flag in line if "run_dir=" in flag]
-    names = ["new---better/seed0", "warm/seed1", "base/seed1", "new---better/seed1"]
-    assert dirs == [f"{runs}/{name}" for name in names]
-    assert code == 1 and "not finished: new & better seed 0" in capsys.readouterr().err
+    # the others of seed 1 would start from a warm start that is not there
+    assert dirs == [f"{runs}/{name}" for name in ("new---better/seed0", "warm/seed1")]
+    said = capsys.readouterr().err
+    assert code == 1 and "not started: warm seed 1 is not finished" in said
+    assert "not finished: new & better seed 0, warm seed 1, base seed 1, new & better seed 1;" in said
     called.clear()
     assert study.main(["study", f"--config={grid}", "--seeds=0", "--print_commands"]) == 0
     assert not called and "new---better/seed0" in capsys.readouterr().out
@@ -212,11 +214,7 @@ def test_sweeps_are_made_of_the_finished_runs_and_averaged(swept, tmp_path, monk
         write_sweep(runs / "base" / f"seed{seed}" / "sweep-left-alone", accuracy)
     write_sweep(runs / "new---better" / "seed1" / "sweep-asked", 0.5)
 
-    def fake(line):
-        called.append(line)
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(study.subprocess, "run", fake)
+    monkeypatch.setattr(study, "run_apart", lambda line: called.append(line) or 0)
     images = tmp_path / "images"
     assert study.main(["study", f"--config={swept}", "--seeds=0,1", f"--images={images}"]) == 0
     run = runs / "new---better" / "seed0"
@@ -228,6 +226,35 @@ def test_sweeps_are_made_of_the_finished_runs_and_averaged(swept, tmp_path, monk
     assert {p.name for p in images.iterdir()} == names
     svg = (images / "study.svg").read_text()
     assert "new &amp; better" in svg and len(svg) < 150_000
+
+
+def test_an_unfinished_run_is_not_swept(swept, tmp_path, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(study, "run_apart", lambda line: called.append(line) or 75)
+    (tmp_path / "runs" / "warm" / "seed0" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "warm" / "seed0" / "model" / "model.safetensors").touch()
+    write_run(tmp_path / "runs" / "base" / "seed0", {2: 0.5}, 10, 4, finished=False)
+    assert study.main(["study", f"--config={swept}", "--seeds=0", "--only=base"]) == 1
+    assert [line[2] for line in called] == ["jaxrl.train"]
+    assert "not started: base seed 0 is not finished" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_the_command_the_time_to_save(tmp_path):
+    """As a terminal does it: the signal goes to the study and to what it runs."""
+    saves = (
+        "import signal, time, pathlib, sys\n"
+        "def stop(*_):\n    time.sleep(1)\n    pathlib.Path(sys.argv[1]).touch()\n    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    runs = f"from jaxrl.study import run_apart\nimport sys\nrun_apart([sys.executable, '-c', {saves!r}, sys.argv[1]])"
+    command = [sys.executable, "-c", runs, str(tmp_path / "saved")]
+    both = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert both.stdout.readline() == "ready\n"
+    os.killpg(both.pid, signal.SIGINT)
+    _, error = both.communicate(timeout=60)
+    assert (tmp_path / "saved").exists() and "KeyboardInterrupt" in error and both.returncode
 
 
 def test_a_sweep_needs_a_method_of_the_study(grid):
