@@ -11,7 +11,6 @@ from jax.experimental import multihost_utils
 from jaxrl.algorithms.advantages import group_advantages
 from jaxrl.algorithms.kl import kl_estimate
 from jaxrl.collect import Collected
-from jaxrl.errors import UserError
 from jaxrl.learner.packing import PackedBatch, Packing, pack
 from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.types import Group
@@ -47,12 +46,7 @@ def trained_completions(groups: list[Group], config) -> list[Trained]:
 def row_lengths(config) -> tuple[int, ...]:
     """The packed row length(s) of config.batch.row_tokens; 0 stands for the longest prompt plus response."""
     longest = config.sampling.max_prompt + config.sampling.max_tokens
-    row = config.batch.row_tokens or -(-longest // 128) * 128
-    if row < longest:
-        raise UserError(
-            f"config.batch.row_tokens={row} is below sampling.max_prompt + sampling.max_tokens = {longest}"
-        )
-    return (row,)
+    return (config.batch.row_tokens or -(-longest // 128) * 128,)
 
 
 def make_batches(groups: list[Group], config, step: int, shards: int = 1) -> list[MiniBatch]:

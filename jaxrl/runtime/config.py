@@ -132,7 +132,7 @@ def base_config() -> ConfigDict:
     c.optimizer.state_dtype = "float32"
     c.optimizer.offload = False  # keep the optimizer's moments in host memory
 
-    c.sft = ConfigDict()  # warm start on demonstrations, before step 0; cached in the run directory
+    c.sft = ConfigDict()  # warm start on demonstrations, before step 0
     c.sft.steps = 0
     c.sft.full_steps = 0  # of these, on fully worked demonstrations (dial)
     c.sft.batch = 128
@@ -173,6 +173,17 @@ _SHAPE = dict(
     model_type="llama",
     init_std=0.02,
 )
+
+
+_AT_LEAST = {
+    1: "steps task.grader_workers task.dial.train batch.prompts batch.group_size batch.updates batch.epochs "
+    "batch.micro_tokens sampling.max_prompt sampling.max_tokens sampling.slots sampling.chunk sampling.window "
+    "sampling.tensor length.low sft.batch eval.every eval.samples checkpoint.every checkpoint.keep watchdog.heartbeat",
+    0: "seed task.grader_timeout task.max_failures batch.generation_prompts batch.max_generation_batches "
+    "batch.row_tokens sampling.top_k sampling.carry_over algorithm.kl_coef algorithm.norm_length length.warmup_steps "
+    "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay sft.steps sft.full_steps sft.warmup_steps "
+    "eval.problems eval.temperature eval.max_tokens log.samples watchdog.seconds watchdog.grace nonfinite.max_in_a_row",
+}
 
 
 def _defaults(table) -> ConfigDict:
@@ -260,34 +271,30 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "task.duplicates", DUPLICATES)
     _one_of(config, "batch.on_short", ("smaller", "error"))
     _one_of(config, "sampling.weights", ("same", "int8"))
-    if config.watchdog.seconds < 0 or config.watchdog.grace < 0 or config.watchdog.heartbeat < 1:
-        raise UserError("config.watchdog: seconds and grace must be at least 0, heartbeat at least 1")
     for key in ("model.dtype", "model.param_dtype", "optimizer.state_dtype"):
         _one_of(config, key, ("float32", "bfloat16"))
+    _one_of(config, "model.sampler_dtype", ("", "float32", "bfloat16"))
     for name in a.selection.split("+"):
         if name not in SELECTIONS:
             raise UserError(
                 f"config.algorithm.selection={a.selection!r}: {name!r} is none of "
                 f"{', '.join(sorted(SELECTIONS))}; join several with +"
             )
-    for key in (
-        "steps",
-        "batch.prompts",
-        "batch.group_size",
-        "batch.updates",
-        "batch.epochs",
-        "batch.micro_tokens",
-        "sampling.max_prompt",
-        "sampling.max_tokens",
-        "sampling.slots",
-        "sampling.chunk",
-    ):
-        if get(config, key) < 1:
-            raise UserError(f"config.{key}={get(config, key)} must be at least 1")
-    if s.carry_over < 0 or (s.carry_over and not b.keep_surplus):
+    for low, keys in _AT_LEAST.items():
+        for key in keys.split():
+            if get(config, key) < low:
+                raise UserError(f"config.{key}={get(config, key)} must be at least {low}")
+    if config.seed >= 2**32:
+        raise UserError(f"config.seed={config.seed} must be below 2**32")
+    if s.carry_over and not b.keep_surplus:
         raise UserError(
-            f"config.sampling.carry_over={s.carry_over}: at least 0, and above it needs batch.keep_surplus=True, or "
-            "groups that finish beyond the batch, the short ones, would be lost"
+            f"config.sampling.carry_over={s.carry_over} needs batch.keep_surplus=True, or groups that finish beyond "
+            "the batch, the short ones, would be lost"
+        )
+    if 0 < b.row_tokens < s.max_prompt + s.max_tokens:
+        raise UserError(
+            f"config.batch.row_tokens={b.row_tokens} is below sampling.max_prompt + sampling.max_tokens = "
+            f"{s.max_prompt + s.max_tokens}"
         )
     if b.group_size == 1:
         raise UserError(
@@ -321,7 +328,5 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.length.low={config.length.low} is above length.high={config.length.high}")
     if config.sampling.temperature <= 0:
         raise UserError(f"config.sampling.temperature={s.temperature} must be positive for training")
-    if not 0 < s.top_p <= 1 or not 0 <= s.min_p < 1 or s.top_k < 0:
-        raise UserError(
-            f"config.sampling: top_p={s.top_p} in (0, 1], min_p={s.min_p} in [0, 1), top_k={s.top_k} >= 0"
-        )
+    if not 0 < s.top_p <= 1 or not 0 <= s.min_p < 1:
+        raise UserError(f"config.sampling: top_p={s.top_p} must be in (0, 1], min_p={s.min_p} in [0, 1)")

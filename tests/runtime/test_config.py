@@ -46,6 +46,16 @@ def test_overrides_reach_every_section():
         (["--config.sampling.top_p=0"], ["top_p"]),
         (["--config.sampling.carry_over=8"], ["config.sampling.carry_over=8", "batch.keep_surplus=True"]),
         (["--config.sampling.temperature=0"], ["config.sampling.temperature"]),
+        (["--config.batch.row_tokens=8"], ["config.batch.row_tokens=8", "sampling.max_prompt", "40"]),
+        (["--config.seed=4294967296"], ["config.seed", "2**32"]),
+        (["--config.model.sampler_dtype=float8"], ["config.model.sampler_dtype", "bfloat16"]),
+        *(
+            ([f"--config.{key}={value}"], [f"config.{key}={value} must be at least {value + 1}"])
+            for key, value in {
+                "seed": -1, "eval.every": 0, "eval.samples": 0, "eval.max_tokens": -1, "checkpoint.every": 0,
+                "checkpoint.keep": 0, "sft.batch": 0, "length.low": 0, "batch.generation_prompts": -1,
+            }.items()
+        ),  # fmt: skip
         (["stray"], ["stray"]),
     ],
 )
