@@ -289,12 +289,11 @@ def last_line(command):
 
 
 def main(argv: list[str]):
-    flags = dict(DEFAULTS)
-    for arg in argv:
-        name, _, value = arg.removeprefix("--").partition("=")
-        if name not in flags or not arg.startswith("--"):
-            sys.exit(f"{__doc__}\nunknown flag {arg}; valid: {', '.join('--' + k for k in flags)}")
-        flags[name] = type(DEFAULTS[name])(value)
+    from jaxrl.runtime import cli
+
+    flags = cli.parse_flags(argv, DEFAULTS, __doc__)
+    if flags["positional"]:
+        sys.exit(f"unexpected argument {flags['positional'][0]!r}; settings are --name=value")
     if flags["cores"]:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-flags["cores"]:])
         os.environ["OMP_NUM_THREADS"] = str(flags["cores"])
@@ -302,11 +301,14 @@ def main(argv: list[str]):
     if flags["peers"] not in ("", "trl"):
         sys.exit(f"--peers={flags['peers']}: only trl")
     if flags["peers"]:
-        return compare(flags, argv)
+        return compare(flags, argv[1:])
     if flags["task"] not in tasks:
         sys.exit(f"--task={flags['task']}: choose one of {', '.join(tasks)}")
     tasks[flags["task"]](flags)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from jaxrl.runtime import cli
+
+    cli.run(main)

@@ -343,12 +343,11 @@ def compare(flags: dict, argv: list[str]):
 
 
 def main(argv: list[str]):
-    flags = dict(DEFAULTS)
-    for arg in argv:
-        name, _, value = arg.removeprefix("--").partition("=")
-        if name not in flags or not arg.startswith("--"):
-            sys.exit(f"{__doc__}\nunknown flag {arg}; valid: {', '.join('--' + k for k in flags)}")
-        flags[name] = type(DEFAULTS[name])(value)
+    from jaxrl.runtime import cli
+
+    flags = cli.parse_flags(argv, DEFAULTS, __doc__)
+    if flags["positional"]:
+        sys.exit(f"unexpected argument {flags['positional'][0]!r}; settings are --name=value")
     if flags["peers"] and not flags["checkpoint"]:
         sys.exit("--peers needs --checkpoint=DIR with the Hugging Face models DIR/small and DIR/large")
     if flags["cores"] and not flags["engine"]:
@@ -356,9 +355,12 @@ def main(argv: list[str]):
         os.sched_setaffinity(0, chosen)
         os.environ["OMP_NUM_THREADS"] = str(flags["cores"])
     if flags["peers"] and not flags["engine"]:
-        return compare(flags, argv)
+        return compare(flags, argv[1:])
     {"": run_own, "jaxrl": run_own, "hf": run_hf, "tunix": run_tunix}[flags["engine"]](flags)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from jaxrl.runtime import cli
+
+    cli.run(main)
