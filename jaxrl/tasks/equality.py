@@ -34,7 +34,8 @@ _DECIMALS = Fraction(1, 2_000_000)  # half a unit of the sixth decimal
 _RELATIVE = Fraction(1, 100_000)
 
 _DEGREE = r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree"
-_UNIT = rf"(?:{WRAPPER}\{{[^{{}}\d]*\}}|{_DEGREE}|[^\W\d_]+\.?|[²³/€£¥]|(?<=[\w}}])(?<!\d)\^\{{?[23]\}}?|\s)*"
+# Atomic: a unit of many words that something else follows would otherwise be tried in 2^letters ways.
+_UNIT = rf"(?>(?:{WRAPPER}\{{[^{{}}\d]*\}}|{_DEGREE}|[^\W\d_]+\.?|[²³/€£¥]|(?<=[\w}}])(?<!\d)\^\{{?[23]\}}?|\s)*)"
 _PERCENT = rf"(?:\\?%|(?:{WRAPPER}\{{\s*)?(?:percent(?:age)?|pct)\s*\}}?)"
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"
 _POWER = r"\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*[{(]?\s*([+-]?\d{1,3})\s*[})]?"
@@ -42,7 +43,7 @@ _DECIMAL = rf"({_INTEGER}|(?=\.\d))(\.\d*)?(?:[eE]([+-]?\d{{1,3}})|{_POWER})?"
 _FRACTION = (
     r"(?:(\d+)\s*)?\\frac\s*(?:\{\s*([+-]?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d+))|(\d+)\s*/\s*(\d+)"
 )
-_END = rf"\s*(?P<percent>{_PERCENT})?\s*(?P<unit>{_UNIT})"
+_END = rf"\s*+(?P<percent>{_PERCENT})?\s*+(?P<unit>{_UNIT})"
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<body>{_DECIMAL}){_END}")
 _RATIO = re.compile(rf"(?P<sign>[+-]?)\s*(?:{_FRACTION}){_END}")
 _REPEATING = re.compile(rf"(?P<sign>[+-]?)\s*(\d*)\.(\d*)\\overline\s*\{{\s*(\d+)\s*\}}{_END}")
@@ -281,7 +282,7 @@ def too_costly(latex: str) -> str:
         return "digits"
     text = re.sub(r"\s|(?<!\\)\\[,;:! ]", "", latex.replace("**", "^"))
     text = re.sub(r"[{}()]", " ", re.sub(r"\^[{(]+", "^", text))
-    if re.search(r"\d{5,}!|!{2,}", text) or any(map(_is_huge, re.findall(r"\w*(?:\^-?\w+)+", text))):
+    if re.search(r"\d{5,}!|!{2,}", text) or any(map(_is_huge, re.findall(r"(?<!\w)\w*(?:\^-?\w+)+", text))):
         return "magnitude"
     return ""
 

@@ -1,5 +1,6 @@
 """The policies of equality that need no algebra: numbers, units, percent signs, words, bases."""
 
+import signal
 from fractions import Fraction
 
 import pytest
@@ -81,6 +82,30 @@ def test_plain_numbers(latex, value):
 )
 def test_not_plain_numbers(latex):
     assert plain_number(clean(latex)) is None
+
+
+@pytest.mark.parametrize(
+    "latex",
+    [
+        "5 chocolate chip cookies for every child in the whole class, and then 3 are left over",
+        "5" + "a" * 380 + "!",
+        "5" + " " * 380 + "!",
+        "5" + "cm " * 120 + "1",
+    ],
+)
+def test_a_number_before_many_words_is_given_up_at_once(latex):
+    """Backtracking over the letters of a unit would take longer than the training run."""
+
+    def give_up(*_):
+        raise AssertionError("still at it after half a minute")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    try:
+        assert plain_number(latex) is None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_decimal_commas_only_in_plain_text():
