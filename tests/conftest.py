@@ -21,6 +21,10 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
 def pytest_unconfigure():
     if not _WORKER:
         shutil.rmtree(_CACHE, ignore_errors=True)

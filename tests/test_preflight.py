@@ -179,10 +179,14 @@ def test_pod_config_places_on_its_slice(name):
     assert all(p.resident < chip.hbm for p in found)
 
 
+def docstring(name):
+    """Of a pod config's file, as one line."""
+    return " ".join(ast.get_docstring(ast.parse((ROOT / "configs/pods" / name.split(":")[0]).read_text())).split())
+
+
 def documented(name):
     """{program: GiB per chip} that a pod config's docstring reports, and the GiB that its chip has."""
-    text = " ".join(ast.get_docstring(ast.parse((ROOT / "configs/pods" / name.split(":")[0]).read_text())).split())
-    figures = re.search(r"Preflight on (\S+), GiB of ([0-9.]+) a chip: (.*?)[.;] ", text + " ")
+    figures = re.search(r"Preflight on (\S+), GiB of ([0-9.]+) a chip: (.*?)[.;] ", docstring(name) + " ")
     assert figures, f"{name} reports no preflight"
     needed = re.findall(r"(\w[\w ]*?) ([0-9.]+)(?:,|$)", figures[3])
     return figures[1], float(figures[2]), {program: float(value) for program, value in needed}
@@ -198,16 +202,28 @@ def test_docstring_tells_slice_and_memory(name):
     assert "update" in needed and len(needed) > 1 and max(needed.values()) <= available
 
 
+def speed(text):
+    """Tokens per second of a step, as preflight's last line and the docstrings tell them."""
+    return float(re.search(r"([0-9,]+)\s+tokens/s", text)[1].replace(",", ""))
+
+
+FIRST = ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py:gspo"]
+ONE_OF_EACH = {name.split(":")[0]: name for name, _ in reversed(PODS)}.values()
+LATER = [pytest.param(name, marks=pytest.mark.last) for name in ONE_OF_EACH if name not in FIRST]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["l1_r1_distill_1_5b.py:exact", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py:gspo"])
+@pytest.mark.parametrize("name", FIRST + LATER)
 @libtpu
 def test_pod_config_fits_in_what_its_docstring_says(name):
+    """One to four minutes each."""
     config = pod(name)
     lines = []
     assert preflight.preflight(config, config.topology, lines.append), "\n".join(lines)
     found = dict(re.findall(r"^(\w[\w ]*?) +([0-9.]+) of ", "\n".join(lines), re.M))
     for program, figure in documented(name)[2].items():
         assert float(found[program]) == pytest.approx(figure, rel=0.1), program
+    assert speed(lines[-1]) == pytest.approx(speed(docstring(name)), rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------------ a small one
