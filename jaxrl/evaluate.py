@@ -62,7 +62,7 @@ def evaluate_task(config, sampler: Sampler, params: Any, tokenizer, task: Task) 
     """
     e = config.eval
     problems = [with_budget(p, config, i) for i, p in enumerate(task.held_out[: e.problems])]
-    records, summary = evaluate_problems(
+    records = evaluate_problems(
         sampler,
         params,
         tokenizer,
@@ -74,7 +74,7 @@ def evaluate_task(config, sampler: Sampler, params: Any, tokenizer, task: Task) 
         seed=config.seed,
         max_tokens=e.max_tokens or config.sampling.max_tokens,
     )
-    found = summary | length_metrics(records)
+    found = summarize(records) | length_metrics(records)
     return {f"eval/{k}": v for k, v in found.items() if k not in ("problems", "samples")}
 
 
@@ -207,7 +207,7 @@ def run_set(store, name, data, problems, prompts, limit, sampler, params, tokeni
     begin, tokens = time.perf_counter(), 0
     for first in range(0, len(todo), size):
         part = todo[first : first + size]
-        records, _ = evaluate_problems(
+        records = evaluate_problems(
             sampler,
             params,
             tokenizer,
@@ -228,10 +228,11 @@ def run_set(store, name, data, problems, prompts, limit, sampler, params, tokeni
         tokens += sum(s["tokens"] for r in records for s in r["samples"])
         rate = tokens / (time.perf_counter() - begin)
         count = len(problems) - len(todo) + first + len(part)
-        right = summarize(list(store.records.values()))["accuracy"]
-        line = f"{name}: {count}/{len(problems)} problems, accuracy {100 * right:.1f} %, {rate:,.0f} tokens/s"
+        graded = [s["correct"] for r in store.records.values() for s in r["samples"] if s["valid"]]
+        right = 100 * sum(graded) / max(len(graded), 1)
         if distributed.is_main():
-            print(line, file=sys.stderr)
+            said = f"{name}: {count}/{len(problems)} problems, accuracy {right:.1f} %, {rate:,.0f} tokens/s"
+            print(said, file=sys.stderr)
 
 
 class Store:

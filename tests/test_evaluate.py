@@ -89,6 +89,15 @@ def test_continues_where_it_was_killed_and_gives_the_same(model, tmp_path):
     assert again["results"] == whole["results"]
 
 
+def test_statistics_are_made_once_a_set_however_many_batches(model, tmp_path, monkeypatch, capsys):
+    calls, real = [], evaluate.summarize
+    monkeypatch.setattr(evaluate, "summarize", lambda records: calls.append(len(records)) or real(records))
+    result, _ = run(model, tmp_path, "--data=dial", "--limit=3", "--samples=2", "--batch=1")
+    assert calls == [3]  # with many samples they take longer than a batch
+    said = [line for line in capsys.readouterr().err.splitlines() if "accuracy" in line]
+    assert len(said) == 3 and f"3/3 problems, accuracy {100 * result['results'][0]['accuracy']:.1f} %" in said[-1]
+
+
 def test_other_settings_do_not_share_completions(model, tmp_path):
     run(model, tmp_path, "--data=dial:n_max=3", "--limit=2")
     with pytest.raises(UserError, match="temperature=1.0, now 0.5; choose another --out"):

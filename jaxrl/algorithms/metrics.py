@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -25,16 +24,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def _majority(answers: Sequence[Hashable | None], correct: Sequence[float]) -> float:
-    votes = Counter(a for a in answers if a is not None)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [a for a, v in votes.items() if v == most]
-    value = {a: c for a, c in zip(answers, correct, strict=True) if a is not None}
-    return float(np.mean([value[a] for a in winners]))
-
-
 def maj_at_k(
     answers: Sequence[Hashable | None], correct: Sequence[float], k: int, draws: int = 1000, seed: int = 0
 ) -> float:
@@ -49,11 +38,16 @@ def maj_at_k(
     if not 1 <= k <= n:
         raise ValueError(f"maj@k needs 1 <= k <= samples, not k {k} of {n} samples")
     if math.comb(n, k) <= draws:
-        subsets = itertools.combinations(range(n), k)
+        subsets = np.array(list(itertools.combinations(range(n), k)))
     else:
         rng = np.random.default_rng(seed)
-        subsets = (rng.choice(n, k, replace=False) for _ in range(draws))
-    return float(np.mean([_majority([answers[i] for i in s], [correct[i] for i in s]) for s in subsets]))
+        subsets = rng.permuted(np.tile(np.arange(n), (draws, 1)), axis=1)[:, :k]
+    value = {a: c for a, c in zip(answers, correct, strict=True) if a is not None}
+    is_for = np.array([[a == candidate for candidate in value] for a in answers])  # [n, candidates]
+    votes = is_for[subsets].sum(axis=1)  # [subsets, candidates]
+    winners = (votes == votes.max(axis=1, keepdims=True, initial=1))  # without any vote nobody wins
+    right = winners @ np.fromiter(value.values(), np.float64)
+    return float(np.mean(right / np.maximum(winners.sum(axis=1), 1)))
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -41,8 +41,8 @@ def evaluate_problems(
     vote: Callable[[Problem, str], Hashable | None] | None = None,
     generate: Callable | None = None,
     room: int = 1,
-) -> tuple[Records, dict[str, float]]:
-    """Samples every problem `samples` times, grades, and summarises. On several hosts each does its share.
+) -> Records:
+    """Samples every problem `samples` times, and grades. On several hosts each does its share.
 
     Args:
       params: in the sampler's layout. prompts: token ids, one list per problem.
@@ -57,34 +57,12 @@ def evaluate_problems(
     evaluated with it.
 
     Returns:
-      records, in the order of problems: {"id", "answer", "budget", "mode", "prompt_tokens", "samples":
-      [{"text", "tokens", "finish", "outcome", "correct", "valid", "vote"}]}; and `summarize` of them.
+      Records in the order of problems: {"id", "answer", "budget", "mode", "prompt_tokens", "samples":
+      [{"text", "tokens", "finish", "outcome", "correct", "valid", "vote"}]}.
     """
-    share = slice(jax.process_index(), None, jax.process_count())
-    records = _evaluate(
-        sampler,
-        params,
-        tokenizer,
-        problems[share],
-        prompts[share],
-        grade,
-        vote,
-        samples,
-        sampling,
-        seed,
-        max_tokens,
-        generate or sampler.generate,
-        room,
-    )
-    if jax.process_count() > 1:
-        shares = distributed.allgather(records)
-        records = [shares[i % len(shares)][i // len(shares)] for i in range(len(problems))]
-    return records, summarize(records)
-
-
-def _evaluate(
-    sampler, params, tokenizer, problems, prompts, grade, vote, samples, sampling, seed, max_tokens, generate, room
-):
+    count, share = len(problems), slice(jax.process_index(), None, jax.process_count())
+    problems, prompts = problems[share], prompts[share]
+    generate = generate or sampler.generate
     context = sampler.config.max_position_embeddings
     limits = [min(max_tokens or sampler.max_tokens, context - len(prompt)) for prompt in prompts]
     fits = [
@@ -117,7 +95,7 @@ def _evaluate(
     # would flatter.
     unanswered = {"text": "", "tokens": 0, "outcome": "unparsed", "correct": 0.0, "valid": True, "vote": None}
     source = iter(rows)
-    return [
+    records = [
         {
             "id": problem.id,
             "answer": problem.answer,
@@ -131,6 +109,10 @@ def _evaluate(
         }
         for problem, prompt, fit in zip(problems, prompts, fits, strict=True)
     ]
+    if jax.process_count() == 1:
+        return records
+    shares = distributed.allgather(records)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(count)]
 
 
 def _vote(vote, problem: Problem, text: str) -> str | None:

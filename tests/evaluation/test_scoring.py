@@ -122,8 +122,8 @@ def grade(problems, texts):
 
 def run(problems, prompts, **options):
     sampler = FakeSampler()
-    records, summary = evaluate_problems(sampler, None, TOKENIZER, problems, prompts, grade, **options)
-    return sampler, records, summary
+    records = evaluate_problems(sampler, None, TOKENIZER, problems, prompts, grade, **options)
+    return sampler, records, summarize(records)
 
 
 def test_records_are_graded_in_order_and_votes_of_correct_samples_agree():
