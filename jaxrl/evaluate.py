@@ -120,13 +120,20 @@ def _check(flags: dict) -> None:
         raise UserError(f"--budget_mode={flags['budget_mode']!r}: choose one of {', '.join(MODES)}")
     if flags["dtype"] not in ("float32", "bfloat16"):
         raise UserError(f"--dtype={flags['dtype']!r}: choose float32 or bfloat16")
-    lows = dict(samples=1, limit=0, max_new_tokens=0, batch=0, slots=1, top_k=0, waits=0, answer_tokens=0)
+    lows = dict.fromkeys(("limit", "max_new_tokens", "batch", "waits", "answer_tokens", "seed"), 0)
+    lows |= dict.fromkeys(("samples", "slots", "tensor", "grader_workers"), 1)
     for name, low in lows.items():
         if flags[name] < low:
             raise UserError(f"--{name}={flags[name]} must be at least {low}")
-    if flags["temperature"] < 0 or not 0 < flags["top_p"] <= 1 or not 0 <= flags["min_p"] < 1:
-        raise UserError("need --temperature >= 0, --top_p in (0, 1] and --min_p in [0, 1)")
+    _sampling(flags)
     _budgets(flags)
+
+
+def _sampling(flags: dict) -> Sampling:
+    try:
+        return Sampling(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+    except ValueError as e:
+        raise UserError(f"--{e}") from None
 
 
 def _budgets(flags: dict) -> list[int]:
@@ -203,7 +210,6 @@ def run_set(store, name, data, problems, prompts, limit, sampler, params, tokeni
     todo = [i for i, p in enumerate(problems) if done.get(p.id) != (texts[i], p.answer)]
     todo.sort(key=lambda i: len(prompts[i]))  # prompts of one prefill bucket together
     size = flags["batch"] or max(1, math.ceil(4 * flags["slots"] / flags["samples"]))
-    sampling = Sampling(flags["temperature"], flags["top_k"], flags["top_p"], flags["min_p"])
     begin, tokens = time.perf_counter(), 0
     for first in range(0, len(todo), size):
         part = todo[first : first + size]
@@ -215,8 +221,8 @@ def run_set(store, name, data, problems, prompts, limit, sampler, params, tokeni
             [prompts[i] for i in part],
             data.grade,
             samples=flags["samples"],
-            sampling=sampling,
-            seed=flags["seed"],
+            sampling=_sampling(flags),
+            seed=flags["seed"] % 2**32,
             max_tokens=limit,
             vote=data.vote,
             generate=force,
@@ -305,9 +311,8 @@ def write_results(out: pathlib.Path, results: list[dict], info: dict, flags: dic
             swept.setdefault(key, []).append(row)
     sweeps = {name: sweep_metrics(rows) for name, rows in swept.items()}
     report = accuracy_table(results)
-    with_budget = [r for r in results if "mean_error" in r]
-    if with_budget:
-        report += "\n" + length_table(with_budget)
+    if budgeted := [r for r in results if "mean_error" in r]:
+        report += "\n" + length_table(budgeted)
     if sweeps:
         report += "\n" + sweep_table(sweeps)
     content = {

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         if sample:
             print("\n" + "-" * 40)
         begin = time.perf_counter()
-        completion = stream(sampler, params, tokenizer, prompt, limit, sample, flags["seed"], sampling)
+        completion = stream(sampler, params, tokenizer, prompt, limit, sample, flags["seed"] % 2**32, sampling)
         rate = completion.length / (time.perf_counter() - begin)
         what = f"{completion.length} tokens, {completion.finish}, {rate:.0f} tokens/s"
         print(f"\n[{what}, log-prob {completion.logprobs.sum():.1f}]", file=sys.stderr)

@@ -58,6 +58,8 @@ def load_dial(spec: str, tokenizer, limit: int) -> EvalSet:
         except (KeyError, ValueError):
             valid = ", ".join(settings)
             raise UserError(f"--data={spec}: {part!r}: need one of {valid}, and a value") from None
+    if settings["count"] < 1 or settings["seed"] < 0:
+        raise UserError(f"--data={spec}: count must be at least 1, seed at least 0")
     settings["count"] = min(settings["count"], limit or settings["count"])
     problems = dial.problems("heldout", **settings)
     return EvalSet(

@@ -66,11 +66,8 @@ def length_metrics(records: Records, tolerance: int = 500) -> dict[str, float]:
     if not pairs:
         return {}
     lengths, budgets = np.array(pairs, np.float64).T
-    return {
-        "mean_error": budget_metrics(lengths, budgets)["mean_error"],
-        "mean_deviation": float(np.mean(np.abs(lengths - budgets) / budgets)),
-        **{k: v for k, v in budget_metrics(lengths, budgets, tolerance).items() if k != "mean_error"},
-    }
+    deviation = float(np.mean(np.abs(lengths - budgets) / budgets))
+    return {"mean_deviation": deviation, **budget_metrics(lengths, budgets, tolerance)}
 
 
 def log_linear_slope(tokens: Sequence[float], accuracies: Sequence[float]) -> float:
