@@ -4,7 +4,8 @@
 
 DIR is a Hugging Face directory or a run directory. The prompt goes through the tokenizer's chat template if it has
 one and --chat is not false. Flags and their defaults: --max_new_tokens=256 --temperature=1.0 --top_k=0 --top_p=1.0
---min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32. Text goes to stdout, the rest to stderr.
+--min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32 --prompt_logprobs=false (true: the log-probability of
+each token of the prompt but the first). Text goes to stdout, the rest to stderr.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ DEFAULTS = dict(
     samples=1,
     chat=True,
     dtype="float32",
+    prompt_logprobs=False,
 )
 
 
@@ -70,6 +72,11 @@ def main(argv: list[str]) -> int:
         dtype=flags["dtype"],
     )
     params = sampler.layout(params)
+    if flags["prompt_logprobs"]:
+        (logprobs,) = sampler.prompt_logprobs(params, [prompt])
+        for token, logprob in zip(prompt[1:].tolist(), logprobs, strict=True):
+            print(f"{logprob:8.3f}  {tokenizer.decode([token], False)!r}", file=sys.stderr)
+        print(f"[prompt of {len(prompt)} tokens, log-prob {logprobs.sum():.1f}]", file=sys.stderr)
     for sample in range(flags["samples"]):
         if sample:
             print("\n" + "-" * 40)

@@ -26,6 +26,15 @@ def test_streams_the_published_text(capsys, cache_left_alone):
     assert "60 tokens, length" in out.err
 
 
+def test_log_probs_of_the_prompt(capsys, cache_left_alone):
+    model = f"--model={shared_path('data', 'models', 'stories260K')}"
+    assert generate.main(["generate", model, "--prompt_logprobs", "--max_new_tokens=1", "Once upon a time"]) == 0
+    *lines, total, _, _ = capsys.readouterr().err.splitlines()
+    values = [float(line.split()[0]) for line in lines]
+    assert "time" in lines[-1] and f"log-prob {sum(values):.1f}]" in total and f"prompt of {len(lines) + 1}" in total
+    assert max(values) <= 0 and sum(values) > -10  # the most frequent opening of the stories it was trained on
+
+
 @pytest.mark.parametrize(
     "args, match",
     [
