@@ -129,6 +129,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
         dtype=jnp.dtype(config.model.sampler_dtype or config.model.dtype),
         placement=placement,
         weights=s.weights,
+        cache=s.cache,
     )
 
 

@@ -41,7 +41,6 @@ from jaxrl.rollout.programs import Knobs, Rows
 from jaxrl.runtime import cli, hardware, tpu_compiler
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import get, parse_config, validate
-from models.decoder import Cache
 
 GIB = hardware.GIB
 SAMPLING = ("layout", "prefill", "move layer", "decode")
@@ -114,8 +113,8 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
 
     def empty_cache(rows, window):
         cache = jax.eval_shape(lambda: run.new_cache(rows, window))
-        return Cache(*(_placed(pool, placement.cache()) for pool in (cache.k, cache.v)), array(jnp.int32, rows),
-                     array(jnp.int32))
+        arrays = _placed(cache.arrays, placement.cache())
+        return cache.with_arrays(arrays, start=array(jnp.int32, rows), end=array(jnp.int32))
 
     def lower(program, *args, **kwargs):
         with placement.use():

@@ -23,7 +23,7 @@ def default_implementation(platform: str) -> str:
     return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
 
 
-def attend(q, k, v, mask, key_columns: bool = False):
+def attend(q, k, v, mask, key_columns: bool = False, scales=()):
     """Grouped-query attention as two batched matrix products; softmax in float32.
 
     Args:
@@ -31,6 +31,8 @@ def attend(q, k, v, mask, key_columns: bool = False):
       key_columns: k is [B, K, H, S], which XLA's CPU kernels multiply up to twice as fast.
       mask: bool [B or 1, T, S], True where query t may see key s. A query that sees nothing gets
         the mean of v: finite, and only ever padding.
+      scales: of int8 k and v, (float32 [B, K, S], float32 [B, K, S]). They are applied to the scores and to the
+        weights, so that no k or v is ever written out in a wider type.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -39,11 +41,16 @@ def attend(q, k, v, mask, key_columns: bool = False):
     K, S = v.shape[1], v.shape[2]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, (N // K) * T, H)
     product = "bkth,bkhs->bkts" if key_columns else "bkth,bksh->bkts"
-    scores = jnp.einsum(product, q, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.einsum(product, q, k.astype(q.dtype), preferred_element_type=jnp.float32) * H**-0.5
+    if scales:
+        scores = scores * scales[0][:, :, None]
     scores = scores.reshape(B, K, N // K, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, (N // K) * T, S)
-    out = jnp.einsum("bkts,bksh->bkth", weights, v)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if scales:
+        weights = weights * scales[1][:, :, None, None]
+    weights = weights.astype(q.dtype).reshape(B, K, (N // K) * T, S)
+    out = jnp.einsum("bkts,bksh->bkth", weights, v.astype(q.dtype))
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 

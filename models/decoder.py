@@ -41,26 +41,39 @@ class Cache:
     k, v: one [B, K, W, H] array per layer (unrolled), or stacked [L, B, K, W, H] (scanned); with
       key_columns, k is [B, K, H, W].
     start: int32 [B]. end: int32 [].
+    scales: of int8 k and v (see `quantise`), float32 [B, K, W] in the same two lists; else empty.
     """
 
     k: Any
     v: Any
     start: jax.Array
     end: jax.Array
+    scales: Any = ()
+
+    @property
+    def arrays(self) -> tuple:
+        """(k, v) or (k, v, scales of k, scales of v), each by layer."""
+        return self.k, self.v, *self.scales
+
+    def with_arrays(self, arrays, **changes) -> Cache:
+        """The cache with other `arrays`."""
+        k, v, *scales = arrays
+        return self.replace(k=k, v=v, scales=tuple(scales), **changes)
 
 
 def empty_cache(
     config: DecoderConfig, rows: int, window: int, dtype, scan_layers: bool = False, key_columns: bool = False
 ) -> Cache:
-    """A zeroed cache of `rows` rows and `window` columns; every row starts at column 0."""
-    shape = (rows, config.num_kv_heads, window, config.head_dim)
+    """A zeroed cache of `rows` rows and `window` columns; every row starts at column 0. dtype: int8 adds scales."""
+    L, shape = config.num_layers, (rows, config.num_kv_heads, window, config.head_dim)
     k_shape = (*shape[:2], config.head_dim, window) if key_columns else shape
-    if scan_layers:
-        k, v = (jnp.zeros((config.num_layers, *s), dtype) for s in (k_shape, shape))
-    else:
-        k = tuple(jnp.zeros(k_shape, dtype) for _ in range(config.num_layers))
-        v = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
-    return Cache(k=k, v=v, start=jnp.zeros((rows,), jnp.int32), end=jnp.zeros((), jnp.int32))
+
+    def zeros(shape, dtype):
+        return jnp.zeros((L, *shape), dtype) if scan_layers else tuple(jnp.zeros(shape, dtype) for _ in range(L))
+
+    scales = tuple(zeros(shape[:3], jnp.float32) for _ in "kv") if dtype == jnp.int8 else ()
+    start, end = jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32)
+    return Cache(zeros(k_shape, dtype), zeros(shape, dtype), start, end, scales)
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -179,12 +192,16 @@ class Attention(nn.Module):
             out = attend_packed(q, k, v, segment_ids, self.implementation)
         else:
             axes, at = ((0, 2, 3, 1), (0, 0, 0, end)) if self.key_columns else ((0, 2, 1, 3), (0, 0, end, 0))
-            keys, values = layer_cache
+            keys, values, *scales = layer_cache
+            if scales:
+                (k, of_k), (v, of_v) = quantise(k, -1), quantise(v, -1)
+                new = (of_k.transpose(0, 2, 1), of_v.transpose(0, 2, 1))
+                scales = [lax.dynamic_update_slice(s, n, (0, 0, end)) for s, n in zip(scales, new, strict=True)]
             keys = lax.dynamic_update_slice(keys, k.transpose(axes).astype(keys.dtype), at)
             v = v.transpose(0, 2, 1, 3).astype(values.dtype)
             values = lax.dynamic_update_slice(values, v, (0, 0, end, 0))
-            layer_cache = (keys, values)
-            out = attend(q, keys, values, mask, self.key_columns)
+            layer_cache = (keys, values, *scales)
+            out = attend(q, keys, values, mask, self.key_columns, scales)
         o = param("o", _weights(c.init_std, "heads", "embed"), N * H, D)
         return project(out.reshape(B, T, N * H), o), layer_cache
 
@@ -298,7 +315,7 @@ class Decoder(nn.Module):
         if cache is None:
             segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
         else:
-            end, layers = cache.end, (cache.k, cache.v)
+            end, layers = cache.end, cache.arrays
             column = jnp.arange(cache.v[0].shape[-2])
             seen = column[None, None] <= end + jnp.arange(T)[None, :, None]
             mask = seen & (column[None, None] >= cache.start[:, None, None])
@@ -319,7 +336,7 @@ class Decoder(nn.Module):
         else:
             updated = []
             for i in range(c.num_layers):
-                layer_cache = None if cache is None else (cache.k[i], cache.v[i])
+                layer_cache = None if cache is None else tuple(a[i] for a in cache.arrays)
                 x, layer_cache = block(*fields, name=f"layer_{i}")(
                     x, layer_cache, sin, cos, mask, segment_ids, end
                 )
@@ -336,7 +353,7 @@ class Decoder(nn.Module):
                 },
             )
         if cache is not None:
-            cache = cache.replace(k=layers[0], v=layers[1], end=end + T)
+            cache = cache.with_arrays(layers, end=end + T)
         return x, cache
 
 
@@ -374,11 +391,12 @@ def abstract_params(config: DecoderConfig, dtype=jnp.float32):
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
-def quantise(w):
-    """(int8 [D, F], float32 [F]) of w [D, F]: symmetric, one scale per column, so that w is about their product."""
-    w = w.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(w), axis=0) / 127, jnp.finfo(jnp.float32).tiny)
-    return jnp.round(w / scale).astype(jnp.int8), scale
+def quantise(x, axis: int = 0):
+    """(int8 like x, float32 scales without `axis`): symmetric, so that x is about their product. Of a matrix [D, F]
+    a scale per column; of keys and values, axis -1, one per token and head."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis) / 127, jnp.finfo(jnp.float32).tiny)
+    return jnp.round(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale
 
 
 def sampling_layout(

@@ -49,15 +49,16 @@ def insert(sampler: Sampler, cache, prompt, source, chosen, end: int):
     """Copy prompt rows `source` into the `chosen` rows of the cache, ending at column `end`."""
     n, _, P, _ = prompt[1][0].shape
     window, arrays = cache.v[0].shape[2], []
-    for pool, new, axis in ((cache.k, prompt[0], sampler.programs.key_axis), (cache.v, prompt[1], 2)):
-        sizes = (n, P, len(chosen), window, axis)
+    for i, (pool, new) in enumerate(zip(cache.arrays, prompt, strict=True)):
+        axis = 2 if i else sampler.programs.key_axis
+        sizes = (n, P, len(chosen), window, axis if i < 2 else "scales")
         args = (source, chosen, np.int32(end))
         arrays.append(
             tuple(
                 sampler.call("insert", sizes, a, b, *args, axis=axis) for a, b in zip(pool, new, strict=True)
             )
         )
-    return cache.replace(k=arrays[0], v=arrays[1])
+    return cache.with_arrays(arrays)
 
 
 def rebase(sampler: Sampler, cache, rows, shift: int, window: int, keep: bool = False):
@@ -68,13 +69,13 @@ def rebase(sampler: Sampler, cache, rows, shift: int, window: int, keep: bool = 
     count, old = cache.v[0].shape[0], cache.v[0].shape[2]
     sizes = (count, old, None if rows is None else len(rows), window)
     moved = []
-    for arrays, axis in ((list(cache.k), sampler.programs.key_axis), (list(cache.v), 2)):
-        out = []
+    for i, arrays in enumerate(cache.arrays):
+        axis, out = 2 if i else sampler.programs.key_axis, []
         for array in arrays:
             args = (array, rows, np.int32(shift))
-            out.append(sampler.call("rebase", (*sizes, axis), *args, window=window, axis=axis))
+            out.append(sampler.call("rebase", (*sizes, axis if i < 2 else "scales"), *args, window=window, axis=axis))
             if not keep:
                 array.delete()
         moved.append(tuple(out))
     start = cache.start if rows is None else cache.start[: len(rows)]
-    return cache.replace(k=moved[0], v=moved[1], start=start)
+    return cache.with_arrays(moved, start=start)

@@ -36,10 +36,11 @@ class Sampler:
     Args:
       config: the decoder. eos_ids: end tokens. max_prompt, max_tokens: the longest prompt and response that
         will be asked for. slots: rows decoded together. chunk: most decode steps between two looks at the
-        pool. dtype: compute and cache dtype. window: granularity of the attended length.
+        pool. dtype: compute dtype. window: granularity of the attended length.
       refill: share of the slots that must be free before a decode call returns early to refill them.
       placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
-      weights: "same", or "int8" for matrices of one byte an entry (models.decoder.quantise).
+      weights, cache: "same" as dtype, or "int8": matrices, keys and values of one byte an entry
+        (models.decoder.quantise).
 
     Raises ValueError on sizes that do not fit each other.
     """
@@ -59,6 +60,7 @@ class Sampler:
         attention: str = "xla",
         placement: Placement | None = None,
         weights: str = "same",
+        cache: str = "same",
     ):
         for name, value in dict(
             max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk
@@ -76,7 +78,9 @@ class Sampler:
         fused = placement.fused if placement else True
         platform = placement.platform if placement else jax.default_backend()
         where = placement and placement.cache()
-        self.programs: Programs = build_programs(config, dtype, chunk, attention, fused, where, platform)
+        self.programs: Programs = build_programs(
+            config, dtype, chunk, attention, fused, where, platform, jnp.int8 if cache == "int8" else None
+        )
         self._layout = jax.jit(
             lambda p: sampling_layout(p, config, dtype, fused, platform == "cpu", weights == "int8"),
             out_shardings=placement and placement.cast_where_they_lie(config),

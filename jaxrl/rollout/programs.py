@@ -61,7 +61,7 @@ class Knobs:
 class Programs(NamedTuple):
     """`axis` below is the cache array's column axis: 2, or 3 for keys stored by column (`key_axis`).
 
-    prefill(params, tokens [n, P], lengths [n]) -> (k, v), prompt caches [n, K, P, H] a layer, right-aligned.
+    prefill(params, tokens [n, P], lengths [n]) -> prompt caches, the `arrays` of a Cache of P columns, right-aligned.
     insert(array, prompts, source int32 [B], chosen bool [B], end, axis) -> array with prompt rows copied to the
       columns before `end`; donates the array.
     rebase(array, rows int32 [B'] | None, shift, window, axis) -> array of B' rows and another window, whose
@@ -90,19 +90,22 @@ def build_programs(
     fused: bool = True,
     cache_sharding=None,
     platform: str | None = None,
+    cache_dtype=None,
 ) -> Programs:
     """Sampler programs for parameters in `models.decoder.sampling_layout`.
 
     Args:
-      dtype: compute and cache dtype. chunk: most decode steps of one call (the width of its output).
+      dtype: compute dtype. chunk: most decode steps of one call (the width of its output).
       attention: implementation for the prefill and score. fused: whether the parameters are (see
         sampling_layout). cache_sharding: NamedSharding of the [B, K, ...] cache arrays, or None.
+      cache_dtype: of keys and values, default `dtype`; int8 adds scales (see models.decoder.Cache).
       platform: "cpu", "gpu" or "tpu", default the one jax runs on. On a CPU keys are stored by column,
         because its kernels transpose operands slowly; `sampling_layout(untie=True)` is for the same reason.
     """
     platform = platform or jax.default_backend()
     on_cpu = platform == "cpu"
     key_axis = 3 if on_cpu else 2
+    cache_dtype = cache_dtype or dtype
     model = Decoder(
         config, dtype=dtype, scan_layers=False, fused=fused, attention=attention, key_columns=on_cpu
     )
@@ -112,25 +115,24 @@ def build_programs(
 
     def prefill(params, tokens, lengths):
         n, P = tokens.shape
-        cache = empty_cache(config, n, P, dtype, key_columns=on_cpu).replace(start=P - lengths)
+        cache = empty_cache(config, n, P, cache_dtype, key_columns=on_cpu).replace(start=P - lengths)
         positions = jnp.maximum(jnp.arange(P)[None] - (P - lengths)[:, None], 0)
-        cache = model.apply({"params": params}, tokens, positions, None, cache)[1]
-        return cache.k, cache.v
+        return model.apply({"params": params}, tokens, positions, None, cache)[1].arrays
 
     def insert(array, prompts, source, chosen, end, axis):
         P = prompts.shape[axis]
         old = lax.dynamic_slice_in_dim(array, end - P, P, axis)
-        new = jnp.where(chosen[:, None, None, None], prompts[source], old)
+        new = jnp.where(jnp.expand_dims(chosen, range(1, array.ndim)), prompts[source], old)
         return place(lax.dynamic_update_slice_in_dim(array, new, end - P, axis))
 
     def rebase(array, rows, shift, window, axis):
         array = array if rows is None else array[rows]
-        sides = [(window, window) if i == axis else (0, 0) for i in range(4)]
+        sides = [(window, window) if i == axis else (0, 0) for i in range(array.ndim)]
         return place(lax.dynamic_slice_in_dim(jnp.pad(array, sides), window + shift, window, axis))
 
     def new_cache(rows, window):
-        cache = empty_cache(config, rows, window, dtype, key_columns=on_cpu)
-        return cache.replace(k=tuple(map(place, cache.k)), v=tuple(map(place, cache.v)))
+        cache = empty_cache(config, rows, window, cache_dtype, key_columns=on_cpu)
+        return cache.with_arrays(jax.tree.map(place, cache.arrays))
 
     def score(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -184,7 +186,7 @@ def build_programs(
             jnp.zeros((chunk, B), jnp.float32),
         )
         _, cache, _, _, emitted, tokens, logps = lax.while_loop(cond, body, start)
-        cache = cache.replace(k=tuple(map(place, cache.k)), v=tuple(map(place, cache.v)))
+        cache = cache.with_arrays(jax.tree.map(place, cache.arrays))
         return cache, tokens, logps, emitted
 
     return Programs(

@@ -88,6 +88,7 @@ def base_config() -> ConfigDict:
     c.sampling.prefetch = False  # the next batch's prompts fill slots that idle while the last completions finish
     c.sampling.warmup = False  # compile every shape the sampler can need before step 1, not only those that occur
     c.sampling.weights = "same"  # same, int8: matrices of one byte an entry; set algorithm.correction with it
+    c.sampling.cache = "same"  # same, int8: keys and values of one byte an entry; set algorithm.correction with it
     c.sampling.tensor = 1  # chips that share one copy of the sampler's weights; a host holds whole copies
 
     c.algorithm = ConfigDict()
@@ -270,7 +271,8 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "task.long_prompts", ("error", "drop"))
     _one_of(config, "task.duplicates", DUPLICATES)
     _one_of(config, "batch.on_short", ("smaller", "error"))
-    _one_of(config, "sampling.weights", ("same", "int8"))
+    for key in ("sampling.weights", "sampling.cache"):
+        _one_of(config, key, ("same", "int8"))
     for key in ("model.dtype", "model.param_dtype", "optimizer.state_dtype"):
         _one_of(config, key, ("float32", "bfloat16"))
     _one_of(config, "model.sampler_dtype", ("", "float32", "bfloat16"))
