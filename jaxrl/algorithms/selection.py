@@ -10,6 +10,7 @@ no part in any decision.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -102,11 +103,13 @@ def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]
     with the empirical distribution F, as its paper defines it. They keep different groups in most small
     batches.
     """
-    method = {"linear": "linear", "inf": "inverted_cdf"}.get(quantile)
-    if method is None:
+    values = np.sort(np.asarray(values, np.float64))
+    if quantile == "linear":
+        return [float(np.percentile(values, 100 * a)) for a in fractions]
+    if quantile != "inf":
         raise ValueError(f"quantile must be 'linear' or 'inf', not {quantile!r}")
-    values = np.asarray(values, np.float64)
-    return [float(np.percentile(values, 100 * a, method=method)) for a in fractions]
+    ranks = (math.ceil(a * len(values) - 1e-9) for a in fractions)  # 0.28 of 25 is 7, not the 8 of its rounding
+    return [float(values[max(rank, 1) - 1]) for rank in ranks]
 
 
 def _two_ends(groups, statistic: Callable, hyper, names: tuple[str, str]):

@@ -82,6 +82,7 @@ def test_the_two_quantiles_differ_on_small_batches():
     assert thresholds(values, (0.3, 0.65, 0.95), "linear") == pytest.approx([19.0, 29.5, 38.5])
     assert thresholds(values, (0.3, 0.65, 0.95), "inf") == [20.0, 30.0, 40.0]
     assert thresholds(values, (0.25, 0.5, 1.0), "inf") == [10.0, 20.0, 40.0]  # F(t) >= a is met with equality
+    assert thresholds(np.arange(1, 26), (0.28, 0.56), "inf") == [7.0, 14.0]  # though 0.28 x 25 is 7.000000000000001
     assert _names(select(_mixed(values_int := [10, 20, 30, 40]), "lspo")[0]) == [0, 2]
     assert _names(select(_mixed(values_int), "lspo", {"lspo": {"quantile": "inf"}})[0]) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="quantile must be 'linear' or 'inf'"):
