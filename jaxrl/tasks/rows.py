@@ -9,6 +9,7 @@ options and the letter as the answer, task "choice". verl's rows keep their chat
 from __future__ import annotations
 
 import hashlib
+import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -174,6 +175,8 @@ def _answer(value: Any, place: str, field: str, row: dict, allow_empty: bool) ->
         raise BadRow(f"{place}: answer field {field!r} is {type(value).__name__}, not text or a number")
     if value is None:
         raise BadRow(f"{place}: no answer field {field!r}; {_there(row, 'answer')}")
+    if isinstance(value, float) and not math.isfinite(value):  # how some tools write "no value"
+        raise BadRow(f"{place}: answer field {field!r} is {value}, not a number")
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if not text.strip() and not allow_empty:
         raise BadRow(f"{place}: answer field {field!r} is empty")

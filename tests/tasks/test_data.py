@@ -257,6 +257,7 @@ BAD_ROWS = {
     ),
     "null answer": ({"problem": "x", "answer": None}, "no answer field 'answer'"),
     "empty answer": ({"problem": "x", "answer": " "}, "'answer' is empty"),
+    "answer is not a number": ({"problem": "x", "answer": float("nan")}, "'answer' is nan"),
     "answer is an object": ({"problem": "x", "answer": {}}, "'answer' is dict"),
     "answer is a flag": ({"problem": "x", "answer": True}, "'answer' is bool"),
     "not an object": (["x"], "a JSON list"),
