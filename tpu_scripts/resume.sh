@@ -100,7 +100,7 @@ for ((start = 0; start <= MAX_RESTARTS; start++)); do
 
   # A job that an earlier resume.sh launched is watched, not restarted; every later start follows an end.
   status=absent
-  if ((start == 0)) && [[ "$state" == ACTIVE ]]; then status="$(job_status)"; fi
+  if ((start == 0)) && [[ "$state" == ACTIVE || "$state" == UNKNOWN ]]; then status="$(job_status)"; fi
   if [[ "$status" != running && "$status" != "done" ]]; then
     # A slice can be taken away while it is being set up, too.
     if ! { sibling setup && sibling launch; }; then

@@ -8,7 +8,7 @@ set -euo pipefail
 source_dir="$HOME/jaxrl"
 venv="$HOME/jaxrl_venv"
 job="$HOME/jaxrl_job"
-STOP_SECONDS="${STOP_SECONDS:-120}"   # time to save a checkpoint before the kill
+STOP_SECONDS="${STOP_SECONDS:-310}"   # training ends itself, saved or not, after config.watchdog.grace: 300 seconds
 
 alive() { [[ -f "$job/pid" ]] && kill -0 -- "-$(cat "$job/pid")" 2>/dev/null; }
 

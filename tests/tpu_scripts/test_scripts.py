@@ -315,12 +315,14 @@ def test_resume_ends_with_the_code_of_a_real_failure_and_keeps_the_slice(cloud, 
     assert "training step 1" in result.stdout  # the end of the log is shown
 
 
-def test_resume_watches_a_job_that_already_runs(cloud, tmp_path):
+@pytest.mark.parametrize("first", [[], ["OFFLINE"]], ids=["", "while Google cannot be asked"])
+def test_resume_watches_a_job_that_already_runs(cloud, tmp_path, first):
     cloud.call("setup", *WHERE)
     cloud.call("launch", *WHERE, *RUN)
     for i in (0, 1):
         cloud.wait_for(f"home{i}/jaxrl_job/exit_code")
     (tmp_path / "calls.jsonl").unlink()
+    cloud.states(*first, "ACTIVE")
     assert resume(cloud).returncode == 0
     assert without_status(cloud) == ["delete"]
 
