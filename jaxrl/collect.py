@@ -208,7 +208,7 @@ class Collector:
             sum(requests, []),
             seed=c.seed,
             step=step,
-            sampling=Sampling(s.temperature, s.top_k, s.top_p, s.min_p),
+            sampling=sampling_settings(c),
             background=len(requests[1]),
         )
         pieces = iter([completion for group in out for completion in group])
@@ -258,6 +258,12 @@ class Collector:
                 f"step {step}: {invalid} of {total} completions could not be graded ({outcome_counts(groups)}), "
                 f"more than config.task.max_failures={self.config.task.max_failures}"
             )
+
+
+def sampling_settings(config) -> Sampling:
+    """What training samples with."""
+    s = config.sampling
+    return Sampling(s.temperature, s.top_k, s.top_p, s.min_p)
 
 
 def with_budget(problem: Problem, config, position: int) -> Problem:

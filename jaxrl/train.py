@@ -12,10 +12,11 @@ import time
 
 from jaxrl import build, sft
 from jaxrl.batch import kl_in_reward, make_batches, sample_rows
-from jaxrl.collect import Collector
+from jaxrl.collect import Collector, sampling_settings
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.performance import performance
+from jaxrl.rollout.requests import Sampling
 from jaxrl.runtime import cli, distributed, nonfinite
 from jaxrl.runtime.compiles import Compiles
 from jaxrl.runtime.config import parse_config, validate
@@ -88,7 +89,8 @@ def train(config) -> int:
 
         if config.sampling.warmup:
             continued = bool(config.sampling.carry_over or config.sampling.prefetch)
-            seconds = sampler.warmup(sampler.layout(state.params), continued=continued)
+            settings = (sampling_settings(config), Sampling())  # the latter is evaluation's: nothing is cut off
+            seconds = sampler.warmup(sampler.layout(state.params), settings, continued)
             console.note(f"sampler: {len(sampler.shapes)} shapes ready in {seconds:.0f} s")
 
         # ---- the loop

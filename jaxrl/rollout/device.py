@@ -23,7 +23,7 @@ def bucket(n: int, base: int, per_octave: int = 4) -> int:
 
 
 def make_knobs(sampler: Sampler, sampling: Sampling) -> tuple[Knobs, tuple[bool, bool]]:
-    """The traced settings, and which decode program they need: (truncated, biased)."""
+    """The traced settings, and which decode program they need: () or some of "truncated", "biased"."""
     V, bias = sampler.config.vocab_size, None
     if sampling.bias is not None:
         bias = np.asarray(sampling.bias, np.float32)
@@ -36,7 +36,7 @@ def make_knobs(sampler: Sampler, sampling: Sampling) -> tuple[Knobs, tuple[bool,
         top_k=np.int32(sampling.top_k), top_p=np.float32(sampling.top_p), min_p=np.float32(sampling.min_p)
     )
     knobs = Knobs(np.float32(sampling.temperature), sampler.eos, bias=bias, **(values if truncated else {}))
-    return knobs, (truncated, bias is not None)
+    return knobs, ("truncated",) * truncated + ("biased",) * (bias is not None)
 
 
 def idle_rows(size: int) -> Rows:

@@ -148,26 +148,22 @@ class Sampler:
     def warmup(
         self,
         params,
-        prompt_lengths: Sequence[int] | None = None,
-        completions: int | None = None,
-        sampling: Sampling | None = None,
+        samplings: Sequence[Sampling] = (Sampling(),),
         continued: bool = False,
     ) -> float:
-        """Compile every shape that `generate` can need; afterwards a compile is a logged warning.
+        """Compile every shape that calls for `slots` completions or more can need; afterwards a compile is a logged
+        warning.
 
         Args:
-          params: from `layout`. prompt_lengths: those to expect, default 1..max_prompt. completions: the
-            smallest number one call will ask for, default at least `slots`. sampling: whether it truncates
-            or biases selects the decode program. continued: requests with tokens drawn earlier will come, too.
+          params: from `layout`. samplings: the settings to expect; whether one truncates or biases selects the
+            decode program. continued: requests with tokens drawn earlier will come, too.
 
         Returns: seconds it took; `self.shapes` says for what.
         """
         begin = time.perf_counter()
-        s, sizes = sampling or Sampling(), self.row_sizes
-        knobs, kind = make_knobs(self, s)
+        knobs = {kind: values for values, kind in (make_knobs(self, s) for s in samplings)}
         longest = self.max_prompt + (self.max_tokens if continued else 0)
-        lengths = range(1, longest + 1) if prompt_lengths is None else prompt_lengths
-        prompts = sorted({self.prompt_bucket(n - 1) for n in lengths})
+        prompts = sorted({self.prompt_bucket(n) for n in range(longest)})
         zeros = np.zeros(KEY_BLOCK, np.uint32)
         self.call("keys", (), np.uint32(0), np.uint32(0), zeros, zeros)
         caches = [
@@ -175,22 +171,21 @@ class Sampler:
             for P in prompts
             for n in self.prefill_sizes()
         ]
-        first = next((b for b in sizes if b >= (completions or self.slots)), self.slots)
-        for rows in sizes[: sizes.index(first) + 1]:
+        for smaller, rows in enumerate(self.row_sizes):
             for i, window in enumerate(self.windows):
                 cache = self.call("new_cache", (rows, window), rows, window)
-                if rows == first or completions is not None:
+                if rows == self.row_sizes[-1]:
                     for prompt in caches:
                         if prompt[1][0].shape[2] <= window:
                             none = np.zeros(rows, np.int32)
                             cache = insert(self, cache, prompt, none, none > 0, prompt[1][0].shape[2])
                 for other in self.windows[max(i - 1, 0) : i + 2]:
                     rebase(self, cache, None, 0, other, keep=True)
-                for fewer in sizes[: sizes.index(rows)]:
+                for fewer in self.row_sizes[:smaller]:
                     rebase(self, cache, np.arange(fewer, dtype=np.int32), 0, window, keep=True)
-                state = idle_rows(rows)
-                args = (params, cache, state, knobs, np.int32(0), np.int32(1))
-                self.call("decode", (rows, window, *kind), *args)
+                for kind, values in knobs.items():
+                    args = (params, cache, idle_rows(rows), values, np.int32(0), np.int32(1))
+                    cache, *_ = self.call("decode", (rows, window, *kind), *args)
         self.warm = True
         return time.perf_counter() - begin
 
