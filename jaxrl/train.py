@@ -19,7 +19,7 @@ from jaxrl.learner.performance import performance
 from jaxrl.rollout.requests import Sampling
 from jaxrl.runtime import cli, distributed, nonfinite
 from jaxrl.runtime.compiles import Compiles
-from jaxrl.runtime.config import parse_config, validate
+from jaxrl.runtime.config import mismatch_warning, parse_config, validate
 from jaxrl.runtime.console import Console, before_after
 from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.runtime.metrics import read_metrics
@@ -72,6 +72,8 @@ def train(config) -> int:
             host = {"collector": collector.state(), "writer": writer.state() if main else {}, "rollbacks": rollbacks}
             checkpoints.save(step, state, distributed.broadcast(host), metrics=record)
 
+        if warning := mismatch_warning(config):
+            console.note(warning)
         if found:
             console.note(f"continuing {run.root} after step {step}")
             state = found.arrays

@@ -8,6 +8,7 @@ moving rows to another window is one uniform shift.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -18,6 +19,8 @@ from jax import lax
 from jaxrl.rollout.sampling import draw, sample_keys, uniforms
 from models.config import DecoderConfig
 from models.decoder import Decoder, empty_cache, logits
+
+log = logging.getLogger(__name__)
 
 # Without it the TPU compiler moves whole layers of the cache to vector memory for the one column that a step writes,
 # and back: a third more bytes a step. What is used less often than it is moved stays where it is.
@@ -189,18 +192,39 @@ def build_programs(
         cache = cache.with_arrays(jax.tree.map(place, cache.arrays))
         return cache, tokens, logps, emitted
 
+    options = None
+    if platform == "tpu":
+        devices = jax.local_devices() if cache_sharding is None else cache_sharding.device_set
+        options = known_options(tuple(TPU_OPTIONS.items()), next(iter(devices)))
     return Programs(
         prefill=jax.jit(prefill),
         insert=jax.jit(insert, donate_argnums=0, static_argnames="axis"),
         rebase=jax.jit(rebase, static_argnames=("window", "axis")),
-        decode=jax.jit(
-            decode, donate_argnums=1, compiler_options=TPU_OPTIONS if platform == "tpu" else None
-        ),
+        decode=jax.jit(decode, donate_argnums=1, compiler_options=options),
         new_cache=jax.jit(new_cache, static_argnums=(0, 1)),
         keys=jax.jit(sample_keys),
         score=jax.jit(score),
         key_axis=key_axis,
     )
+
+
+@functools.cache
+def known_options(options: tuple[tuple[str, str], ...], device) -> dict[str, str]:
+    """Those of the compiler `options` that the compiler of `device` has: they differ between versions of libtpu.
+
+    Each other one is logged as a warning. Raises JaxRuntimeError for a value that an option cannot have.
+    """
+    known = {}
+    for name, value in options:
+        x = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+        try:
+            jax.jit(lambda x: x + 1).lower(x).compile(compiler_options={name: value})
+            known[name] = value
+        except jax.errors.JaxRuntimeError as e:
+            if "No such compile option" not in str(e):
+                raise
+            log.warning("sampler: this compiler has no option %s; decoding will read the cache more often", name)
+    return known
 
 
 def _hold_back_eos(z, eos, held):

@@ -246,6 +246,18 @@ def _known_keys(config: ConfigDict, base: ConfigDict, path: str = "config") -> N
             _known_keys(value, base[key], f"{path}.{key}")
 
 
+def mismatch_warning(config: ConfigDict) -> str:
+    """One line where the sampler rounds and nothing corrects for it; "" where all is well."""
+    s = config.sampling
+    rounded = " and ".join(f"sampling.{key}=int8" for key in ("weights", "cache") if s[key] == "int8")
+    if not rounded or config.algorithm.correction != "none":
+        return ""
+    return (
+        f"warning: with config.{rounded} answers are drawn from a rounded policy, but trained on as if the exact one "
+        "had drawn them; config.algorithm.correction=token_tis corrects that"
+    )
+
+
 def validate(config: ConfigDict) -> None:
     """Refuse a configuration that cannot run, before anything is compiled.
 

@@ -1,5 +1,6 @@
 """The decode program as compiled: the cache is updated in place."""
 
+import importlib.util
 import re
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.rollout import programs as sampler_programs
 from jaxrl.rollout.device import idle_rows
-from jaxrl.rollout.programs import Knobs, build_programs
+from jaxrl.rollout.programs import Knobs, build_programs, known_options
+from jaxrl.runtime import tpu_compiler
 from models.decoder import abstract_params, sampling_layout
 from tests.rollout import tiny
 
@@ -17,7 +20,7 @@ ROWS, WINDOW, STEPS = 8, 96, 16
 
 def lower(platform: str, sharding=None):
     """(lowered decode program, shapes of one layer's keys and values)."""
-    programs = build_programs(tiny.CONFIG, jnp.float32, STEPS, platform=platform)
+    programs = build_programs(tiny.CONFIG, jnp.float32, STEPS, cache_sharding=sharding, platform=platform)
     cpu = platform == "cpu"
     weights = jax.eval_shape(
         lambda p: sampling_layout(p, tiny.CONFIG, jnp.float32, untie=cpu), abstract_params(tiny.CONFIG)[0]
@@ -27,6 +30,11 @@ def lower(platform: str, sharding=None):
     args = (weights, cache, idle_rows(ROWS), knobs, np.int32(STEPS), np.int32(1))
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     return programs.decode.lower(*placed), {tuple(cache.k[0].shape), tuple(cache.v[0].shape)}
+
+
+def tpu():
+    """A chip to compile for."""
+    return tpu_compiler.slice_devices("v5e:2x2")[0][0]
 
 
 def cache_copies(text: str, shapes) -> list[str]:
@@ -48,13 +56,22 @@ def test_no_copy_of_the_cache_on_cpu():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_no_copy_of_the_cache_on_tpu():
-    from jaxrl.errors import UserError
-    from jaxrl.runtime import tpu_compiler
-
-    try:
-        device = tpu_compiler.slice_devices("v5e:2x2")[0][0]
-    except UserError as e:
-        pytest.skip(str(e))
-    lowered, shapes = lower("tpu", jax.sharding.SingleDeviceSharding(device))
+    lowered, shapes = lower("tpu", jax.sharding.SingleDeviceSharding(tpu()))
     check(lowered.compile(), shapes)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_compiler_option_of_another_libtpu_is_left_out(monkeypatch, caplog):
+    options = tuple(sampler_programs.TPU_OPTIONS.items())
+    assert known_options(options, tpu()) == dict(options) and not caplog.records
+    monkeypatch.setattr(sampler_programs, "TPU_OPTIONS", {"xla_tpu_option_of_tomorrow": "1"})
+    build_programs.cache_clear()
+    lowered, _ = lower("tpu", jax.sharding.SingleDeviceSharding(tpu()))
+    build_programs.cache_clear()
+    (record,) = caplog.records
+    assert "xla_tpu_option_of_tomorrow" in record.getMessage()
+    lowered.compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="many"):  # a mistake of ours is not swallowed
+        known_options(((options[0][0], "many"),), tpu())

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from jaxrl.errors import UserError
-from jaxrl.runtime.config import base_config, parse_config, validate
+from jaxrl.runtime.config import base_config, mismatch_warning, parse_config, validate
 
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")
 CONFIGS = [p for p in pathlib.Path(QUICKSTART).parent.glob("*.py") if p.name != "__init__.py"]
@@ -44,6 +44,7 @@ def test_overrides_reach_every_section():
         (["--config.model.path=/no/such/model"], ["config.model.path", "/no/such/model"]),
         (["--config.length.reward=lcpo_exact"], ["config.length.mode", "exact"]),
         (["--config.sampling.top_p=0"], ["top_p"]),
+        (["--config.sampling.cache=int4"], ["config.sampling.cache", "int4", "same, int8"]),
         (["--config.sampling.carry_over=8"], ["config.sampling.carry_over=8", "batch.keep_surplus=True"]),
         (["--config.sampling.temperature=0"], ["config.sampling.temperature"]),
         (["--config.batch.row_tokens=8"], ["config.batch.row_tokens=8", "sampling.max_prompt", "40"]),
@@ -65,6 +66,15 @@ def test_mistakes_are_one_line_naming_the_key(flags, words):
     message = str(e.value)
     assert "\n" not in message
     assert all(w in message for w in words), message
+
+
+@pytest.mark.parametrize("keys", [(), ("weights",), ("cache",), ("weights", "cache")])
+def test_a_sampler_that_rounds_is_warned_of_unless_it_is_corrected(keys):
+    flags = [f"--config.sampling.{key}=int8" for key in keys]
+    warning = mismatch_warning(parse(*flags))
+    assert bool(warning) == bool(keys) and "\n" not in warning
+    assert all(f"sampling.{key}=int8" in warning for key in keys)
+    assert mismatch_warning(parse(*flags, "--config.algorithm.correction=token_tis")) == ""
 
 
 def test_missing_config_file():
