@@ -135,9 +135,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
 
 def checkpointer(config, run: RunDir) -> Checkpointer:
     """The checkpoints of a run, kept as config.checkpoint says."""
-    c = config.checkpoint
-    best = {"keep_best": 1, "best_metric": c.keep_best} if c.keep_best else {}
-    return Checkpointer(run.checkpoints, keep_last=c.keep, **best)
+    return Checkpointer(run.checkpoints, keep_last=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
 
 
 def writer(config, run: RunDir, state: dict | None) -> MetricsWriter:

@@ -170,7 +170,6 @@ def assert_same_run(run_dir, reference_dir):
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), f"{name} differs"
-    assert (ours.path / "blobs.npz").read_bytes() == (theirs.path / "blobs.npz").read_bytes()
     # All but the writer's, which counts bytes, and timings have different lengths.
     host = [json.loads((c.path / "host.json").read_text()) for c in (ours, theirs)]
     assert len({json.dumps({k: v for k, v in h.items() if k not in ("writer", "metrics")}) for h in host}) == 1

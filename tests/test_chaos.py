@@ -32,7 +32,7 @@ def test_harness_on_a_toy_trainer(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("old, new, complaint", [
     ('data.bit_generator.state = found.host["data"]', "pass", "step "),
-    ('found.blobs["pending"]', "pending", "step "),
+    ('found.host["pending"]', "pending", "step "),
     ("found.arrays, ", "{**found.arrays, 'key': state['key']}, ", "step "),
     ("found.arrays, ", "{**found.arrays, 'opt': state['opt']}, ", "step "),
     ('state=found and found.host["metrics"]', "state=None", "steps differ"),

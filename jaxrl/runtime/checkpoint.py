@@ -5,11 +5,9 @@ manifest.py. A checkpoint holds
 
   arrays   a pytree of jax or NumPy arrays (parameters, optimizer, counters, typed PRNG keys), by name and
            sharding-free: it can be restored onto any mesh, and in part
-  host     a JSON-able dict (data position, selection statistics, metrics writer position, tracker id)
-  blobs    named NumPy arrays of any shape (pending groups)
+  host     a JSON-able dict (data position, selection statistics, pending groups, metrics writer position)
 
-`host` and `blobs` are written by process 0 and must be the same on every process (gather first, see
-distributed.py).
+`host` is written by process 0 and must be the same on every process (gather first, see distributed.py).
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ import orbax.checkpoint as ocp
 
 from jaxrl.errors import UserError
 from jaxrl.runtime import distributed, manifest
-from jaxrl.runtime.blobs import pack_arrays, unpack_arrays
 from jaxrl.runtime.manifest import Damaged
 
 log = logging.getLogger(__name__)
@@ -42,34 +39,26 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `restore` found: step, arrays (the template's structure), host state, host arrays, and where."""
+    """What `restore` found: step, arrays (the template's structure) and host state."""
 
     step: int
     arrays: Any
     host: dict
-    blobs: dict[str, np.ndarray]
-    path: pathlib.Path
 
 
 class Checkpointer:
     """Saves and restores in one directory, which it alone writes. Use as a context manager, or call `close`.
 
-    keep_last: newest checkpoints kept (>= 1). keep_best: further ones kept for the best values of
-    `best_metric` ("max" or "min" in `best_mode`) among the metrics given to `save`. timeout_seconds bounds a
-    background save.
+    keep_last: newest checkpoints kept (>= 1). keep_best: a name among the metrics given to `save`, whose highest
+    value keeps one more; "" for none. timeout_seconds bounds a background save.
     timings: of the last finished save: perf/checkpoint_blocking_seconds (the caller waited, also for the save
         before), perf/checkpoint_seconds (until committed), perf/checkpoint_bytes.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_best: int = 0,
-                 best_metric: str = "eval/accuracy", best_mode: str = "max", timeout_seconds: int = 1800):
-        if keep_last < 1 or keep_best < 0:
-            raise UserError("config.checkpoint: keep_last must be >= 1 and keep_best >= 0, "
-                            f"got {keep_last} and {keep_best}")
-        if best_mode not in ("max", "min"):
-            raise UserError(f"config.checkpoint.best_mode: must be 'max' or 'min', got {best_mode!r}")
+    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_best: str = "",
+                 timeout_seconds: int = 1800):
         self.directory = pathlib.Path(directory).absolute()
-        self._keep = (keep_last, keep_best, best_metric, best_mode)
+        self._keep = (keep_last, keep_best)
         self._timeout = timeout_seconds
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=timeout_seconds)
         self._thread: threading.Thread | None = None
@@ -88,8 +77,7 @@ class Checkpointer:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def save(self, step: int, arrays: Any, host: Mapping, blobs: Mapping[str, np.ndarray] | None = None,
-             metrics: Mapping | None = None) -> None:
+    def save(self, step: int, arrays: Any, host: Mapping, metrics: Mapping | None = None) -> None:
         """Starts a save and returns when everything has been copied from the devices; waits for the one
         before.
 
@@ -105,7 +93,6 @@ class Checkpointer:
         start = time.perf_counter()
         _check_json(host, "host")
         flat = {k: _check_array(k, v) for k, v in _flatten(arrays).items()}
-        files = {"host.json": json.dumps(host).encode(), "blobs.npz": pack_arrays(blobs or {})}
         numbers = {k: float(v) for k, v in (metrics or {}).items() if isinstance(v, int | float | np.number)}
         meta = {"step": step, "metrics": {k: v for k, v in numbers.items() if np.isfinite(v)},
                 "arrays": {k: _spec(v) for k, v in flat.items()}}
@@ -121,13 +108,13 @@ class Checkpointer:
             self._give_up(step, tmp, e)
             return
         blocked = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._finish, args=(step, tmp, files, meta, start, blocked))
+        self._thread = threading.Thread(target=self._finish, args=(step, tmp, json.dumps(host), meta, start, blocked))
         self._thread.start()
 
-    def _finish(self, step, tmp, files, meta, start, blocked) -> None:
+    def _finish(self, step, tmp, host, meta, start, blocked) -> None:
         try:
             self._orbax.wait_until_finished()
-            self._digest_and_commit(step, tmp, files, meta)
+            self._digest_and_commit(step, tmp, host, meta)
             self._committed = step
             self.timings = {"perf/checkpoint_blocking_seconds": blocked,
                             "perf/checkpoint_seconds": time.perf_counter() - start,
@@ -135,7 +122,7 @@ class Checkpointer:
         except Exception as e:
             self._give_up(step, tmp, e)
 
-    def _digest_and_commit(self, step, tmp, files, meta) -> None:
+    def _digest_and_commit(self, step, tmp, host, meta) -> None:
         """Each process digests what it wrote; process 0 the rest, the manifest, the rename and the
         clean-up."""
         process, processes = jax.process_index(), jax.process_count()
@@ -146,8 +133,7 @@ class Checkpointer:
         error = None
         try:
             if distributed.is_main():
-                for name, data in files.items():
-                    (tmp / name).write_bytes(data)
+                (tmp / "host.json").write_text(host)
             names = [n for n in manifest.files_below(tmp) if n.startswith(mine)
                      or (process == 0 and not n.startswith("arrays/ocdbt.process_"))]
             digests = manifest.digest_files(tmp, names, sync=True)
@@ -267,8 +253,7 @@ def restore(directory: str | os.PathLike, template: Any, *, step: int | None = N
             damaged.append(f"{path.name}: {e}")
             continue
         arrays = _restore_arrays(path, meta["arrays"], template, partial)
-        host = json.loads((path / "host.json").read_bytes())
-        return Restored(s, arrays, host, unpack_arrays((path / "blobs.npz").read_bytes()), path)
+        return Restored(s, arrays, json.loads((path / "host.json").read_bytes()))
     # A first checkpoint without its marker is what a kill leaves behind; damage to one that was whole is
     # another thing.
     if any("half-written" not in d for d in damaged) or (step is not None and damaged):

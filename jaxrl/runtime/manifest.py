@@ -3,7 +3,6 @@
     00000012/
       arrays/...       orbax
       host.json        host state
-      blobs.npz        host arrays
       manifest.json    step, metrics, shapes and dtypes by name, {file: [bytes, sha256]}
       COMMITTED        sha256 of manifest.json
 
@@ -166,17 +165,14 @@ def find_damage(path: pathlib.Path, manifest: dict, share: int = 0, shares: int 
     return None
 
 
-def retained(checkpoints: Sequence[Checkpoint], keep_last: int, keep_best: int, metric: str,
-             mode: str) -> set[int]:
-    """Steps to keep: the newest `keep_last`, and the `keep_best` best by `metric` (ties: the newer one).
+def retained(checkpoints: Sequence[Checkpoint], keep_last: int, metric: str) -> set[int]:
+    """Steps to keep: the newest `keep_last`, and the one with the highest `metric` (ties: the newer one).
 
-    mode: "max" or "min". Checkpoints without the metric, or with NaN, are never among the best.
+    Checkpoints without the metric, or with NaN, are never the best.
     """
     last = sorted(c.step for c in checkpoints)[-keep_last:]
-    sign = 1 if mode == "max" else -1
-    scored = sorted((sign * c.metrics[metric], c.step) for c in checkpoints
-                    if math.isfinite(c.metrics.get(metric, math.nan)))
-    return {*last, *(step for _, step in scored[::-1][:keep_best])}
+    scored = [(c.metrics[metric], c.step) for c in checkpoints if math.isfinite(c.metrics.get(metric, math.nan))]
+    return {*last, *(step for _, step in sorted(scored)[-1:])}
 
 
 def remove(path: pathlib.Path) -> None:

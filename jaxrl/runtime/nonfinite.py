@@ -7,6 +7,7 @@ problems from there: with the same ones a deterministic run would only come to t
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ import numpy as np
 
 from jaxrl.errors import UserError
 from jaxrl.learner.packing import PackedBatch
-from jaxrl.runtime.blobs import pack_arrays
 from jaxrl.runtime.rundir import atomic_write
 
 MOST_FILES = 16  # a run that skips now and then must not fill the disk
@@ -39,7 +39,9 @@ def store_batches(run_dir: str | os.PathLike, step: int, batches: Mapping[int, P
         for name, value in vars(batch).items()
         if name not in scored
     }
-    atomic_write(path, pack_arrays(arrays))
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    atomic_write(path, buffer.getvalue())
     return path
 
 

@@ -44,7 +44,7 @@ def main(run_dir, steps, every):
         state, data, pending = initial_state(), np.random.default_rng(3), np.zeros((0, 64), np.float32)
         found = saver.restore(state)
         if found:
-            state, pending = found.arrays, found.blobs["pending"]
+            state, pending = found.arrays, np.array(found.host["pending"], np.float32).reshape(-1, 64)
             data.bit_generator.state = found.host["data"]
         writer = MetricsWriter(run.root, (), state=found and found.host["metrics"])
         for step in range(int(state["step"]) + 1, steps + 1):
@@ -56,8 +56,8 @@ def main(run_dir, steps, every):
             writer.write(step, {"loss": loss, "pending": len(pending), "time/step": 0.0 + id(state) % 97})
             stopping = stop.agreed(step)
             if step % every == 0 or step == steps or stopping:
-                saver.save(step, state, {"data": data.bit_generator.state, "metrics": writer.state()},
-                           {"pending": pending})
+                host = {"data": data.bit_generator.state, "metrics": writer.state(), "pending": pending.tolist()}
+                saver.save(step, state, host)
             if stopping:
                 break
         saver.wait()
