@@ -21,7 +21,7 @@ VARIANTS = [(name, {}) for name in LOSSES] + [
     ("gspo_token", {"clip_low": 0.1, "clip_high": 0.2}),
     ("gmpo", {"clip_low": 0.2, "clip_high": 0.1}),
     ("cispo", {"clip_low": 0.3, "clip_high": 0.5}),
-    ("cispo", {"cap": 1.5}),
+    ("cispo", {"cap": 1.5, "clip_low": 0.3}),  # with a cap there is no lower bound
     ("sapo", {"tau_pos": 2.0, "tau_neg": 0.5}),
     ("maspo", {"differentiable_gate": True}),
     ("maspo", {"sigma_base": 0.5, "alpha": 0.5, "beta_high": 0.2, "beta_low": 0.4, "sigma_high": 1.5}),
@@ -153,6 +153,42 @@ def test_on_policy_gradient_is_the_policy_gradient(name):
     weights = reference.token_weights(sequences, LOSSES[name].aggregation)
     slopes = [-w * s["advantages"] for w, s in zip(weights, sequences, strict=True)]
     np.testing.assert_allclose(grad, _spread_out(places, batch, slopes), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.6, 1.2), (0.9, 2.1), (0.9, 2.6)])
+def test_bapo_finds_the_first_bounds_that_meet_the_target(low, high):
+    """Negative advantages are scaled so that the share reaches the target just before these bounds. A higher low never
+    helps (clipped negatives count as low), so the search passes through low_max to the higher highs."""
+    hyper = resolve(LOSSES, "loss", "bapo", {"target": 0.55})[1]
+    sequences = random_sequences(np.random.default_rng(0), LENGTHS, spread=1.0)
+    for i, s in enumerate(sequences):
+        s["advantages"] = np.full(len(s["logp"]), 1.0 if i % 2 else -1.0)
+    rho = np.concatenate([np.exp(s["logp"] - s["old_logp"]) for s in sequences])
+    adv = np.concatenate([s["advantages"] for s in sequences])
+    positive, negative = np.minimum(rho, high - 0.01)[adv > 0].sum(), np.maximum(rho, low)[adv < 0].sum()
+    for s in sequences[::2]:
+        s["advantages"] *= positive / negative * (1 / 0.55 - 1)
+    assert reference.bapo_bounds(sequences, hyper) == pytest.approx((low, high))
+    batch, _ = pack(sequences, ROWS, np.random.default_rng(0))
+    *_, stats = run_loss("bapo", batch, overrides={"target": 0.55})
+    assert (stats["bound_low"], stats["bound_high"]) == pytest.approx((low * len(rho), high * len(rho)))
+
+
+@pytest.mark.parametrize("size", [1.0, 0.0], ids=["met exactly", "nothing to balance"])
+def test_bapo_stays_where_it_starts(size):
+    sequences = [{k: np.full(4, v) for k, v in (("logp", -1.0), ("old_logp", -1.0))} for _ in LENGTHS[:10]]
+    for i, s in enumerate(sequences):
+        s["advantages"] = np.full(4, size * (-1) ** i)
+    batch, _ = pack(sequences, [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9]])
+    hyper = resolve(LOSSES, "loss", "bapo")[1]
+    *_, stats = run_loss("bapo", batch)
+    assert (stats["bound_low"], stats["bound_high"]) == pytest.approx((40 * hyper["low"], 40 * hyper["high"]))
+
+
+def test_gmpo_leaves_out_the_ratio_of_tokens_without_an_advantage():
+    x, adv = np.array([0.1, 0.9, -0.3, 0.2]), np.array([1.0, 2.0, 0.0, 0.0])
+    batch, _ = pack([{"logp": x - 2, "old_logp": np.full(4, -2.0), "advantages": adv}], [[0]])
+    assert run_loss("gmpo", batch)[0] == pytest.approx(-np.mean(adv) * np.exp((0.1 + 0.4) / 4))
 
 
 def test_empty_rows_are_not_counted_as_sequences_unless_asked():
