@@ -1,7 +1,7 @@
 """What the learner costs, in time and memory, against what the machine allows and against TRL.
 
     python benchmarks/learner.py                                    # update step, small model
-    python benchmarks/learner.py --model=large --micro_tokens=768,6144 --remat=none,dots
+    python benchmarks/learner.py --model=large --micro_tokens=384,1536 --remat=none,dots
     python benchmarks/learner.py --task=memory                      # fused log-probs: bytes, compiled only
     python benchmarks/learner.py --task=logprobs                    # fused log-probs: time against the plain form
     python benchmarks/learner.py --task=step --model=large          # a whole RL step: sample, grade, update

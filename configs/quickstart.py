@@ -37,7 +37,7 @@ def get_config():
     c.batch.max_generation_batches = 3
     c.batch.updates = 2
     c.batch.row_tokens = 48
-    c.batch.micro_tokens = 2048
+    c.batch.micro_tokens = 1024
     c.sampling.max_prompt, c.sampling.max_tokens = 16, 24
     c.sampling.slots, c.sampling.chunk, c.sampling.window = 256, 24, 16
     c.algorithm.loss = "dapo"

@@ -49,6 +49,12 @@ def row_lengths(config) -> tuple[int, ...]:
     return (config.batch.row_tokens or -(-longest // 128) * 128,)
 
 
+def most_rows(config, sequences: int) -> int:
+    """Rows that first-fit-decreasing needs at most: all but the last hold as many sequences as the longest would."""
+    longest = config.sampling.max_prompt + config.sampling.max_tokens
+    return -(-sequences // (row_lengths(config)[0] // longest))
+
+
 def make_batches(groups: list[Group], config, step: int, shards: int = 1) -> list[MiniBatch]:
     """The mini-batches of one step, in the order of their updates.
 
@@ -80,6 +86,7 @@ def _pack(rows: list[Trained], config, shards: int):
         config.batch.micro_tokens,
         shards,
         [c.stale for c in completions],
+        most_rows(config, -(-config.batch.prompts * config.batch.group_size // config.batch.updates)),
     )
 
 
@@ -131,6 +138,7 @@ def kl_in_reward(config, groups, learner, params, reference):
         row_lengths(config),
         config.batch.micro_tokens,
         num_batch_shards(learner.mesh),
+        most_rows=most_rows(config, config.batch.prompts * config.batch.group_size),
     )
     scores = (learner.score(p, data) for p in (params, reference))
     kl = kl_estimate(*scores, a.kl_kind) * data.response_mask

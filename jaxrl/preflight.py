@@ -30,7 +30,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl import build
-from jaxrl.batch import row_lengths
+from jaxrl.batch import most_rows, row_lengths
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.state import HOST
@@ -93,7 +93,7 @@ def _learner_programs(config, learner: Learner, mesh, state, reference: float) -
     rows = max(1, b.micro_tokens // (row * shards)) * shards
     sequences = b.prompts * b.group_size / b.updates
     micro = max(1.0, sequences * mean_tokens(config) / (rows * row))
-    most = 1 << (math.ceil(sequences / rows) - 1).bit_length()
+    most = -(-most_rows(config, math.ceil(sequences)) // rows)
     batch = abstract_batch(mesh, (most, rows, row), rows // shards * row)
     updates, work = b.updates * b.epochs, micro * rows * row
     scores = updates * ((not learner.objective.on_policy) + bool(config.algorithm.kl_coef))
@@ -213,6 +213,13 @@ def line(row: Row, chip: hardware.Chip) -> str:
     )
 
 
+def traffic(row: Row) -> str:
+    """The collectives of one program by kind."""
+    found = sorted(row.compiled.counts.collectives.items())
+    kinds = [f"{kind} {times:,.0f} ({payload / 1e9:.3g} GB)" for kind, (times, payload) in found]
+    return f"  {row.program.name:<11}{', '.join(kinds) or 'none'}"
+
+
 HEADER = (
     f"{'program':<11}{'GiB per chip':>18}{'':<3}{'TFLOP':>9}{'time s':>9}{'roof s':>9}{'share':>6}"
     f"{'collect.':>9}{'GB':>9}{'tokens/s':>12}"
@@ -308,6 +315,9 @@ def preflight(config, topology: str, out=print) -> bool:
             continue
         rows.append(check(program, chip))
         out(line(rows[-1], chip))
+    out("collectives of one call, a chip:")
+    for row in rows:
+        out(traffic(row))
     failed = [r for r in rows if not r.fits]
     if refused:
         out(refused)

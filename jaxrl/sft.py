@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl import build
-from jaxrl.batch import row_lengths
+from jaxrl.batch import most_rows, row_lengths
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import combine
 from jaxrl.learner.packing import pack
@@ -82,8 +82,10 @@ def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
             chosen = [rows[j] for j in order[i * s.batch : (i + 1) * s.batch]]
             prompts, responses = ([np.array(r[k], np.int32) for r in chosen] for k in (0, 1))
             zeros = [np.zeros(len(r), np.float32) for r in responses]
-            lengths, tokens = row_lengths(config), config.batch.micro_tokens
-            yield pack(prompts, responses, np.ones(len(chosen)), zeros, lengths, tokens, shards)[0]
+            yield pack(
+                prompts, responses, np.ones(len(chosen)), zeros, row_lengths(config), config.batch.micro_tokens,
+                shards, most_rows=most_rows(config, s.batch),
+            )[0]  # fmt: skip
 
 
 def warm_start(config, decoder, mesh, params, tokenizer, note=print):

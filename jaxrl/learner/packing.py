@@ -4,8 +4,8 @@ Length-aware selection keeps the shortest and the longest answers on purpose, so
 longest would waste most of the update. Rows are filled first-fit-decreasing; attention stays inside a
 segment (`segment_ids`), and each segment counts its own positions.
 
-Shapes are [M, R, T]: M micro-batches (a power of two; only the first `num_micro` hold anything and only those are
-computed), R rows (one of at most three counts), T tokens (one of `row_lengths`). Few shapes, few compilations.
+Shapes are [M, R, T]: M micro-batches (only the first `num_micro` hold anything and only those are computed), R rows
+(one of two counts), T tokens (one of `row_lengths`). A shape is a compilation, so M does not depend on the lengths.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def pack(
     micro_tokens: int,
     shards: int = 1,
     stale: Sequence[int] | None = None,
+    most_rows: int = 0,
 ) -> tuple[PackedBatch, Packing]:
     """Pack N sequences into a mini-batch. Deterministic.
 
@@ -99,6 +100,8 @@ def pack(
         shard is used however small it is.
       stale: of each response, how many tokens from the first on older parameters drew; default none.
       shards: data x fsdp of the mesh; R is a multiple of it, and response tokens are dealt evenly.
+      most_rows: how many rows the mini-batches of a run can fill (see `most_rows` in jaxrl.batch); all of them get
+        an M for that many. Default: M is the next power of two.
 
     Raises:
       UserError: no sequences, an empty prompt or response, or a sequence longer than every row.
@@ -117,7 +120,7 @@ def pack(
     row_of, column = _first_fit_decreasing(lengths, T)
     R, num_micro = _row_count(int(row_of.max()) + 1, T, micro_tokens, shards)
     row_of, most = _deal(row_of, rlen, num_micro, R, shards)
-    M = 1 << (num_micro - 1).bit_length()
+    M = max(num_micro, -(-most_rows // R)) if most_rows else 1 << (num_micro - 1).bit_length()
     tokens, positions, segments = np.zeros((3, M * R, T), np.int32)
     for i in np.lexsort((column, row_of)):  # left to right, so that segment ids count up within a row
         row, start = row_of[i], column[i]
@@ -153,8 +156,8 @@ def pack(
 
 
 def capacity_bucket(tokens: int, positions: int) -> int:
-    """tokens rounded up to an eighth of the positions, so that few capacities occur; at most all positions."""
-    step = -(-positions // 8)
+    """tokens rounded up to a quarter of the positions, so that few capacities occur; at most all positions."""
+    step = -(-positions // 4)
     return int(min(positions, max(step, -(-tokens // step) * step)))
 
 
@@ -170,12 +173,12 @@ def _first_fit_decreasing(lengths, T: int):
 
 
 def _row_count(rows: int, T: int, micro_tokens: int, shards: int) -> tuple[int, int]:
-    """(R, micro-batches in use): the budget's row count, its half or its quarter; the largest that computes at most
-    one percent more rows than the best of them, so that a row more or less is no reason for another shape."""
+    """(R, micro-batches in use): the budget's row count where at least four of them are filled to the last percent,
+    else its quarter. Not what is best for each batch: that would be many shapes."""
     most = max(1, micro_tokens // (T * shards))
-    counts = sorted({max(1, most // part) * shards for part in (1, 2, 4)}, reverse=True)
-    computed = [-(-rows // R) * R for R in counts]
-    R = next(R for R, n in zip(counts, computed, strict=True) if n <= 1.01 * min(computed))
+    R, quarter = most * shards, max(1, most // 4) * shards
+    if rows < 4 * R or -(-rows // R) * R > 1.01 * -(-rows // quarter) * quarter:
+        R = quarter
     return R, -(-rows // R)
 
 

@@ -71,7 +71,7 @@ def base_config() -> ConfigDict:
     c.batch.keep_surplus = False  # keep selected groups beyond `prompts` for the next step
     c.batch.updates = 1  # mini-batches (optimizer updates) per epoch over the batch
     c.batch.epochs = 1
-    c.batch.micro_tokens = 8192  # tokens per micro-batch, padding included
+    c.batch.micro_tokens = 8192  # most per micro-batch, padding included; a quarter if a mini-batch fills under four
     c.batch.row_tokens = 0  # packed row length; 0 = the longest prompt plus response
 
     c.sampling = ConfigDict()

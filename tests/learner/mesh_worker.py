@@ -28,14 +28,14 @@ OBJECTIVE = Objective(loss="gspo", kl_coef=0.1, entropy_coef=0.01, temperature=0
 
 
 def batch(seed=0):
-    """64 sequences in rows of 48 tokens, 24 rows a micro-batch (3 for each of eight devices)."""
+    """64 sequences in rows of 48 tokens, eight a micro-batch: one for each device."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 208, rng.integers(2, 9)) for _ in range(64)]
     responses = [rng.integers(1, 208, rng.integers(3, 39)) for _ in range(64)]
     logprobs = [-5 + 0.1 * rng.normal(size=len(r)) for r in responses]
-    data, packing = pack(prompts, responses, rng.normal(size=64), logprobs, (48,), 24 * 48, shards=8)
+    data, packing = pack(prompts, responses, rng.normal(size=64), logprobs, (48,), 8 * 48, shards=8)
     data = data.replace(old_logprobs=packing.spread(logprobs), ref_logprobs=packing.spread(logprobs))
-    return data.replace(capacity=24 * 48)  # for the mesh whose one shard holds all rows
+    return data.replace(capacity=8 * 48)  # for the mesh whose one shard holds all rows
 
 
 def collectives(text):

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrl.batch import most_rows
 from jaxrl.errors import UserError
 from jaxrl.learner.packing import capacity_bucket, pack
+from jaxrl.runtime.config import base_config
 
 
 def sequences(lengths, seed=0):
@@ -106,17 +108,36 @@ def test_bad_sequences_are_one_line(lengths, message):
 @pytest.mark.parametrize("prompts, group, longest, micro, shards", [(64, 8, 3072, 8192, 1), (32, 8, 1024, 16384, 1),
                                                                     (128, 8, 2048, 32768, 8)])
 def test_few_shapes(prompts, group, longest, micro, shards):
-    """A run's batches meet a handful of (shape, capacity), each one compilation of the learner: 20 steps whose answers
-    also get longer on the way, from a third to the limit."""
+    """A run's batches meet few (shape, capacity), each one compilation of the learner: 20 steps whose answers also
+    get longer on the way, from a third to the limit."""
     shapes = set()
     for seed in range(20):
         lengths = lspo_like(prompts, group, longest, seed)
         lengths = [(p, max(1, n * (10 + seed) // 30)) for p, n in lengths]
-        batch, packing = pack(*sequences(lengths), (-(-longest * 5 // 4 // 128) * 128,), micro, shards)
+        row = -(-longest * 5 // 4 // 128) * 128
+        batch, packing = pack(*sequences(lengths), (row,), micro, shards, most_rows=prompts * group)
         shapes.add((packing.shape, batch.capacity))
-    assert len(shapes) <= 8
+    assert len(shapes) <= 4
+
+
+def test_micro_batches_of_any_batch_are_as_many_as_the_most_rows_need():
+    for n in (1, 7, 40):
+        prompts, responses, *rest = sequences([(3, 20)] * n)
+        batch, packing = pack(prompts, responses, *rest, (32,), 4 * 4 * 32, most_rows=40)
+        assert packing.shape == (10, 4, 32) and batch.num_micro == -(-n // 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs, st.integers(64, 300))
+def test_most_rows_is_a_bound(lengths, row):
+    config = base_config()
+    config.sampling.max_prompt, config.sampling.max_tokens, config.batch.row_tokens = 20, 44, row
+    rows = pack(*sequences(lengths), (row,), row)[0].num_micro  # of one row each
+    assert rows <= most_rows(config, len(lengths))
+    most = len(lengths) * [(20, 44)]
+    assert pack(*sequences(most), (row,), row)[0].num_micro == most_rows(config, len(lengths))
 
 
 def test_capacity_buckets():
-    assert capacity_bucket(1, 1600) == 200 and capacity_bucket(201, 1600) == 400 and capacity_bucket(1600, 1600) == 1600
+    assert capacity_bucket(1, 1600) == 400 and capacity_bucket(401, 1600) == 800 and capacity_bucket(1600, 1600) == 1600
     assert capacity_bucket(5, 5) == 5

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from jaxrl.errors import UserError
+from jaxrl.learner.learner import Learner
 from jaxrl.learner.packing import pack
 from jaxrl.learner.state import HOST, abstract_state, build_optimizer, decays, fresh_state, init_state
 from jaxrl.learner.update import Objective, build_programs, place_batch
+from jaxrl.runtime.checkpoint import Checkpointer
+from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import make_mesh
 from models.config import DecoderConfig
-from models.decoder import abstract_params
+from models.decoder import abstract_params, init_params
 
 CONFIG = DecoderConfig(11, 8, 12, 2, 2, 1, 4, qkv_bias=True, model_type="qwen2")
 
@@ -143,4 +146,27 @@ def test_offloaded_moments_rest_on_the_host_and_change_nothing():
         assert programs.update._cache_size() == 1
         results.append(state)
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_checkpoint_brings_offloaded_moments_back_to_the_host(tmp_path):
+    """A run cut between two updates: bit for bit the state of one that was not, and nothing compiles anew."""
+    config = base_config()
+    config.optimizer.offload, config.batch.row_tokens = True, 16
+    learner = Learner(config, CONFIG, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    tokens = [np.arange(1, 6)] * 3
+    batch, _ = pack(tokens, tokens, [1.0, -0.5, 0.3], [np.zeros(5)] * 3, (16,), 16)
+    state, _ = learner.update(learner.init(init_params(CONFIG, jax.random.key(0))), [batch])
+    with Checkpointer(tmp_path) as saver:
+        saver.save(1, state, {})
+        state, _ = learner.update(state, [batch])  # donates what was saved
+        saver.wait()
+        restored = saver.restore(learner.abstract_state()).arrays
+    assert [(x.sharding, x.committed) for x in jax.tree.leaves(restored)] == [
+        (x.sharding, x.committed) for x in jax.tree.leaves(state)]
+    moments = jax.tree.leaves([s.nu for s in restored.opt_state if hasattr(s, "nu")])
+    assert moments and {x.sharding.memory_kind for x in moments} == {HOST}
+    restored, _ = learner.update(restored, [batch])
+    assert learner.compiles == 1
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)

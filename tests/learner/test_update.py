@@ -91,7 +91,7 @@ def plain_data():
     return *padded(prompts, responses), *(padded(prompts, v, fill=0) for v in values)
 
 
-def batch_of(row_lengths=(64,), micro_tokens=3 * 64, keep=slice(None)):
+def batch_of(row_lengths=(64,), micro_tokens=12 * 64, keep=slice(None)):
     prompts, responses, advantages, old, sampler, reference = (x[keep] for x in data())
     batch, packing = pack(prompts, responses, advantages, sampler, row_lengths, micro_tokens)
     batch = batch.replace(old_logprobs=packing.spread(old), ref_logprobs=packing.spread(reference))
@@ -183,7 +183,7 @@ def test_exactly_one_update_needs_no_score():
 def test_stale_tokens_take_the_log_probs_under_which_they_were_drawn(index):
     prompts, responses, a, old, sampler, _ = data()
     stale = [0, *map(len, responses[1:9]), len(responses[9]) // 2]  # fresh, older, and one that was continued
-    batch, packing = pack(prompts, responses, a, sampler, (64,), 3 * 64, stale=stale)
+    batch, packing = pack(prompts, responses, a, sampler, (64,), 12 * 64, stale=stale)
     batch = batch.replace(old_logprobs=packing.spread(old))
     got, metrics, _ = update(index, batch)
     tokens, mask, a, old, sampler, _ = plain_data()
