@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.attention import attend_packed
+from models.attention import attend, attend_packed, segment_mask
 
 
 def reference(q, k, v, segment_ids):
@@ -38,6 +38,24 @@ def test_xla_matches_numpy(N, K):
     assert np.isfinite(out).all()
     real = segment_ids > 0
     assert np.abs(out - reference(q, k, v, segment_ids))[real].max() < 1e-5
+
+
+@pytest.mark.parametrize("key_columns", [False, True])
+def test_int8_keys_and_values_match_numpy(key_columns):
+    q, k, v, segment_ids = random_inputs(19, 4, 2, 8)
+    size = np.logspace(-1, 1, 19)[:, None, None]  # every token and head needs its own scale
+    quantised = []
+    for x in (k * size, v * size[::-1]):
+        scale = np.abs(x.astype(np.float64)).max(-1) / 127
+        quantised += [np.rint(x / scale[..., None]).astype(np.int8), scale]
+    k, of_k, v, of_v = quantised
+    expected = reference(q, k * of_k[..., None], v * of_v[..., None], segment_ids)
+    with jax.default_matmul_precision("highest"):
+        scales = [s.transpose(0, 2, 1).astype(np.float32) for s in (of_k, of_v)]
+        k = k.transpose(0, 2, 3, 1) if key_columns else k.transpose(0, 2, 1, 3)
+        out = attend(q, k, v.transpose(0, 2, 1, 3), segment_mask(segment_ids), key_columns, scales)
+    assert out.dtype == q.dtype and np.isfinite(out).all()
+    assert np.abs(out - expected)[segment_ids > 0].max() < 1e-4  # of values up to 30
 
 
 def test_unknown_implementation():
