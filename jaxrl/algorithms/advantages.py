@@ -1,10 +1,9 @@
 """Outcome advantages: one number per completion from the rewards of its group. NumPy float64, on the host.
 
-Every entry is `fn(rewards [N], group_ids [N], lengths [N], hyper) -> advantages [N]`, rewards and lengths
-(response tokens) numeric, group_ids any integers in any order. Where a method subtracts the group mean, a
-group whose rewards are exactly equal gets exactly 0 (decided by comparison, not by rounding), and a group
-of one follows hyper["singleton"]: "reward" keeps its reward as advantage (verl: mean 0, std 1), "zero"
-gives 0.
+Every entry is `fn(rewards [N], group_ids [N], lengths [N], hyper) -> advantages [N]`, rewards and lengths (response
+tokens) numeric, group_ids any integers in any order. Where a method subtracts the group mean, a group whose rewards are
+exactly equal gets exactly 0 (decided by comparison, not by rounding), and a group of one follows hyper["singleton"]:
+"reward" keeps its reward as advantage (verl: mean 0, std 1), "zero" gives 0.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ def _groups(rewards, group_ids) -> _Groups:
 
 
 def _centre(groups: _Groups, hyper: Mapping, baseline: np.ndarray | None = None) -> np.ndarray:
-    """Rewards minus the baseline (default: the group mean), with the two special cases of the module's
-    docstring.
-    """
+    """Rewards minus the baseline (default: the group mean), with the two special cases of the module's docstring."""
     if hyper["singleton"] not in ("reward", "zero"):
         raise ValueError(f"singleton must be 'reward' or 'zero', not {hyper['singleton']!r}")
     centred = groups.rewards - (groups.mean if baseline is None else baseline)
@@ -85,17 +82,14 @@ def dr_grpo(rewards, group_ids, lengths, hyper):
 def rloo(rewards, group_ids, lengths, hyper):
     """R_i - mean of the others = G / (G - 1) (R_i - mean) (RLOO, 2402.14740)."""
     groups = _groups(rewards, group_ids)
-    return _centre(groups, hyper) * np.where(
-        groups.size > 1, groups.size / np.maximum(groups.size - 1, 1), 1.0
-    )
+    return _centre(groups, hyper) * np.where(groups.size > 1, groups.size / np.maximum(groups.size - 1, 1), 1.0)
 
 
 def reinforce_pp_baseline(rewards, group_ids, lengths, hyper):
     """REINFORCE++-baseline (2501.03262): R - group mean, then whitened over the response tokens of the batch.
 
-    Each completion counts `lengths` times in mean and (unbiased) variance; divided by sqrt(variance + eps),
-    eps 1e-8 as verl. Whitening subtracts a batch mean, so a group of equal rewards does NOT get exactly 0
-    here.
+    Each completion counts `lengths` times in mean and (unbiased) variance; divided by sqrt(variance + eps), eps 1e-8 as
+    verl. Whitening subtracts a batch mean, so a group of equal rewards does NOT get exactly 0 here.
     """
     centred = _centre(_groups(rewards, group_ids), hyper)
     weights = np.asarray(lengths, np.float64)
@@ -108,16 +102,12 @@ def reinforce_pp_baseline(rewards, group_ids, lengths, hyper):
 
 
 def opo(rewards, group_ids, lengths, hyper):
-    """R_i - sum_j l_j R_j / sum_j l_j over the group: the length-weighted optimal baseline (OPO,
-    2505.23585).
-    """
+    """R_i - sum_j l_j R_j / sum_j l_j over the group: the length-weighted optimal baseline (OPO, 2505.23585)."""
     groups = _groups(rewards, group_ids)
     weights = np.asarray(lengths, np.float64)
     total = np.bincount(groups.index, weights)[groups.index]
     weighted = np.bincount(groups.index, weights * groups.rewards)[groups.index]
-    return _centre(
-        groups, hyper, np.where(total > 0, weighted / np.where(total > 0, total, 1.0), groups.mean)
-    )
+    return _centre(groups, hyper, np.where(total > 0, weighted / np.where(total > 0, total, 1.0), groups.mean))
 
 
 def gpg(rewards, group_ids, lengths, hyper):
@@ -135,8 +125,7 @@ def gpg(rewards, group_ids, lengths, hyper):
 
 
 def dler(rewards, group_ids, lengths, hyper):
-    """(R - group mean) / (std over the batch of these + eps) (DLER, 2510.15110; as REINFORCE++, per
-    completion).
+    """(R - group mean) / (std over the batch of these + eps) (DLER, 2510.15110; as REINFORCE++, per completion).
 
     The mean over the batch of the centred rewards is 0 by construction, so it is not subtracted.
     """
@@ -165,9 +154,7 @@ def group_advantages(groups: Sequence[Any], name: str, overrides: Mapping | None
     result = [np.zeros(len(v)) for v in valid]
     if not any(v.any() for v in valid):
         return result
-    rewards = np.concatenate(
-        [np.asarray(g.rewards, np.float64)[v] for g, v in zip(groups, valid, strict=True)]
-    )
+    rewards = np.concatenate([np.asarray(g.rewards, np.float64)[v] for g, v in zip(groups, valid, strict=True)])
     lengths = np.concatenate([np.asarray(g.lengths)[v] for g, v in zip(groups, valid, strict=True)])
     ids = np.repeat(np.arange(len(groups)), [v.sum() for v in valid])
     advantages = entry.fn(rewards, ids, lengths, hyper)

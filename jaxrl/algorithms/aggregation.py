@@ -30,10 +30,9 @@ def aggregate(
     seq-mean-token-sum       sum m l / num_sequences
     seq-mean-token-sum-norm  sum m l / (num_sequences * norm_length)      (Dr. GRPO, 2503.20783)
 
-    num_tokens, num_sequences: counts over the whole mini-batch (`count_sequences` leaves fully masked
-    sequences out; pass the number of rows to count them as TRL does). norm_length: L_const in tokens,
-    usually the response limit. Masked positions may hold anything, NaN included. Empty batches give 0.
-    Raises ValueError for an unknown mode.
+    num_tokens, num_sequences: counts over the whole mini-batch (`count_sequences` leaves fully masked sequences out;
+    pass the number of rows to count them as TRL does). norm_length: L_const in tokens, usually the response limit.
+    Masked positions may hold anything, NaN included. Empty batches give 0. Raises ValueError for an unknown mode.
     """
     if mode not in AGGREGATIONS:
         raise ValueError(f"unknown aggregation {mode!r}; valid: {', '.join(AGGREGATIONS)}")

@@ -1,8 +1,7 @@
 """Weights for the mismatch between the sampler that drew the tokens and the learner that scores them.
 
-w_t = pi_old^learner / pi^sampler, always without gradient; the learner multiplies the token loss by the
-weight. Off ("none") by default: sampler and learner share one forward here. `mismatch_stats` is meant to be
-logged always.
+w_t = pi_old^learner / pi^sampler, always without gradient; the learner multiplies the token loss by the weight. Off
+("none") by default: sampler and learner share one forward here. `mismatch_stats` is meant to be logged always.
 """
 
 from __future__ import annotations
@@ -95,9 +94,7 @@ CORRECTIONS: dict[str, Correction] = {
     "none": Correction(none, {"drop_rejected": False}),
     "token_tis": Correction(token_tis, {"cap": 2.0, "log_clamp": 20.0, "drop_rejected": False}),
     "sequence_tis": Correction(sequence_tis, {"cap": 2.0, "log_clamp": 20.0, "drop_rejected": False}),
-    "sequence_mask": Correction(
-        sequence_mask, {"low": 0.0, "high": 3.0, "log_clamp": 20.0, "drop_rejected": False}
-    ),
+    "sequence_mask": Correction(sequence_mask, {"low": 0.0, "high": 3.0, "log_clamp": 20.0, "drop_rejected": False}),
     "geometric_mask": Correction(
         geometric_mask, {"low": 0.999, "high": 1.001, "log_clamp": 20.0, "drop_rejected": False}
     ),
@@ -114,12 +111,9 @@ def effective_mask(response_mask: jax.Array, weights: jax.Array, hyper: dict) ->
     return response_mask * (weights > 0) if hyper["drop_rejected"] else response_mask
 
 
-def mismatch_stats(
-    old_logp: jax.Array, sampler_logp: jax.Array, response_mask: jax.Array
-) -> dict[str, jax.Array]:
-    """How far sampler and learner disagree, all [R, T]: {"logprob_diff": sum over response tokens of
-    |difference|, "logprob_diff_max": the largest (combine micro-batches by maximum, not by sum)}, in
-    nats.
+def mismatch_stats(old_logp: jax.Array, sampler_logp: jax.Array, response_mask: jax.Array) -> dict[str, jax.Array]:
+    """How far sampler and learner disagree, all [R, T]: {"logprob_diff": sum over response tokens of |difference|,
+    "logprob_diff_max": the largest (combine micro-batches by maximum, not by sum)}, in nats.
     """
     tokens = _tokens(old_logp, sampler_logp, response_mask)
     difference = jnp.abs(tokens.log_ratio) * tokens.mask

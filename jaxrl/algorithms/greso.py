@@ -1,9 +1,8 @@
 """GRESO (2506.02177): skip prompts before sampling that have been giving groups without spread. NumPy, host.
 
-The state is a plain dict that JSON can hold, {"explore": {"easy": p, "hard": p}, "streaks": {problem id:
-[kind, n]}}, so it goes into a checkpoint as it is. A prompt whose last n groups were all correct ("easy")
-or all wrong ("hard") is sampled with probability max(p^n, floor), p the exploration probability of its
-kind; others always.
+The state is a plain dict that JSON can hold, {"explore": {"easy": p, "hard": p}, "streaks": {problem id: [kind, n]}},
+so it goes into a checkpoint as it is. A prompt whose last n groups were all correct ("easy") or all wrong ("hard") is
+sampled with probability max(p^n, floor), p the exploration probability of its kind; others always.
 """
 
 from __future__ import annotations
@@ -45,11 +44,8 @@ def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyp
     return drawn < probability
 
 
-def greso_update(
-    state: Mapping, groups: Sequence[Any], hyper: Mapping = GRESO_DEFAULTS, adapt: bool = True
-) -> dict:
-    """State after a step, from all groups it sampled (before any other selection); the argument is not
-    changed.
+def greso_update(state: Mapping, groups: Sequence[Any], hyper: Mapping = GRESO_DEFAULTS) -> dict:
+    """State after a step, from all groups it sampled (before any other selection); the argument is not changed.
 
     Streaks grow, or reset at a group with spread; groups without graded completions are ignored. Then each
     kind's exploration probability goes one step down if its share of the groups is at or above its target
@@ -69,7 +65,7 @@ def greso_update(
         counts[kind] += 1
         before, n = streaks.get(group.problem.id, (kind, 0))
         streaks[group.problem.id] = [kind, n + 1 if before == kind else 1]
-    if graded and adapt:
+    if graded:
         for kind, target in (("easy", hyper["target_easy"]), ("hard", hyper["target_hard"])):
             step = -hyper["step"] if counts[kind] / graded >= target else hyper["step"]
             explore[kind] = min(max(explore[kind] + step, hyper["low"]), hyper["high"])

@@ -1,9 +1,8 @@
 """Estimates of KL(pi || reference) from sampled tokens, as a loss term or as part of the reward.
 
 With x = log pi - log pi_ref of tokens sampled from pi:  k1 = x,  k2 = x^2 / 2,  k3 = exp(-x) + x - 1.
-Differentiated on on-policy samples, E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad
-KL(ref || pi). So as a loss use k2, k3, or "k1+" / "k3+": the value of k1 / k3 with the gradient of k2
-(straight-through).
+Differentiated on on-policy samples, E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad KL(ref || pi).
+So as a loss use k2, k3, or "k1+" / "k3+": the value of k1 / k3 with the gradient of k2 (straight-through).
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ def kl_estimate(
 ) -> jax.Array:
     """Token-wise KL estimate, same shape as logp, in the compute dtype; no gradient to ref_logp and old_logp.
 
-    log_clamp: k3 uses clip(-x, +-log_clamp) in the exponential. value_clamp: k3 is clipped to
-    +-value_clamp, with zero gradient beyond, as in verl; 0 switches it off (the plain formula, TRL). k1 and
-    k2 are not clamped. old_logp: multiplies the estimate by pi / pi_old, with gradient (TRL's
-    use_bias_correction_kl, DeepSeek-V3.2). Aggregate the result like a loss; positions outside the response
-    mask are not treated here. Raises ValueError for an unknown kind.
+    log_clamp: k3 uses clip(-x, +-log_clamp) in the exponential. value_clamp: k3 is clipped to +-value_clamp, with zero
+    gradient beyond, as in verl; 0 switches it off (the plain formula, TRL). k1 and k2 are not clamped. old_logp:
+    multiplies the estimate by pi / pi_old, with gradient (TRL's use_bias_correction_kl, DeepSeek-V3.2). Aggregate the
+    result like a loss; positions outside the response mask are not treated here. Raises ValueError for an unknown kind.
     """
     if kind not in KL_KINDS:
         raise ValueError(f"unknown KL estimator {kind!r}; valid: {', '.join(KL_KINDS)}")

@@ -1,5 +1,4 @@
-"""Rewards that depend on response length, LCPO's prompt suffixes, and samplers of length budgets. NumPy, on
-the host.
+"""Rewards that depend on response length, LCPO's prompt suffixes, and samplers of length budgets. NumPy, on the host.
 
 Every entry of LENGTH_REWARDS is
 
@@ -70,10 +69,9 @@ def lcpo_max(correct, lengths, budgets, group_ids, truncated, max_length, modes,
     """LCPO-Max (L1, 2503.04697 eq. 2): r = I clip(alpha (n_gold - n_y) + delta, 0, 1).
 
     Prompts of mode "exact" get the Exact reward with slope exact_alpha (the paper's dual objective);
-    prompts without a budget get I. hyper: alpha 1e-3 and delta 0.5 are what the first released code amounts
-    to (alpha is not printed; the current code's own alpha is twice ours). combine: "multiply", or "add" for
-    the current code without multiplier_reward (I + clip(...)). form: "linear", or "sigmoid" for I *
-    sigmoid(alpha (n_gold - n_y)).
+    prompts without a budget get I. hyper: alpha 1e-3 and delta 0.5 are what the first released code amounts to (alpha
+    is not printed; the current code's own alpha is twice ours). combine: "multiply", or "add" for the current code
+    without multiplier_reward (I + clip(...)). form: "linear", or "sigmoid" for I * sigmoid(alpha (n_gold - n_y)).
     """
     correct, lengths, budgets = _floats(correct, lengths, budgets)
     slack = hyper["alpha"] * (budgets - lengths)
@@ -93,8 +91,7 @@ def lcpo_max(correct, lengths, budgets, group_ids, truncated, max_length, modes,
 def arora(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
     """Arora & Zanette (2502.04463): r = I (1 - alpha sigmoid((len - mean) / (std + 1e-7))).
 
-    Mean and (biased) std over the correct, untruncated responses of the prompt; truncated responses count
-    as wrong.
+    Mean and (biased) std over the correct, untruncated responses of the prompt; truncated responses count as wrong.
     """
     correct, lengths = _floats(correct, lengths)
     correct = np.where(np.asarray(truncated, bool), 0.0, correct)
@@ -112,8 +109,7 @@ def arora(correct, lengths, budgets, group_ids, truncated, max_length, modes, hy
 def kimi(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
     """Kimi k1.5 (2501.12599): r = I + weight * term, lambda = 0.5 - (len - min) / (max - min) over the group.
 
-    term: lambda if correct, min(0, lambda) if not, 0 if all lengths are equal. The paper raises weight
-    during training.
+    term: lambda if correct, min(0, lambda) if not, 0 if all lengths are equal. The paper raises weight during training.
     """
     correct, lengths = _floats(correct, lengths)
 
@@ -138,9 +134,7 @@ def alp(correct, lengths, budgets, group_ids, truncated, max_length, modes, hype
 
 
 def shorter_better(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
-    """ShorterBetter (2504.21370): r = alpha I - beta |l* - len|, l* the shortest correct length, else the
-    group mean.
-    """
+    """ShorterBetter (2504.21370): r = alpha I - beta |l* - len|, l* the shortest correct length or the group mean."""
     correct, lengths = _floats(correct, lengths)
 
     def score(right, length):
@@ -151,9 +145,7 @@ def shorter_better(correct, lengths, budgets, group_ids, truncated, max_length, 
 
 
 def laser(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
-    """LASER (2505.15612): r = I + bonus * I * [len <= target]. hyper: target in tokens, 0 for half of
-    max_length.
-    """
+    """LASER (2505.15612): r = I + bonus * I * [len <= target]. hyper: target in tokens, 0 for half of max_length."""
     correct, lengths = _floats(correct, lengths)
     return correct + hyper["bonus"] * correct * (lengths <= (hyper["target"] or max_length / 2))
 
@@ -161,11 +153,10 @@ def laser(correct, lengths, budgets, group_ids, truncated, max_length, modes, hy
 def laser_targets(correct, lengths, group_ids, candidates, max_length) -> dict[str, float]:
     """LASER-D's targets from a monitored batch: {"easy", "medium", "hard"} -> tokens.
 
-    Groups with accuracy >= 2/3 are easy, >= 1/3 medium, below hard. The coverage of a level at a length L
-    is the share of its correct responses with len <= L. The target is the smallest candidate at which at
-    least one correct response is still expected in a group at the level's lower accuracy: int(coverage *
-    int(G * level)) >= 1 with level 2/3, 1/3, and 1 response for hard; max_length if none. G is the largest
-    group. (The "floor" rule of the released code.)
+    Groups with accuracy >= 2/3 are easy, >= 1/3 medium, below hard. The coverage of a level at a length L is the share
+    of its correct responses with len <= L. The target is the smallest candidate at which at least one correct response
+    is still expected in a group at the level's lower accuracy: int(coverage * int(G * level)) >= 1 with level 2/3, 1/3,
+    and 1 response for hard; max_length if none. G is the largest group. (The "floor" rule of the released code.)
     """
     correct, lengths = _floats(correct, lengths)
     level = _levels(correct, group_ids)

@@ -6,8 +6,7 @@ import numpy as np
 
 
 def budget_metrics(lengths, budgets, tolerance: int = 500) -> dict[str, float]:
-    """Length-control metrics of L1 (2503.04697, section 5) over completions with a budget (> 0), as
-    fractions.
+    """Length-control metrics of L1 (2503.04697, section 5) over completions with a budget (> 0), as fractions.
 
     mean_error: mean of (n - n_gold) / n_gold, signed; within one budget this is (E[n] - n_gold) / n_gold.
     rmse: root mean square of the same. hard_violation: share with n > n_gold. soft_violation: share with n
@@ -27,11 +26,9 @@ def budget_metrics(lengths, budgets, tolerance: int = 500) -> dict[str, float]:
 
 
 def control(thinking_tokens, maxima, minima=None) -> float:
-    """s1's Control (2501.19393 eq. 1): the share of runs whose measured thinking tokens lie within their
-    limits.
+    """s1's Control (2501.19393 eq. 1): the share of runs whose measured thinking tokens lie within their limits.
 
-    thinking_tokens: [A] means measured per requested budget. maxima (and optionally minima): [A] limits in
-    tokens.
+    thinking_tokens: [A] means measured per requested budget. maxima (and optionally minima): [A] limits in tokens.
     """
     tokens = np.asarray(thinking_tokens, np.float64)
     inside = tokens <= np.asarray(maxima, np.float64)

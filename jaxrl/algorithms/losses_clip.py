@@ -1,5 +1,4 @@
-"""Losses that clip the token ratio rho = pi / pi_old between two bounds: GRPO, Dr. GRPO, DAPO, PPO, DAC,
-BAPO.
+"""Losses that clip the token ratio rho = pi / pi_old between two bounds: GRPO, Dr. GRPO, DAPO, PPO, DAC, BAPO.
 
     l = max(-rho A, -clip(rho, low, high) A),   and for A < 0 with dual clip c > 1:   l = min(l, -c A)
 
@@ -35,12 +34,10 @@ def _clipped(tokens: Tokens, ratio: jax.Array, low, high, dual_clip, **more) -> 
 
 
 def clip_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
-    """PPO's clipped surrogate (1707.06347 eq. 7), the token loss of GRPO, Dr. GRPO, DAPO (2503.14476 eq. 8)
-    and PPO.
+    """PPO's clipped surrogate (1707.06347 eq. 7), the token loss of GRPO, Dr. GRPO, DAPO (2503.14476 eq. 8) and PPO.
 
-    All arrays [R, T]. hyper: clip_low, clip_high (bounds 1 - low, 1 + high), dual_clip (c of 1912.09729; 0
-    = off), log_ratio_clamp. Returns the token loss [R, T] and sums (see `token_stats`; dual_clip: tokens at
-    -c A).
+    All arrays [R, T]. hyper: clip_low, clip_high (bounds 1 - low, 1 + high), dual_clip (c of 1912.09729; 0 = off),
+    log_ratio_clamp. Returns the token loss [R, T] and sums (see `token_stats`; dual_clip: tokens at -c A).
     """
     tokens = clean(logp, old_logp, advantages, response_mask)
     low, high = 1 - hyper["clip_low"], 1 + hyper["clip_high"]
@@ -63,8 +60,7 @@ def dac_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
 
 
 def bapo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
-    """BAPO (2510.18927): PPO clip between the ratio bounds hyper["low"], hyper["high"] that `bapo_bounds`
-    chose.
+    """BAPO (2510.18927): PPO clip between the ratio bounds hyper["low"], hyper["high"] that `bapo_bounds` chose.
 
     All arrays [R, T]. Without `bapo_bounds` the bounds are where its search starts. Extra sums: bound_low,
     bound_high (their means over tokens are the bounds in use).
@@ -76,9 +72,7 @@ def bapo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
 
 
 def bapo_schedule(hyper: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds BAPO tries, in order: raise the lower one step by step to its maximum, then the upper
-    one.
-    """
+    """The bounds BAPO tries, in order: raise the lower one step by step to its maximum, then the upper one."""
     lows, highs = [hyper["low"]], [hyper["high"]]
     while lows[-1] < hyper["low_max"] - 1e-9 and hyper["low_step"] > 0:
         lows.append(min(lows[-1] + hyper["low_step"], hyper["low_max"]))
@@ -89,14 +83,12 @@ def bapo_schedule(hyper: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bapo_bounds(logp, old_logp, advantages, response_mask, sequence_ids, hyper) -> dict:
-    """BAPO's bound search over a whole mini-batch, before its update: hyper with "low" and "high" replaced
-    by arrays.
+    """BAPO's bound search over a whole mini-batch, before its update: hyper with "low" and "high" replaced by arrays.
 
-    The clipped contribution of a token is min(rho, high) A for A >= 0 and max(rho, low) A for A < 0; P and
-    N are the sums of the positive and of the negative ones' magnitudes. The first bounds of `bapo_schedule`
-    with P / (P + N) >= hyper["target"] are taken, else its last. Written as share, the released code's
-    ratio P / N >= 1 is target 0.5. Arrays [R, T] of all rows of the mini-batch (any sharding); logp is read
-    without gradient.
+    The clipped contribution of a token is min(rho, high) A for A >= 0 and max(rho, low) A for A < 0; P and N are the
+    sums of the positive and of the negative ones' magnitudes. The first bounds of `bapo_schedule` with P / (P + N) >=
+    hyper["target"] are taken, else its last. Written as share, the released code's ratio P / N >= 1 is target 0.5.
+    Arrays [R, T] of all rows of the mini-batch (any sharding); logp is read without gradient.
     """
     tokens = clean(jax.lax.stop_gradient(logp), old_logp, advantages, response_mask)
     ratio, adv = token_ratio(tokens, hyper), tokens.advantages
@@ -106,9 +98,7 @@ def bapo_bounds(logp, old_logp, advantages, response_mask, sequence_ids, hyper) 
         contribution = jnp.where(adv >= 0, jnp.minimum(ratio, highs[i]), jnp.maximum(ratio, lows[i])) * adv
         positive, negative = jnp.sum(jnp.maximum(contribution, 0)), jnp.sum(jnp.maximum(-contribution, 0))
         total = positive + negative
-        return jnp.where(
-            total > 0, positive / jnp.where(total > 0, total, 1), 1.0
-        )  # nothing to balance: stop
+        return jnp.where(total > 0, positive / jnp.where(total > 0, total, 1), 1.0)  # nothing to balance: stop
 
     def unmet(i):
         return (i < len(lows) - 1) & (share(i) < hyper["target"])

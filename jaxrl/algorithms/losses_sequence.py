@@ -27,8 +27,7 @@ def _sequence_ratio(tokens, sequence_ids, hyper):
 
 
 def gspo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
-    """GSPO (2507.18071 eq. 5-7): l_i = max(-s_i A, -clip(s_i, 1 - low, 1 + high) A), s_i = exp(mean_t log
-    rho).
+    """GSPO (2507.18071 eq. 5-7): l_i = max(-s_i A, -clip(s_i, 1 - low, 1 + high) A), s_i = exp(mean_t log rho).
 
     All arrays [R, T]; the advantage may vary within a sequence (then each token has its own l). hyper:
     clip_low, clip_high, log_ratio_clamp. Clip counts are tokens of clipped sequences.
@@ -50,13 +49,11 @@ def gspo_token_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyp
 
 
 def gmpo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
-    """GMPO (2507.20673): -A_i exp(mean_t x_t), x_t = log rho clipped in log space on the side its sign of A
-    pushes to.
+    """GMPO (2507.20673): -A_i exp(mean_t x_t), x_t = log rho clipped in log space on the side its sign of A pushes to.
 
         x = min(log rho, high) for A > 0,   x = max(log rho, -low) for A < 0,   x = 0 for A = 0
 
-    All arrays [R, T]; A_i is the mean token advantage. hyper: clip_low, clip_high (in log space),
-    log_ratio_clamp.
+    All arrays [R, T]; A_i is the mean token advantage. hyper: clip_low, clip_high (in log space), log_ratio_clamp.
     """
     tokens = clean(logp, old_logp, advantages, response_mask)
     adv, log_ratio = tokens.advantages, tokens.log_ratio

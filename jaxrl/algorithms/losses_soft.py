@@ -11,9 +11,8 @@ from jaxrl.algorithms.segments import clean, token_ratio, token_stats
 def cispo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
     """CISPO (2506.13585 eq. 4-5): -sg(clip(rho, 1 - low, 1 + high)) A log pi. No token loses its gradient.
 
-    All arrays [R, T]. hyper: clip_low, clip_high, log_ratio_clamp, and cap: if above 0 the weight is
-    min(rho, cap) instead (ScaleRL 2510.13786 and TRL: 5.0). clip_low, clip_high count the tokens whose
-    weight is changed.
+    All arrays [R, T]. hyper: clip_low, clip_high, log_ratio_clamp, and cap: if above 0 the weight is min(rho, cap)
+    instead (ScaleRL 2510.13786 and TRL: 5.0). clip_low, clip_high count the tokens whose weight is changed.
     """
     tokens = clean(logp, old_logp, advantages, response_mask)
     ratio = token_ratio(tokens, hyper)
@@ -38,8 +37,6 @@ def sapo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
 
 
 def gpg_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
-    """GPG (2504.02546): -A log pi, the plain policy gradient; pair it with the gpg advantage. All [R,
-    T].
-    """
+    """GPG (2504.02546): -A log pi, the plain policy gradient; pair it with the gpg advantage. All [R, T]."""
     tokens = clean(logp, old_logp, advantages, response_mask)
     return -tokens.advantages * tokens.logp, token_stats(tokens, token_ratio(tokens, hyper))

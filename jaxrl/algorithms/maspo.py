@@ -1,6 +1,4 @@
-"""MASPO (2602.17550): a soft gate on the ratio instead of a clip, wide for rare tokens, narrow for likely
-ones.
-"""
+"""MASPO (2602.17550): a soft gate on the ratio instead of a clip, wide for rare tokens, narrow for likely ones."""
 
 from __future__ import annotations
 
@@ -31,22 +29,16 @@ def maspo_gate(ratio: jax.Array, old_logp: jax.Array, advantages: jax.Array, hyp
                 clip(1 / (1 - beta_low A), risk_low, risk_high)   for A < 0
         F     = exp(-(rho - 1)^2 / (2 sigma^2))  if (rho - 1) A > 0,  else 1
 
-    The gate acts only on movement further in the direction that the advantage pushes. The upper bound of
-    the mass term is applied before the risk factor, as in the released code (so sigma can exceed
-    sigma_high).
+    The gate acts only on movement further in the direction that the advantage pushes. The upper bound of the mass term
+    is applied before the risk factor, as in the released code (so sigma can exceed sigma_high).
     """
-    mass = hyper["sigma_base"] * jnp.exp(
-        jnp.minimum(-hyper["alpha"] * old_logp, 80.0)
-    )  # 80: finite in float32
+    mass = hyper["sigma_base"] * jnp.exp(jnp.minimum(-hyper["alpha"] * old_logp, 80.0))  # 80: finite in float32
     mass = jnp.minimum(jnp.maximum(mass, hyper["sigma_base"]), hyper["sigma_high"])
     risk_pos = 1 + hyper["beta_high"] * jnp.maximum(advantages, 0)
     risk_neg = 1 / (1 - hyper["beta_low"] * jnp.minimum(advantages, 0))
-    sigma = mass * jnp.clip(
-        jnp.where(advantages > 0, risk_pos, risk_neg), hyper["risk_low"], hyper["risk_high"]
-    )
+    sigma = mass * jnp.clip(jnp.where(advantages > 0, risk_pos, risk_neg), hyper["risk_low"], hyper["risk_high"])
     gated = ((advantages > 0) & (ratio > 1)) | ((advantages < 0) & (ratio < 1))
-    # Double where: outside the gated region the exponent is replaced before exp, so its gradient is exactly
-    # 0.
+    # Double where: outside the gated region the exponent is replaced before exp, so its gradient is exactly 0.
     scaled = jnp.where(gated, (ratio - 1) / sigma, 0)
     return jnp.exp(-0.5 * scaled**2), sigma, gated
 
@@ -54,10 +46,9 @@ def maspo_gate(ratio: jax.Array, old_logp: jax.Array, advantages: jax.Array, hyp
 def maspo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
     """-F rho A with F detached (as released), or differentiated too if hyper["differentiable_gate"].
 
-    All arrays [R, T]; constants: MASPO_DEFAULTS. Detached, the gradient is F rho A grad log pi and never
-    reverses sign. Differentiable, it is multiplied by 1 - rho (rho - 1) / sigma^2 in the gated region,
-    which is negative for rho beyond (1 + sqrt(1 + 4 sigma^2)) / 2. Extra sums: gate (F) and gated (tokens
-    with F < 1).
+    All arrays [R, T]; constants: MASPO_DEFAULTS. Detached, the gradient is F rho A grad log pi and never reverses sign.
+    Differentiable, it is multiplied by 1 - rho (rho - 1) / sigma^2 in the gated region, which is negative for rho
+    beyond (1 + sqrt(1 + 4 sigma^2)) / 2. Extra sums: gate (F) and gated (tokens with F < 1).
     """
     tokens = clean(logp, old_logp, advantages, response_mask)
     ratio = token_ratio(tokens, hyper)

@@ -1,6 +1,4 @@
-"""Accuracy over several samples per problem, with intervals: pass@k, maj@k, Wilson and bootstrap. NumPy,
-host.
-"""
+"""Accuracy over several samples per problem, with intervals: pass@k, maj@k, Wilson and bootstrap. NumPy, host."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ import numpy as np
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased pass@k of one problem (2107.03374 eq. 1): 1 - C(n - c, k) / C(n, k).
 
-    n samples, c of them correct, 0 <= c <= n. Raises ValueError unless 1 <= k <= n (there is no estimate
-    beyond n).
+    n samples, c of them correct, 0 <= c <= n. Raises ValueError unless 1 <= k <= n (there is no estimate beyond n).
     """
     if not 1 <= k <= n:
         raise ValueError(f"pass@k needs 1 <= k <= samples, not k {k} of {n} samples")
@@ -45,7 +42,7 @@ def maj_at_k(
     value = {a: c for a, c in zip(answers, correct, strict=True) if a is not None}
     is_for = np.array([[a == candidate for candidate in value] for a in answers])  # [n, candidates]
     votes = is_for[subsets].sum(axis=1)  # [subsets, candidates]
-    winners = (votes == votes.max(axis=1, keepdims=True, initial=1))  # without any vote nobody wins
+    winners = votes == votes.max(axis=1, keepdims=True, initial=1)  # without any vote nobody wins
     right = winners @ np.fromiter(value.values(), np.float64)
     return float(np.mean(right / np.maximum(winners.sum(axis=1), 1)))
 

@@ -1,9 +1,8 @@
 """Reductions over the sequences of a packed batch, and the guards that every loss starts with.
 
-A batch is [R, T] (rows, positions). A row may hold several sequences one after another; `sequence_ids`
-tells them apart as contiguous runs of equal integers, and `response_mask` picks the response tokens.
-Padding is just a run without response tokens. Each row is reduced on its own, so these work on rows sharded
-over devices.
+A batch is [R, T] (rows, positions). A row may hold several sequences one after another; `sequence_ids` tells them apart
+as contiguous runs of equal integers, and `response_mask` picks the response tokens. Padding is just a run without
+response tokens. Each row is reduced on its own, so these work on rows sharded over devices.
 """
 
 from __future__ import annotations
@@ -24,17 +23,13 @@ def compute_dtype(x: jax.Array) -> jnp.dtype:
 
 
 def run_index(sequence_ids: jax.Array) -> jax.Array:
-    """Number the runs of each row: int [R, T] of any integers -> int32 [R, T] counting 0, 1, 2, ... from
-    the left.
-    """
+    """Number the runs of each row: int [R, T] of any integers -> int32 [R, T] counting 0, 1, 2, ... from the left."""
     starts = sequence_ids[:, 1:] != sequence_ids[:, :-1]
     return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def _run_totals(x: jax.Array, index: jax.Array) -> jax.Array:
-    """[R, T] values and run numbers -> [R, T] totals, entry [r, k] for run k of row r (0 where there is no
-    run k).
-    """
+    """[R, T] values and run numbers -> [R, T] totals, entry [r, k] for run k of row r (0 where there is no run k)."""
     length = x.shape[1]
 
     def total(row, ids):
@@ -50,9 +45,7 @@ def sequence_sum(x: jax.Array, sequence_ids: jax.Array) -> jax.Array:
 
 
 def sequence_mean(x: jax.Array, mask: jax.Array, sequence_ids: jax.Array) -> jax.Array:
-    """Mean of x over the tokens with mask 1 of each sequence, at each of its positions; 0 for empty
-    sequences.
-    """
+    """Mean of x over the tokens with mask 1 of each sequence, at each of its positions; 0 for empty sequences."""
     return sequence_sum(x * mask, sequence_ids) / jnp.maximum(sequence_sum(mask, sequence_ids), 1)
 
 
@@ -77,8 +70,7 @@ class Tokens(NamedTuple):
 
 
 def clean(logp: jax.Array, old_logp: jax.Array, advantages: jax.Array, response_mask: jax.Array) -> Tokens:
-    """Cast to the compute dtype, neutralise masked positions (whatever they hold) and floor -inf
-    log-probabilities.
+    """Cast to the compute dtype, neutralise masked positions (whatever they hold) and floor -inf log-probabilities.
 
     The masking happens before any arithmetic, so that neither values nor gradients of a masked position can
     reach the loss; flooring keeps -inf - -inf from becoming NaN. NaN at an unmasked position stays NaN:
@@ -97,15 +89,11 @@ def clean(logp: jax.Array, old_logp: jax.Array, advantages: jax.Array, response_
 
 
 def token_ratio(tokens: Tokens, hyper: dict) -> jax.Array:
-    """rho = pi / pi_old [R, T], its logarithm clamped to +-hyper["log_ratio_clamp"] (verl: 20) against
-    overflow.
-    """
+    """rho = pi / pi_old [R, T], its logarithm clamped to +-hyper["log_ratio_clamp"] (verl: 20) against overflow."""
     return jnp.exp(jnp.clip(tokens.log_ratio, -hyper["log_ratio_clamp"], hyper["log_ratio_clamp"]))
 
 
-def token_stats(
-    tokens: Tokens, ratio: jax.Array, clip_low=None, clip_high=None, **more
-) -> dict[str, jax.Array]:
+def token_stats(tokens: Tokens, ratio: jax.Array, clip_low=None, clip_high=None, **more) -> dict[str, jax.Array]:
     """The statistics every loss reports, as SUMS over response tokens (divide by the token count for means).
 
     ratio: sum of the ratio the loss used (sequence-level losses: the sequence ratio at each token).

@@ -1,10 +1,9 @@
 """Which graded groups are trained on. Pure functions on lists of groups; NumPy, on the host.
 
-Every entry of SELECTIONS is `fn(groups, hyper) -> (kept, dropped)`: kept is the list of groups to train on,
-in their order (for overlong, pods and gfpo with completions masked or removed), dropped the groups by reason.
-Reasons that end in "completions" hold a count of completions instead. `select` runs a chain of them. A
-group is anything with the fields of `jaxrl.types.Group`. Completions with valid False (grading failed) take
-no part in any decision.
+Every entry of SELECTIONS is `fn(groups, hyper) -> (kept, dropped)`: kept is the list of groups to train on, in their
+order (for overlong, pods and gfpo with completions masked or removed), dropped the groups by reason. Reasons that end
+in "completions" hold a count of completions instead. `select` runs a chain of them. A group is anything with the fields
+of `jaxrl.types.Group`. Completions with valid False (grading failed) take no part in any decision.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ def _valid(group) -> np.ndarray:
 
 
 def mean_length(group) -> float:
-    """Mean response length in tokens over the group's graded completions (LSPO's L(q)); NaN if there are
-    none.
-    """
+    """Mean response length in tokens over the group's graded completions (LSPO's L(q)); NaN if there are none."""
     lengths = np.asarray(group.lengths)[_valid(group)]
     return float(np.mean(lengths)) if len(lengths) else float("nan")
 
@@ -99,9 +96,8 @@ def accuracy(groups, hyper):
 def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]:
     """Quantiles of `values` [n >= 1] at the fractions, float64.
 
-    quantile "linear": NumPy's interpolated percentile, as LSPO's released code. "inf": inf{t : F(t) >= a}
-    with the empirical distribution F, as its paper defines it. They keep different groups in most small
-    batches.
+    quantile "linear": NumPy's interpolated percentile, as LSPO's released code. "inf": inf{t : F(t) >= a} with the
+    empirical distribution F, as its paper defines it. They keep different groups in most small batches.
     """
     values = np.sort(np.asarray(values, np.float64))
     if quantile == "linear":
@@ -112,32 +108,35 @@ def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]
     return [float(values[max(rank, 1) - 1]) for rank in ranks]
 
 
-def _two_ends(groups, statistic: Callable, hyper, names: tuple[str, str]):
-    """LSPO's rule on a statistic: keep m <= Q(low) or Q(high) <= m <= Q(max), after the accuracy filter."""
-    if not 0 <= hyper["low"] <= hyper["high"] <= hyper["max"] <= 1:
-        raise ValueError(
-            f"need 0 <= low <= high <= max <= 1, not {hyper['low']}, {hyper['high']}, {hyper['max']}"
-        )
+def _by_statistic(groups, statistic: Callable, reason_for: Callable):
+    """Accuracy filter, then drop by reason_for(the survivors' statistics) -> (statistic -> reason or None)."""
     survivors, dropped = accuracy(groups, _ACCURACY)
     if not survivors:
         return [], dropped
-    low, high, top = thresholds(
-        [statistic(g) for g in survivors], (hyper["low"], hyper["high"], hyper["max"]), hyper["quantile"]
-    )
-
-    def reason(group):
-        m = statistic(group)
-        if m <= low or high <= m <= top:
-            return None
-        return names[0] if m < high else names[1]
-
-    kept, more = _partition(survivors, reason)
+    reason = reason_for([statistic(g) for g in survivors])
+    kept, more = _partition(survivors, lambda g: reason(statistic(g)))
     return kept, {**dropped, **more}
 
 
+def _outside(low: float, high: float, top: float, between: str, above: str) -> Callable:
+    """The reason to drop a group of statistic m, or None for m <= low and high <= m <= top."""
+    return lambda m: None if m <= low or high <= m <= top else between if m < high else above
+
+
+def _two_ends(groups, statistic: Callable, hyper, between: str, above: str):
+    """LSPO's rule on a statistic: keep m <= Q(low) or Q(high) <= m <= Q(max), after the accuracy filter."""
+    fractions = hyper["low"], hyper["high"], hyper["max"]
+    if not 0 <= fractions[0] <= fractions[1] <= fractions[2] <= 1:
+        raise ValueError("need 0 <= low <= high <= max <= 1, not {}, {}, {}".format(*fractions))
+
+    def reason_for(values):
+        return _outside(*thresholds(values, fractions, hyper["quantile"]), between, above)
+
+    return _by_statistic(groups, statistic, reason_for)
+
+
 def lspo(groups, hyper):
-    """LSPO (2510.01459): accuracy filter, then keep the groups with short or long, but not the longest,
-    answers.
+    """LSPO (2510.01459): accuracy filter, then keep the groups with short or long, but not the longest, answers.
 
         keep  L(q) <= Q(low)  or  Q(high) <= L(q) <= Q(max),   L(q) the mean response length
 
@@ -146,28 +145,15 @@ def lspo(groups, hyper):
     fractions (0.30, 0.65, 0.95; the released script runs 0.30, 0.60, 0.90), quantile (see `thresholds`).
     Reasons beyond accuracy's: middle, longest.
     """
-    return _two_ends(groups, mean_length, hyper, ("middle", "longest"))
+    return _two_ends(groups, mean_length, hyper, "middle", "longest")
 
 
 def lspo_accuracy(groups, hyper):
     """LSPO's ablation on accuracy: the same rule with the group's accuracy in place of its mean length.
 
-    hyper as lspo (released constants 0.30, 0.65, 0.95). Reasons beyond accuracy's: middle_accuracy,
-    top_accuracy.
+    hyper as lspo (released constants 0.30, 0.65, 0.95). Reasons beyond accuracy's: middle_accuracy, top_accuracy.
     """
-    return _two_ends(groups, mean_accuracy, hyper, ("middle_accuracy", "top_accuracy"))
-
-
-def _by_length(groups, hyper, reason_for: Callable):
-    """Accuracy filter, then drop by reason_for(survivors' mean lengths) -> (mean length -> reason or
-    None).
-    """
-    survivors, dropped = accuracy(groups, _ACCURACY)
-    if not survivors:
-        return [], dropped
-    reason = reason_for([mean_length(g) for g in survivors])
-    kept, more = _partition(survivors, lambda g: reason(mean_length(g)))
-    return kept, {**dropped, **more}
+    return _two_ends(groups, mean_accuracy, hyper, "middle_accuracy", "top_accuracy")
 
 
 def lspo_middle(groups, hyper):
@@ -177,7 +163,7 @@ def lspo_middle(groups, hyper):
         low, high = thresholds(lengths, (hyper["low"], hyper["high"]), hyper["quantile"])
         return lambda m: "shortest" if m < low else "longest" if m > high else None
 
-    return _by_length(groups, hyper, reason_for)
+    return _by_statistic(groups, mean_length, reason_for)
 
 
 def lspo_shortest(groups, hyper):
@@ -187,7 +173,7 @@ def lspo_shortest(groups, hyper):
         (limit,) = thresholds(lengths, (hyper["fraction"],), hyper["quantile"])
         return lambda m: "longest" if m > limit else None
 
-    return _by_length(groups, hyper, reason_for)
+    return _by_statistic(groups, mean_length, reason_for)
 
 
 def lspo_longest(groups, hyper):
@@ -197,7 +183,7 @@ def lspo_longest(groups, hyper):
         (limit,) = thresholds(lengths, (1 - hyper["fraction"],), hyper["quantile"])
         return lambda m: "shortest" if m < limit else None
 
-    return _by_length(groups, hyper, reason_for)
+    return _by_statistic(groups, mean_length, reason_for)
 
 
 def lspo_value(groups, hyper):
@@ -214,26 +200,18 @@ def lspo_value(groups, hyper):
 
     def reason_for(lengths):
         least, most = min(lengths), max(lengths)
-        low, high = (least + hyper[k] * (most - least) for k in ("low", "high"))
-        top = hyper["max"] * most if hyper["upper"] == "released" else least + hyper["max"] * (most - least)
+        low, high, top = (least + hyper[k] * (most - least) for k in ("low", "high", "max"))
+        return _outside(low, high, hyper["max"] * most if hyper["upper"] == "released" else top, "middle", "longest")
 
-        def reason(m):
-            if m <= low or high <= m <= top:
-                return None
-            return "middle" if m < high else "longest"
-
-        return reason
-
-    return _by_length(groups, hyper, reason_for)
+    return _by_statistic(groups, mean_length, reason_for)
 
 
 def overlong(groups, hyper):
     """DAPO's overlong filtering (2503.14476 section 3.4): truncated completions are not trained on.
 
-    hyper: max_truncated, the largest share of truncated completions a group may have; above it (and always
-    when nothing graded is left) the whole group is dropped. Kept groups have valid False at truncated
-    completions, so they leave the advantage statistics as well. Reasons: overlong_completions (masked, in
-    kept groups), overlong.
+    hyper: max_truncated, the largest share of truncated completions a group may have; above it (and always when nothing
+    graded is left) the whole group is dropped. Kept groups have valid False at truncated completions, so they leave the
+    advantage statistics as well. Reasons: overlong_completions (masked, in kept groups), overlong.
     """
     kept, masked, gone = [], 0, []
     for group in groups:
@@ -265,9 +243,7 @@ def max_variance_subset(rewards, keep: int) -> np.ndarray:
 
 
 def _reduce(groups, choose: Callable, keep: int):
-    """Cut each group with more than `keep` graded completions to those that choose(group, graded indices)
-    names.
-    """
+    """Cut each group with more than `keep` graded completions to those that choose(group, graded indices) names."""
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
     kept, removed = [], 0
@@ -282,8 +258,7 @@ def _reduce(groups, choose: Callable, keep: int):
 
 
 def pods(groups, hyper):
-    """PODS (2504.13818): of each group's n completions keep the m = hyper["keep"] with the largest reward
-    variance.
+    """PODS (2504.13818): of each group's n completions keep the m = hyper["keep"] with the largest reward variance.
 
     Groups with at most m graded completions stay as they are. Reason: unselected_completions.
     """
@@ -295,12 +270,10 @@ def pods(groups, hyper):
 
 
 def gfpo(groups, hyper):
-    """GFPO (2508.09726): keep each group's k = hyper["keep"] shortest completions, or the most rewarding
-    per token.
+    """GFPO (2508.09726): keep each group's k = hyper["keep"] shortest completions, or the most rewarding per token.
 
-    hyper: metric, "length" or "efficiency" (reward / length). The rest gets no gradient and advantages are
-    normalised over the kept ones, which is what removing the rest does. Ties go by order. Reason:
-    unselected_completions.
+    hyper: metric, "length" or "efficiency" (reward / length). The rest gets no gradient and advantages are normalised
+    over the kept ones, which is what removing the rest does. Ties go by order. Reason: unselected_completions.
     """
     if hyper["metric"] not in ("length", "efficiency"):
         raise ValueError(f"metric must be 'length' or 'efficiency', not {hyper['metric']!r}")

@@ -22,7 +22,7 @@ def objective(config) -> Objective:
     shaping = (a.entropy_advantage_alpha, a.entropy_advantage_kappa) if a.entropy_advantage else None
     return Objective(
         loss=a.loss,
-        loss_hyper=_given(a.loss_hyper[a.loss]),
+        loss_hyper=dict(a.loss_hyper[a.loss]),
         aggregation=a.aggregation,
         norm_length=float(a.norm_length or config.sampling.max_tokens),
         temperature=config.sampling.temperature,
@@ -32,12 +32,8 @@ def objective(config) -> Objective:
         entropy_coef=a.entropy_coef,
         entropy_advantage=shaping,
         correction=a.correction,
-        correction_hyper=_given(a.correction_hyper[a.correction]),
+        correction_hyper=dict(a.correction_hyper[a.correction]),
     )
-
-
-def _given(hyper) -> dict:
-    return {k: v for k, v in hyper.items() if v is not None}
 
 
 def optimizer(config):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.aggregation import AGGREGATIONS
@@ -189,12 +189,7 @@ _AT_LEAST = {
 
 def _defaults(table) -> ConfigDict:
     """The constants of every method of a table, so that each is a key and a flag."""
-    out = ConfigDict()
-    for name, entry in table.items():
-        out[name] = ConfigDict(
-            {k: config_dict.placeholder(float) if v is None else v for k, v in entry.defaults.items()}
-        )
-    return out
+    return ConfigDict({name: dict(entry.defaults) for name, entry in table.items()})
 
 
 def parse_config(argv: list[str]) -> ConfigDict:

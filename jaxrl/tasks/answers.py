@@ -32,17 +32,14 @@ _FORMULA = re.compile(
 )
 _JOIN = r"\s*(?:,?\s*\b(?:and|or)\b|,|;)\s*"
 _VALUE = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)(?:\s*/\s*\d+)?"
-_NUMBERS = re.compile(
-    rf"(?:(?<=[\s=$€£¥:(*])|^){_VALUE}(?:{_JOIN}{_VALUE}){{0,9}}(?:\s*(?:\\?%|percent\b|pct\b))?"
-)
+_NUMBERS = re.compile(rf"(?:(?<=[\s=$€£¥:(*])|^){_VALUE}(?:{_JOIN}{_VALUE}){{0,9}}(?:\s*(?:\\?%|percent\b|pct\b))?")
 _MARKER = re.compile(r"(?i)\banswer\b\**\s*(?:is\b\s*:?|:|=)\s*")
 _FINAL = re.compile(r"(?i)\bfinal answer\b\**\s*(?:is\b\s*:?|:)\s*")
 WRAPPER = r"\\(?:text(?:normal|bf|it|rm|sf|sc)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|rm)(?![A-Za-z])\s*"
 
 
 class Answer(NamedTuple):
-    """An extracted answer. latex: without delimiters. bare: it stood in plain text, where 1,5 may be a
-    decimal."""
+    """An extracted answer. latex: without delimiters. bare: it stood in plain text, where 1,5 may be a decimal."""
 
     latex: str
     bare: bool
@@ -84,9 +81,7 @@ def _last_boxes(text: str) -> tuple[str, int] | None:
             last_end = end + 1
         else:
             between = text[end + 1 : first]
-            listed = (
-                len(between) < 70 and re.search(r"\b(?:and|or)\b|[,;]", between) and content != contents[-1]
-            )
+            listed = len(between) < 70 and re.search(r"\b(?:and|or)\b|[,;]", between) and content != contents[-1]
             if end < 0 or end > first or not (len(between) < 10 or listed):
                 break  # unclosed, around the one already found, or a result on the way
         if not contents or contents[-1] != content:
@@ -148,8 +143,7 @@ def _reads_as_formula(text: str) -> bool:
 
 
 def _from_plain(text: str, numbers_in: str) -> Answer | None:
-    """The answer of a text without boxes and markers; bare numbers are looked for in `numbers_in`, its
-    end."""
+    """The answer of a text without boxes and markers; bare numbers are looked for in `numbers_in`, its end."""
     stripped = text.strip().strip("*").strip()
     if stripped and not _FORMULA.search(stripped) and "\n" not in stripped and _reads_as_formula(stripped):
         return Answer(stripped, True)
@@ -206,15 +200,12 @@ def extract(text: str, need_marker: bool = False) -> Answer | None:
 
 
 def reference(gold: str) -> Answer:
-    """The reference answer of a data set row: a box if it has one, otherwise all of it, delimiters
-    removed."""
+    """The reference answer of a data set row: a box if it has one, otherwise all of it, delimiters removed."""
     boxes = _last_boxes(gold)
     if boxes and boxes[0]:
         return Answer(boxes[0], False)
     if boxes:  # never closed
-        return Answer(
-            gold[gold.rfind("{") + 1 :] if gold.count("{") == 1 else gold[gold.find("{") + 1 :], False
-        )
+        return Answer(gold[gold.rfind("{") + 1 :] if gold.count("{") == 1 else gold[gold.find("{") + 1 :], False)
     if not _FORMULA.search(gold):
         return Answer(gold.strip().rstrip("."), True)
     outside = _FORMULA.sub(" ", gold)
@@ -228,17 +219,13 @@ def reference(gold: str) -> Answer:
 
 
 def _outside(text: str) -> str:
-    """Words between formulas as LaTeX text, so that "$125$ miles" keeps its unit and "$1$ and $2$" its
-    "and"."""
+    """Words between formulas as LaTeX text, so that "$125$ miles" keeps its unit and "$1$ and $2$" its "and"."""
     text = text.strip().strip(".").strip()
-    return re.sub(
-        r"[A-Za-z]+", lambda m: rf"\text{{ {m[0]} }}", text.replace("%", r"\%").replace(r"\\%", r"\%")
-    )
+    return re.sub(r"[A-Za-z]+", lambda m: rf"\text{{ {m[0]} }}", text.replace("%", r"\%").replace(r"\\%", r"\%"))
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter of the option a completion settles on: "\\boxed{\\text{(C)}}", "Answer: C. 42", a last
-    line "(C)"."""
+    """The letter of the option a completion settles on: "\\boxed{\\text{(C)}}", "Answer: C. 42", a last line "(C)"."""
     answer = extract(text)
     candidate = answer.latex if answer else text[-TAIL:].strip().rsplit("\n", 1)[-1]
     plain = re.sub(r"[{}$*]", "", re.sub(WRAPPER, "", candidate)).strip()

@@ -81,20 +81,17 @@ def load_problems(
     allow_empty_answer: bool = False,
     limit: int | None = None,
 ) -> Loaded:
-    """Reads a data set: a file, a directory of files, a name of NAMES, or "owner/name" on the Hugging Face
-    hub.
+    """Reads a data set: a file, a directory of files, a name of NAMES, or "owner/name" on the Hugging Face hub.
 
-    data_dir: where names are looked up first, as NAME.jsonl, NAME_test.jsonl.gz, ... split, config: of a
-    hub data set; split also picks files of a directory by their names. fields: {"problem" | "answer" | "id"
-    | "choices": field name in the rows}; without it common names are found (rows.ALIASES). Rows without an id get
-    "NAME/ROW". All other fields end up in
-    Problem.info. task: of the problems that are not multiple choice. skip_bad_rows: leave out rows that
-    cannot be used, and say which. duplicates of an id: "error", "drop" all but the first, or "keep" all (the
-    later ones as ID#2, ID#3, ...). limit: rows to keep at most.
+    data_dir: where names are looked up first, as NAME.jsonl, NAME_test.jsonl.gz, ... split, config: of a hub data set;
+    split also picks files of a directory by their names. fields: {"problem" | "answer" | "id" | "choices": field name
+    in the rows}; without it common names are found (rows.ALIASES). Rows without an id get "NAME/ROW". All other fields
+    end up in Problem.info. task: of the problems that are not multiple choice. skip_bad_rows: leave out rows that
+    cannot be used, and say which. duplicates of an id: "error", "drop" all but the first, or "keep" all (the later ones
+    as ID#2, ID#3, ...). limit: rows to keep at most.
 
-    Raises UserError, naming file and line, for: an unreadable or truncated file, a row that is not UTF-8 or
-    not a JSON object, a missing or empty problem or answer, a repeated id, nothing left; and for an unknown
-    data set.
+    Raises UserError, naming file and line, for: an unreadable or truncated file, a row that is not UTF-8 or not a JSON
+    object, a missing or empty problem or answer, a repeated id, nothing left; and for an unknown data set.
     """
     if duplicates not in DUPLICATES:
         raise UserError(f"duplicates={duplicates!r}; valid: {', '.join(DUPLICATES)}")
@@ -145,8 +142,7 @@ def check_prompt_lengths(
 ) -> list[int]:
     """Indices of the problems whose prompts (token lists, same order) fit max_prompt tokens.
 
-    on_long: "error" (UserError naming the first one that does not fit) or "drop". UserError too if none is
-    left.
+    on_long: "error" (UserError naming the first one that does not fit) or "drop". UserError too if none is left.
     """
     if on_long not in ("error", "drop"):
         raise UserError(f"long_prompts={on_long!r}; valid: error, drop")
@@ -160,9 +156,7 @@ def check_prompt_lengths(
     return kept
 
 
-def _open(
-    spec: str, data_dir: str, split: str | None, config: str | None
-) -> tuple[str, Iterator[tuple[str, Any]]]:
+def _open(spec: str, data_dir: str, split: str | None, config: str | None) -> tuple[str, Iterator[tuple[str, Any]]]:
     """(name for ids, rows with their places) of a data set."""
     path = pathlib.Path(spec)
     known = known_name(spec)
@@ -203,9 +197,7 @@ def _directory(path: pathlib.Path, split: str | None) -> Iterator[tuple[str, Any
     stems = {_stem(p).split("-0")[0] for p in files}  # train-00000-of-00002.parquet: shards of one set
     if len(stems) != 1:
         found = ", ".join(sorted(stems)) or f"no {', '.join(SUFFIXES)} file"
-        raise UserError(
-            f"{path}: {found}" + (f" for split {split!r}" if split else "") + "; name one file or split"
-        )
+        raise UserError(f"{path}: {found}" + (f" for split {split!r}" if split else "") + "; name one file or split")
     return (row for file in files for row in read_rows(file))
 
 
@@ -213,9 +205,7 @@ def _datasets():
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            "data sets of the Hugging Face hub need the datasets library: pip install datasets"
-        ) from None
+        raise UserError("data sets of the Hugging Face hub need the datasets library: pip install datasets") from None
     return datasets
 
 
@@ -224,22 +214,16 @@ def _saved(path: pathlib.Path, split: str | None) -> Iterator[tuple[str, Any]]:
         data = _datasets().load_from_disk(str(path))
         data = data[split or next(iter(data))] if isinstance(data, dict) else data
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"{path}: cannot be read as a saved data set ({str(e).splitlines()[0][:200]})"
-        ) from None
+        raise UserError(f"{path}: cannot be read as a saved data set ({str(e).splitlines()[0][:200]})") from None
     return ((f"{path}: row {i}", row) for i, row in enumerate(data))
 
 
-def _hub(
-    spec: str, source: Source, split: str | None, config: str | None, data_dir: str
-) -> Iterator[tuple[str, Any]]:
+def _hub(spec: str, source: Source, split: str | None, config: str | None, data_dir: str) -> Iterator[tuple[str, Any]]:
     datasets = _datasets()
     try:
         data = datasets.load_dataset(source.hub, config or source.config, split=split or source.split)
     except Exception as e:  # the library raises whatever its storage, network and parsers raise
         reason = (str(e) or type(e).__name__).splitlines()[0][:200]
         looked = f"not in {data_dir or 'data_dir (not set)'}; " if "/" not in spec else ""
-        raise UserError(
-            f"data set {spec!r}: {looked}{source.hub} from the Hugging Face hub: {reason}"
-        ) from None
+        raise UserError(f"data set {spec!r}: {looked}{source.hub} from the Hugging Face hub: {reason}") from None
     return ((f"{spec}: row {i}", row) for i, row in enumerate(data))

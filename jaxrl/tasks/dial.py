@@ -49,9 +49,7 @@ def budget_piece(budget: int | None, mode: str) -> str:
     if mode == "none" or budget is None:
         return ""
     if mode not in ("exact", "max") or not 1 <= budget <= MAX_BUDGET:
-        raise UserError(
-            f"dial: no token for budget {budget!r} in mode {mode!r}; valid: 1..{MAX_BUDGET}, exact or max"
-        )
+        raise UserError(f"dial: no token for budget {budget!r} in mode {mode!r}; valid: 1..{MAX_BUDGET}, exact or max")
     return f"[{budget} tokens] " if mode == "exact" else f"[max {budget} tokens] "
 
 

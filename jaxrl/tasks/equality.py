@@ -40,9 +40,7 @@ _PERCENT = rf"(?:\\?%|(?:{WRAPPER}\{{\s*)?(?:percent(?:age)?|pct)\s*\}}?)"
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"
 _POWER = r"\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*[{(]?\s*([+-]?\d{1,3})\s*[})]?"
 _DECIMAL = rf"({_INTEGER}|(?=\.\d))(\.\d*)?(?:[eE]([+-]?\d{{1,3}})|{_POWER})?"
-_FRACTION = (
-    r"(?:(\d+)\s*)?\\frac\s*(?:\{\s*([+-]?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d+))|(\d+)\s*/\s*(\d+)"
-)
+_FRACTION = r"(?:(\d+)\s*)?\\frac\s*(?:\{\s*([+-]?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d+))|(\d+)\s*/\s*(\d+)"
 _END = rf"\s*+(?P<percent>{_PERCENT})?\s*+(?P<unit>{_UNIT})"
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<body>{_DECIMAL}){_END}")
 _RATIO = re.compile(rf"(?P<sign>[+-]?)\s*(?:{_FRACTION}){_END}")
@@ -72,8 +70,7 @@ _BASE_NAMES = "zero one two three four five six seven eight nine ten eleven twel
 
 
 class Number(NamedTuple):
-    """A plain number as written. value: before the percent sign. exact: integer or fraction, no decimal
-    point."""
+    """A plain number as written. value: before the percent sign. exact: integer or fraction, no decimal point."""
 
     value: Fraction
     exact: bool
@@ -87,17 +84,14 @@ class Number(NamedTuple):
 
 
 def clean(latex: str) -> str:
-    """The same LaTeX without what only concerns layout: spacing, sizes, dollar signs, markdown, final
-    stop."""
+    """The same LaTeX without what only concerns layout: spacing, sizes, dollar signs, markdown, final stop."""
     text = latex.translate(_ASCII).replace("\\$", "").replace("$", "")
     text = re.sub(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^", text).replace("**", "")
     text = re.sub(r"(?<!\\)\\[()\[\]]", "", text)
     text = re.sub(r"(?<!\\)\\!\s*", "", text).replace("{,}", ",").replace("{ , }", ",")
     text = re.sub(r"(?<=\d)(?:\\[,;:]|\\ |~)\s*(?=\d{3}(?!\d))", ",", text)
     if not re.search("matrix|array|cases", text):
-        text = re.sub(
-            r"\\\\(?=[A-Za-z])", r"\\", text
-        )  # a doubled backslash: LaTeX that went through JSON once more
+        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # a doubled backslash: LaTeX that went through JSON once more
     text = re.sub(r"(?<=[\d)])(?:or|and)(?=[A-Za-z(\d-])", ", ", text)
     text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z])", "", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s", " ", text)
@@ -130,8 +124,7 @@ def _unit(text: str) -> str | None:
 
 
 def plain_number(latex: str, bare: bool = False) -> Number | None:
-    """Reads cleaned LaTeX as one number, or returns None. bare: the text stood outside formulas (decimal
-    commas)."""
+    """Reads cleaned LaTeX as one number, or returns None. bare: the text stood outside formulas (decimal commas)."""
     if len(latex) > MAX_DIGITS:
         return None
     text = re.sub(r"^\s*[$€£¥]", "", latex).strip()
@@ -162,9 +155,7 @@ def plain_number(latex: str, bare: bool = False) -> Number | None:
     else:
         return None
     unit = _unit(match["unit"])
-    if unit is None or (
-        re.fullmatch("[A-Za-z]", match["unit"]) and not text[match.start("unit") - 1].isspace()
-    ):
+    if unit is None or (re.fullmatch("[A-Za-z]", match["unit"]) and not text[match.start("unit") - 1].isspace()):
         return None  # "5 m" is a length, "5m" a product
     if match["sign"] == "-":
         value = -value
@@ -206,9 +197,7 @@ def as_words(latex: str) -> list[str] | None:
     if not re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[ ,;.'’!?-])*", text) or not words(text):
         return None
     parts = re.split(r"\s*(?:,\s*and|,\s*or|\band\b|\bor\b|,|;)\s*", text.casefold())
-    return sorted(
-        re.sub(r"^(?:the|an?) |[.'’!?]", "", part).replace("-", " ").strip() for part in parts if part
-    )
+    return sorted(re.sub(r"^(?:the|an?) |[.'’!?]", "", part).replace("-", " ").strip() for part in parts if part)
 
 
 def _based(latex: str) -> tuple[str, int] | None:
@@ -288,8 +277,7 @@ def too_costly(latex: str) -> str:
 
 
 def _is_huge(power: str) -> bool:
-    """Whether a tower like 9^9^9 has an exponent beyond 10^4 somewhere, or more storeys than mathematics
-    needs."""
+    """Whether a tower like 9^9^9 has an exponent beyond 10^4 somewhere, or more storeys than mathematics needs."""
     storeys = power.split("^")
     if len(storeys) > 4:
         return True

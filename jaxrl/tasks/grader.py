@@ -1,13 +1,11 @@
-r"""The grader of mathematical answers: extraction, exact checks here, algebra in processes that can be
-killed.
+r"""The grader of mathematical answers: extraction, exact checks here, algebra in processes that can be killed.
 
     with Grader(workers=2) as grader:
         outcomes = grader.grade([(completion_text, reference_answer), ...])
 
-Outcomes: "correct", "wrong", "unparsed" (no answer found, or not a formula) are rewards; "timeout" and
-"crashed" say that the grader failed, and such completions must be kept out of training. Text of the model
-is never evaluated in this process. What counts as an answer: answers.py. What counts as equal: equality.py
-and grader_worker.py.
+Outcomes: "correct", "wrong", "unparsed" (no answer found, or not a formula) are rewards; "timeout" and "crashed" say
+that the grader failed, and such completions must be kept out of training. Text of the model is never evaluated in this
+process. What counts as an answer: answers.py. What counts as equal: equality.py and grader_worker.py.
 """
 
 from __future__ import annotations
@@ -25,13 +23,11 @@ _reference = functools.lru_cache(4096)(answers.reference)
 
 
 class Grader:
-    """Grades batches from any thread; a context manager. Worker processes start at the first pair that
-    needs them.
+    """Grades batches from any thread; a context manager. Worker processes start at the first pair that needs them.
 
-    workers: processes. timeout: wall-clock seconds per pair; then its worker is killed. memory_mb: address
-    space of a worker. batch_timeout: seconds for all pairs of one call, so that any batch costs bounded
-    time; pairs not started by then are "timeout". need_marker: without a box, "####" or "answer is", a text
-    is "unparsed".
+    workers: processes. timeout: wall-clock seconds per pair; then its worker is killed. memory_mb: address space of a
+    worker. batch_timeout: seconds for all pairs of one call, so that any batch costs bounded time; pairs not started by
+    then are "timeout". need_marker: without a box, "####" or "answer is", a text is "unparsed".
     """
 
     def __init__(
@@ -55,8 +51,7 @@ class Grader:
         self._pool.close()
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """One outcome for each (completion text, reference answer). Equal questions to algebra are asked
-        once.
+        """One outcome for each (completion text, reference answer). Equal questions to algebra are asked once.
 
         Raises UserError if no worker can be started (math-verify not installed).
         """

@@ -1,5 +1,4 @@
-r"""Equality of two answers by algebra: math-verify behind guards. Runs as `python -m
-jaxrl.tasks.grader_worker MB`.
+r"""Equality of two answers by algebra: math-verify behind guards. Runs as `python -m jaxrl.tasks.grader_worker MB`.
 
 math-verify answers "equal" to a few pairs that are not; the guards here are what it is kept from seeing, or
 what its verdict is checked against:
@@ -59,16 +58,11 @@ def _library():
 
 
 def _without_unit(latex: str) -> str:
-    """Cuts a unit off the end, if something is left: \\text{...} with an exponent, a unit name or a plain
-    word."""
+    """Cuts a unit off the end, if something is left: \\text{...} with an exponent, a unit name or a plain word."""
     for _ in range(2):
         rest = re.sub(rf"{_TEXT}\s*(?:\^\s*\{{?\s*\d\s*\}}?)?$", "", latex).strip()
         word = re.search(r"(?<=[\d})\s])\s*([A-Za-z]+)(?:\^\{?[23]\}?|[²³])?$", rest)
-        if (
-            word
-            and (word[1] in _UNIT_WORDS or is_word(word[1]))
-            and not re.search(r"\\$", rest[: word.start(1)])
-        ):
+        if word and (word[1] in _UNIT_WORDS or is_word(word[1])) and not re.search(r"\\$", rest[: word.start(1)]):
             rest = rest[: word.start()].strip()
         if rest in ("", latex) or rest[-1] in "=<>+-,;:*/^_(" or rest.count("{") != rest.count("}"):
             break
@@ -123,9 +117,8 @@ def _constant(latex: str):
 def contradicts_itself(latex: str, gold: str) -> bool:
     """Whether a chain of equations gives two values: y=6=7.
 
-    Numbers written out must all agree; values of expressions only if the reference is not an equation
-    itself (math-verify's own suite accepts z=3+3=2 for z=1+1=2). A decimal may be a rounding of what it is
-    set equal to.
+    Numbers written out must all agree; values of expressions only if the reference is not an equation itself
+    (math-verify's own suite accepts z=3+3=2 for z=1+1=2). A decimal may be a rounding of what it is set equal to.
     """
     if re.search(r"[,;&]|\\text|\\\\", latex):
         return False
@@ -169,9 +162,7 @@ def _really_equal(gold, answer) -> bool:
 
 def _is_percent_pair(gold, answer) -> bool:
     """math-verify lets 9% pass for 9; the two differ by exactly a hundred."""
-    return bool(
-        gold and answer and abs(abs(gold / answer) - 100) < 1e-20 or abs(abs(answer / gold) - 100) < 1e-20
-    )
+    return bool(gold and answer and abs(abs(gold / answer) - 100) < 1e-20 or abs(abs(answer / gold) - 100) < 1e-20)
 
 
 def _agree_at_points(gold, answer) -> bool:

@@ -46,9 +46,7 @@ def open_task(config, tokenizer) -> Iterator[Task]:
 
         train = _fitting(train, encode, config, "task.data")
         held_out = _fitting(held_out, encode, config, "task.eval_data") if held_out else []
-        yield Task(
-            train, held_out, encode, lambda problems, texts: grade_group(problems, texts, grader, reward)
-        )
+        yield Task(train, held_out, encode, lambda problems, texts: grade_group(problems, texts, grader, reward))
 
 
 def _dial_problems(config):
@@ -62,12 +60,11 @@ def _dial_problems(config):
 def _load(config, spec: str, split: str) -> list[Problem]:
     t = config.task
     fields = {"problem": t.problem_field, "answer": t.answer_field, "id": t.id_field}
-    names = {"problem": "problem", "answer": "answer", "id": "id"}
     loaded = load_problems(
         spec,
         data_dir=t.data_dir,
         split=split,
-        fields={k: v for k, v in fields.items() if v != names[k]},
+        fields={k: v for k, v in fields.items() if v != k},  # the defaults leave it to guessing
         task=t.name,
         skip_bad_rows=t.skip_bad_rows,
         duplicates=t.duplicates,
@@ -88,9 +85,7 @@ def _fitting(problems, encode, config, key: str) -> list[Problem]:
     except UserError as e:
         raise UserError(f"config.{key}: {e}; config.sampling.max_prompt, config.task.long_prompts") from None
     if len(kept) < len(problems):
-        log.warning(
-            "%s: %d of %d prompts are too long and left out", key, len(problems) - len(kept), len(problems)
-        )
+        log.warning("%s: %d of %d prompts are too long and left out", key, len(problems) - len(kept), len(problems))
     return [problems[i] for i in kept]
 
 

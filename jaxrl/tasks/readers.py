@@ -33,9 +33,7 @@ def read_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | BadRow
     elif name.endswith(".parquet"):
         yield from _read_parquet(path)
     else:
-        raise UserError(
-            f"{path}: unknown kind of file; valid: {', '.join(SUFFIXES)}, or a directory of these"
-        )
+        raise UserError(f"{path}: unknown kind of file; valid: {', '.join(SUFFIXES)}, or a directory of these")
 
 
 def _read_lines(path: pathlib.Path, zipped: bool) -> Iterator[tuple[str, dict | BadRow]]:
@@ -81,9 +79,7 @@ def _read_list(path: pathlib.Path) -> Iterator[tuple[str, dict | BadRow]]:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not a JSON list of objects in UTF-8 ({_first_line(e)})") from None
     if not isinstance(rows, list):
-        raise UserError(
-            f"{path}: a JSON {type(rows).__name__}, not a list of objects; one object a line is .jsonl"
-        )
+        raise UserError(f"{path}: a JSON {type(rows).__name__}, not a list of objects; one object a line is .jsonl")
     for number, row in enumerate(rows):
         place = f"{path}: row {number}"
         yield place, row if isinstance(row, dict) else BadRow(f"{place}: not an object with fields")

@@ -1,5 +1,4 @@
-"""Runs a user's reward function away from the training process: `python -m jaxrl.tasks.reward_worker
-MODULE:NAME`."""
+"""Runs a user's reward function away from the training process: `python -m jaxrl.tasks.reward_worker MODULE:NAME`."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ _function = None
 
 
 def load(spec: str):
-    """The function "module:name". Raises ValueError with what is wrong, ImportError if there is no such
-    module."""
+    """The function "module:name". Raises ValueError with what is wrong, ImportError if there is no such module."""
     module, _, name = spec.partition(":")
     if not module or not name:
         raise ValueError(f"{spec!r} is not module:function")

@@ -1,5 +1,4 @@
-"""From completions to grades, for every kind of task: dial, math, choice, and reward functions of the
-user."""
+"""From completions to grades, for every kind of task: dial, math, choice, and reward functions of the user."""
 
 from __future__ import annotations
 
@@ -65,9 +64,7 @@ class UserReward:
         failed = sum(value is None for value, _ in results)
         self.calls, self.failures = self.calls + len(results), self.failures + failed
         if failed:
-            _log.warning(
-                "reward %s failed for %d of %d completions, %s", self.spec, failed, len(results), first
-            )
+            _log.warning("reward %s failed for %d of %d completions, %s", self.spec, failed, len(results), first)
         if self.calls >= _MIN_CALLS and self.failures > self.max_failures * self.calls:
             raise UserError(
                 f"reward {self.spec} failed {self.failures} of {self.calls} times, more than the share of "
@@ -88,20 +85,16 @@ def grade_group(
     grader: Grader | None = None,
     reward: UserReward | None = None,
 ) -> list[Grade]:
-    """Grades completions (texts, parallel to problems), which may belong to different problems and kinds of
-    task.
+    """Grades completions (texts, parallel to problems), which may belong to different problems and kinds of task.
 
-    Problem.task says how correctness is found: "dial" and "choice" in this process, "math" by `grader`,
-    "user" by `reward` alone (correct means a reward of at least 1). With `reward` given, the rewards of all
-    kinds are its own, and correctness is still reported. A completion that the grader or the reward
-    function failed on is not valid, its outcome "timeout" or "crashed". Raises UserError for an unknown
-    kind, or one whose grader is missing.
+    Problem.task says how correctness is found: "dial" and "choice" in this process, "math" by `grader`, "user" by
+    `reward` alone (correct means a reward of at least 1). With `reward` given, the rewards of all kinds are its own,
+    and correctness is still reported. A completion that the grader or the reward function failed on is not valid, its
+    outcome "timeout" or "crashed". Raises UserError for an unknown kind, or one whose grader is missing.
     """
     kinds = {p.task or "math" for p in problems}
     if not kinds <= set(KINDS):
-        raise UserError(
-            f"task {', '.join(sorted(kinds - set(KINDS)))!r} cannot be graded; valid: {', '.join(KINDS)}"
-        )
+        raise UserError(f"task {', '.join(sorted(kinds - set(KINDS)))!r} cannot be graded; valid: {', '.join(KINDS)}")
     if "math" in kinds and grader is None:
         raise UserError("task 'math' needs a grader")
     if "user" in kinds and reward is None:

@@ -95,8 +95,7 @@ def _choices(row: dict, field: str) -> tuple[list, list]:
 
 
 def format_choices(question: str, choices: Sequence[Any]) -> str:
-    """A question with its options, one a line: "A. ...". Options that the question already lists are not
-    repeated."""
+    """A question with its options, one a line: "A. ...". Options that the question already lists are not repeated."""
     options = [(x, str(c).strip()) for x, c in zip(LETTERS, choices, strict=False)]
     if all(re.search(rf"\b{x}[).:] ?{re.escape(_bare(o, x))}", question) for x, o in options):
         return question
@@ -123,9 +122,7 @@ def _letter(raw: Any, choices: Sequence[Any], place: str, field: str) -> str:
         return LETTERS[options.index(text)]
     if text.isdigit() and int(text) < len(choices):
         return LETTERS[int(text)]
-    raise BadRow(
-        f"{place}: {field}={raw!r} names none of the {len(choices)} choices; valid: an index, letter or text"
-    )
+    raise BadRow(f"{place}: {field}={raw!r} names none of the {len(choices)} choices; valid: an index, letter or text")
 
 
 def _verl(row: dict, place: str, task: str, allow_empty_answer: bool, default_id: str) -> Problem:
@@ -142,11 +139,7 @@ def _verl(row: dict, place: str, task: str, allow_empty_answer: bool, default_id
     extra = row.get("extra_info") if isinstance(row.get("extra_info"), dict) else {}
     source = str(row.get("data_source") or "")
     parts = [source, extra.get("split"), extra.get("index")]
-    id = (
-        "/".join(str(p) for p in parts if p not in (None, ""))
-        if extra.get("index") is not None
-        else default_id
-    )
+    id = "/".join(str(p) for p in parts if p not in (None, "")) if extra.get("index") is not None else default_id
     messages = [{"role": str(m.get("role", "user")), "content": m["content"]} for m in messages]
     return Problem(id, user[-1], answer, task, info={**extra, "data_source": source, "messages": messages})
 
@@ -156,9 +149,7 @@ def _text(row: dict, field: str, place: str) -> str:
     if isinstance(value, str) and value.strip():
         return value
     if field in row:
-        raise BadRow(
-            f"{place}: field {field!r} is {'empty' if not value else f'not text but {type(value).__name__}'}"
-        )
+        raise BadRow(f"{place}: field {field!r} is {'empty' if not value else f'not text but {type(value).__name__}'}")
     raise BadRow(f"{place}: no field {field!r}; {_there(row, 'problem')}")
 
 

@@ -1,9 +1,9 @@
 r"""From a problem to what the model reads.
 
-    plain   the problem boxed   L1's base prompt: the problem and "Let's think step by step and output the
-    final answer within \boxed{}." chat    the same in the tokenizer's chat template; messages of verl's
-    schema are passed as they are dial    the embedded task (a budget there is a token in front, see
-    dial.prompt_text)
+    plain   the problem
+    boxed   L1's base prompt: the problem and "Let's think step by step and output the final answer within \boxed{}."
+    chat    the same in the tokenizer's chat template; messages of verl's schema are passed as they are
+    dial    the embedded task (a budget there is a token in front, see dial.prompt_text)
 
 A problem with a length budget gets L1's sentence behind the text, before any chat template is applied.
 """
@@ -60,9 +60,7 @@ def messages(problem: Problem, system: str = "") -> list[dict[str, str]]:
     return [{**m, "content": m["content"] + suffix} if i == last else m for i, m in enumerate(given)]
 
 
-def encode_prompt(
-    problem: Problem, tokenizer: _Tokenizer, template: str, system: str = "", **options
-) -> list[int]:
+def encode_prompt(problem: Problem, tokenizer: _Tokenizer, template: str, system: str = "", **options) -> list[int]:
     """Token ids of a prompt, with the BOS id in front where the model expects one.
 
     options go to the chat template (enable_thinking=False). Raises UserError if the tokenizer has none.

@@ -5,8 +5,7 @@ __main__, nor jax), which loads the slow libraries once and then forks the *work
 parent kills a worker that exceeds its time with SIGKILL; the supervisor forks the next one in milliseconds,
 slower and slower if workers keep dying young. Messages are JSON, one line each, over the standard pipes:
 
-    worker -> {"ready": pid}      parent -> {"id": 7, "limit": 5.0, "job": ...}      worker -> {"id": 7,
-    "value": ...}
+    worker -> {"ready": pid}    parent -> {"id": 7, "limit": 5.0, "job": ...}    worker -> {"id": 7, "value": ...}
 
 A "ready" where an answer was due means that the worker died. Workers end by themselves: on end of file if
 they are idle, by an alarm that no library can mask if the parent is gone and the job never returns.
@@ -188,9 +187,8 @@ class Pool:
 def serve(handle: Callable[[Any], Any], memory_mb: int, begin: Callable[[], None] | None = None) -> None:
     """A supervisor's main: forks workers that answer jobs with handle(job), until the parent closes the pipe.
 
-    memory_mb: address-space limit of a worker, 0 for none. begin: run in each new worker before it says
-    that it is ready. Exceptions of `handle` are answered as {"error": "Type: message"}; whatever it prints
-    goes to standard error.
+    memory_mb: address-space limit of a worker, 0 for none. begin: run in each new worker before it says that it is
+    ready. Exceptions of `handle` are answered as {"error": "Type: message"}; whatever it prints goes to standard error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     deaths = 0

@@ -236,8 +236,6 @@ def test_greso_streaks_and_adaptation():
     assert two["streaks"] == {"e": ["easy", 2], "h": ["easy", 1]}
     assert two["explore"] == pytest.approx({"easy": 0.48, "hard": 0.50})  # 2/22 >= 1/12, 0 < 1/6
     assert greso_update(two, [make_group([2, 2], [1, 0], name="e")])["streaks"] == {"h": ["easy", 1]}
-    frozen = greso_update(one, [easy], adapt=False)
-    assert frozen["explore"] == one["explore"] and frozen["streaks"]["e"] == ["easy", 2]
     low = {"explore": {"easy": 0.05, "hard": 0.95}, "streaks": {}}
     assert greso_update(low, [easy])["explore"] == pytest.approx({"easy": 0.05, "hard": 0.95})
     assert greso_update(state, [crashed]) == state
