@@ -1,5 +1,8 @@
 """What one decode step of the shipped pod configs moves through a chip's memory, by the TPU compiler."""
 
+import math
+import re
+
 import pytest
 
 from jaxrl import build, preflight
@@ -9,10 +12,25 @@ from jaxrl.runtime.config import validate
 from tests.test_preflight import pod
 
 
+def decoder_matrices(decoder) -> int:
+    """Entries of the matrices that a decode step multiplies by, the head's too."""
+    D, H, N, K = decoder.hidden_size, decoder.head_dim, decoder.num_heads, decoder.num_kv_heads
+    layer = D * (2 * N + 2 * K) * H + 3 * D * decoder.intermediate_size
+    return decoder.num_layers * layer + decoder.vocab_size * D
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["l1_r1_distill_1_5b.py:exact", "lspo_qwen25_math_7b.py:gspo"])
-def test_a_decode_step_reads_weights_and_cache_once(name):
+@pytest.mark.parametrize(
+    ("name", "form", "cache"),
+    [
+        ("l1_r1_distill_1_5b.py:exact", "same", "bf16[64,1,6144,128]"),
+        ("l1_r1_distill_1_5b.py:exact", "int8", "s8[64,1,6144,128]"),
+        ("lspo_qwen25_math_7b.py:gspo", "same", "bf16[128,1,5120,128]"),
+    ],
+)
+def test_a_decode_step_reads_weights_and_cache_once(name, form, cache):
     config = pod(name)
+    config.sampling.weights = config.sampling.cache = form
     validate(config)
     try:
         devices, _ = tpu_compiler.slice_devices(config.topology)
@@ -26,14 +44,23 @@ def test_a_decode_step_reads_weights_and_cache_once(name):
     least = compiled.arguments - unread / config.sampling.tensor  # of the embedding it needs a few rows only
     step = compiled.counts.bytes / program.trips
     assert 0.95 * least < step < 1.25 * least, (step, least, step / least)
+    size = 1 if form == "int8" else 2
+    held = decoder.num_layers * 2 * size * math.prod(map(int, re.findall(r"[0-9]+", cache.partition("[")[2])))
+    weights = size * decoder_matrices(decoder) / config.sampling.tensor
+    assert compiled.arguments == pytest.approx(held + weights + unread / config.sampling.tensor, rel=0.03)
 
-    ops = [op for body in hlo.parse(compiled.text)[0].values() for op in body.values()]
+    bodies = hlo.parse(compiled.text)[0]
+    ops = [op for body in bodies.values() for op in body.values()]
     dims = lambda op: op.shape.lstrip("(").split("{")[0]  # noqa: E731
-    cache = {dims(op) for op in ops if op.opcode == "dynamic-update-slice" and dims(op).count(",") == 3}
-    assert len(cache) == 1, cache
+    assert {dims(op) for op in ops if op.opcode == "dynamic-update-slice" and dims(op).count(",") == 3} == {cache}
     moves = ("copy", "copy-start", "transpose", "convert")
-    copies = [op.name for op in ops if dims(op) in cache and op.opcode in moves]
+    copies = [op.name for op in ops if dims(op) == cache and op.opcode in moves]
     assert copies == []
+    # nor is a wider copy written out: what a fusion does inside does not reach memory
+    fused = set(re.findall(r"calls=%?([\w.\-]+)", compiled.text))
+    outside = [op for body in bodies.keys() - fused for op in bodies[body].values()]
+    wide = cache.replace("s8", "")
+    assert form == "same" or [op.name for op in outside if dims(op).endswith(wide) and dims(op) != cache] == []
     # nor does any chip hold the logits of the whole vocabulary
     gathered = [op.shape for op in ops if op.opcode.startswith("all-gather")]
     assert all(hlo.shape_bytes(shape) < 4 * decoder.vocab_size for shape in gathered), gathered
