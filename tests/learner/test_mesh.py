@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.errors import UserError
+from jaxrl.learner.learner import Learner
+from jaxrl.learner.update import abstract_batch
+from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import RULES, logical_rules, make_mesh, shardings, to_spec
+from models.config import DecoderConfig
 
 LAYERS, V, D = 3, 208, 32  # of mesh_worker.CONFIG
 
@@ -83,6 +88,17 @@ def test_every_mesh_agrees(tmp_path):
     """(8,1,1) data, (1,8,1) fsdp, (1,1,8) tensor (with replicated key-value heads), and sequence parallelism."""
     names = ["1,1,1", "8,1,1", "1,8,1", "1,1,8", "2,2,2", "1,1,8+sp", "2,2,2+sp"]
     agree(*run_worker(tmp_path / "out.npz", *names), names)
+
+
+def test_sequence_parallelism_splits_the_tokens_of_what_lies_between_blocks():
+    """[R, T, D] has its rows on data and fsdp, and with the option its tokens on tensor."""
+    config, mesh, found = base_config(), make_mesh(1, 1, 1, devices=jax.devices()[:1]), []
+    config.batch.row_tokens = 16
+    for config.mesh.sequence_parallel in (False, True):
+        learner = Learner(config, DecoderConfig(11, 8, 12, 2, 2, 1, 4, model_type="llama"), mesh)
+        traced = learner.programs.update.trace(learner.abstract_state(), abstract_batch(mesh, (2, 3, 16), 48))
+        found.append(set(re.findall(r"P\(\('data', 'fsdp'\), ('tensor'|None), None\)", str(traced.jaxpr))))
+    assert found == [{"None"}, {"'tensor'"}]
 
 
 def test_make_mesh_fills_and_refuses():
