@@ -3,6 +3,7 @@
     python benchmarks/sampler.py                                   # uniform and ragged, small model
     python benchmarks/sampler.py --model=large --workload=uniform
     python benchmarks/sampler.py --peers=hf,tunix --checkpoint=DIR --tunix_python=PYTHON --rounds=3
+    python benchmarks/sampler.py --peers=int8-weights,int8-cache,int8        # this sampler with rounded parts
 
 Workloads: `uniform`, 32 prompts of 64 tokens, 256 new tokens each; `ragged`, 16 prompts x 8 samples, lengths
 log-normal (median 64, sigma 0.9) and cut at 256; `backlog`, the same with 32 prompts, so 8 requests a slot. All are
@@ -47,6 +48,12 @@ SHAPES = {
     "large": dict(
         vocab_size=32768, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, intermediate_size=3072
     ),
+}
+OWN = {
+    "jaxrl": {},
+    "int8-weights": dict(weights="int8"),
+    "int8-cache": dict(cache="int8"),
+    "int8": dict(weights="int8", cache="int8"),
 }
 PROMPT, NEW, BATCH, GROUP, GROUPS = 64, 256, 32, 8, 16
 
@@ -115,9 +122,9 @@ def run_own(flags: dict):
         )
         params = init_params(config, jax.random.key(0))
     # the end token is no token of the vocabulary, so lengths are the workload's alone
-    sampler = Sampler(
-        config, (-1,), max_prompt=PROMPT, max_tokens=NEW, slots=flags["slots"], chunk=flags["chunk"]
-    )
+    engine = flags["engine"] or "jaxrl"
+    sizes = dict(max_prompt=PROMPT, max_tokens=NEW, slots=flags["slots"], chunk=flags["chunk"])
+    sampler = Sampler(config, (-1,), **sizes, **OWN[engine])
     params = sampler.layout(params)
     limits = machine_limits(config, time.process_time if flags["cores"] == 1 else time.perf_counter)
     for name in names(flags):
@@ -136,7 +143,7 @@ def run_own(flags: dict):
             spent = t.cpu if flags["cores"] == 1 else t.wall
             extra = dict(utilisation=round(s.utilisation, 3), decode_calls=s.decode_calls)
             extra |= dict(limit_tokens_per_s=round(s.tokens / floor, 1), of_limit=round(floor / spent, 3))
-            report("jaxrl", flags, name, t, s.tokens, **extra)
+            report(engine, flags, name, t, s.tokens, **extra)
         parts = synchronous(sampler, lambda work=requests: sampler.generate(params, work, seed=1))
         parts["sampling_share"] = round(limits["draw_s"] * steps / spent, 3)
         parts["decode_of_limit"] = round(floor / (spent * parts["decode_share"]), 3)
@@ -336,7 +343,7 @@ def compare(flags: dict, argv: list[str]):
             got = rows[name, engine]
             ratios = [round(a / b, 2) for a, b in zip(own, got, strict=True)]
             print(
-                f"{flags['model']} {name:8} {engine:6} {statistics.median(got):9.1f} tokens/s   "
+                f"{flags['model']} {name:8} {engine:12} {statistics.median(got):9.1f} tokens/s   "
                 f"jaxrl is {statistics.median(ratios):.2f} x  {ratios}",
                 flush=True,
             )
@@ -348,15 +355,17 @@ def main(argv: list[str]):
     flags = cli.parse_flags(argv, DEFAULTS, __doc__)
     if flags["positional"]:
         sys.exit(f"unexpected argument {flags['positional'][0]!r}; settings are --name=value")
-    if flags["peers"] and not flags["checkpoint"]:
-        sys.exit("--peers needs --checkpoint=DIR with the Hugging Face models DIR/small and DIR/large")
+    if unknown := [p for p in flags["peers"].split(",") if p and p not in (*OWN, "hf", "tunix")]:
+        sys.exit(f"--peers: {unknown[0]!r} is none of {', '.join((*OWN, 'hf', 'tunix'))}")
+    if set(flags["peers"].split(",")) & {"hf", "tunix"} and not flags["checkpoint"]:
+        sys.exit("--peers=hf,tunix needs --checkpoint=DIR with the Hugging Face models DIR/small and DIR/large")
     if flags["cores"] and not flags["engine"]:
         chosen = sorted(os.sched_getaffinity(0))[-flags["cores"] :]
         os.sched_setaffinity(0, chosen)
         os.environ["OMP_NUM_THREADS"] = str(flags["cores"])
     if flags["peers"] and not flags["engine"]:
         return compare(flags, argv[1:])
-    {"": run_own, "jaxrl": run_own, "hf": run_hf, "tunix": run_tunix}[flags["engine"]](flags)
+    {"hf": run_hf, "tunix": run_tunix}.get(flags["engine"], run_own)(flags)
 
 
 if __name__ == "__main__":
