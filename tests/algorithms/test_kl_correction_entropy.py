@@ -85,6 +85,7 @@ def test_kl_clamps_and_ratio_correction():
     )(logp)
     np.testing.assert_allclose(value, (ratio * k3).sum(), rtol=1e-5)
     np.testing.assert_allclose(grad, ratio * (k3 + 1 - np.exp(-x)), rtol=1e-5, atol=1e-5)
+    assert not np.any(jax.grad(lambda o: jnp.sum(kl_estimate(logp, ref, "k3", old_logp=o)))(old))
     with pytest.raises(ValueError, match="unknown KL estimator 'k4'; valid: k1, k2"):
         kl_estimate(logp, ref, "k4")
 

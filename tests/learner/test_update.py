@@ -42,8 +42,9 @@ def programs(objective_index: int):
     return build_programs(CONFIG, mesh(), SGD, OBJECTIVES[objective_index])
 
 
-OBJECTIVES = [FULL, Objective(on_policy=True), Objective(), Objective(
-    loss="bapo", correction="icepop", correction_hyper={"low": 0.8, "high": 1.2, "drop_rejected": True})]
+ICEPOP = dict(correction="icepop", correction_hyper={"low": 0.8, "high": 1.2, "drop_rejected": True})
+OBJECTIVES = [FULL, Objective(on_policy=True), Objective(), Objective(loss="bapo", **ICEPOP), Objective(
+    on_policy=True, aggregation="seq-mean-token-sum-norm", norm_length=7.0, entropy_advantage=(0.3, 3.0), **ICEPOP)]
 
 
 @functools.cache
@@ -242,5 +243,27 @@ def test_whole_batch_preparation_and_rejected_tokens_leaving_the_denominator():
         return jnp.sum(weight * loss) / (weight > 0).sum()
 
     loss, want = jax.jit(jax.value_and_grad(plain))(params())
+    assert metrics["loss"] == pytest.approx(float(loss), rel=2e-5)
+    close(got, want)
+
+
+def test_the_only_update_rejects_by_its_own_log_probs_and_takes_the_objectives_settings():
+    """No log-probs were scored before: rejection takes the current ones, and sequences without a token left are not
+    counted. Aggregation, its length and the entropy-shaped advantages are those of the objective."""
+    batch, _ = batch_of()
+    got, metrics, _ = update(4, batch.replace(old_logprobs=np.zeros_like(batch.old_logprobs)))
+    tokens, mask, a, _, sampler, _ = plain_data()
+
+    def plain(p):
+        logp, entropy = plain_logprobs(p, tokens, mask, 1.0)
+        weight = jnp.exp(jax.lax.stop_gradient(logp) - sampler) * mask
+        weight = jnp.where((weight < 0.8) | (weight > 1.2), 0, weight)
+        shaped = a + jnp.minimum(0.3 * jax.lax.stop_gradient(entropy), jnp.abs(a) / 3.0)
+        ratio = jnp.exp(logp - jax.lax.stop_gradient(logp))
+        count = (weight.max(1) > 0).sum()
+        return -jnp.sum(weight * ratio * shaped) / (7.0 * count), count
+
+    (loss, count), want = jax.jit(jax.value_and_grad(plain, has_aux=True))(params())
+    assert 0 < count < 10  # some sequences lose all their tokens
     assert metrics["loss"] == pytest.approx(float(loss), rel=2e-5)
     close(got, want)
