@@ -4,7 +4,8 @@ devices is fixed at start-up.
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
 
 A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism. For each, OUT holds the gradient (SGD with
-rate 1: old minus new parameters), the metrics, and the collectives of the compiled program.
+rate 1: old minus new parameters), the metrics, and the collectives of the compiled program; a line tells how far
+loss and gradient are from those of the first mesh.
 """
 
 import json
@@ -53,7 +54,7 @@ def collectives(text):
 
 def main(out, *names):
     jax.config.update("jax_disable_most_optimizations", True)  # the same partitioning, compiled in half the time
-    optimizer, record = Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1)), {}
+    optimizer, record, first = Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1)), {}, None
     for name in names:
         sizes = [int(n) for n in name.removesuffix("+sp").split(",")]
         mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
@@ -69,6 +70,11 @@ def main(out, *names):
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
             record[f"{name}|{jax.tree_util.keystr(path)}"] = leaf
         metrics = {k: float(v) for k, v in metrics.items()}
+        first = first or (metrics["loss"], gradient)
+        apart = max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (gradient, first[1])), strict=True))
+        moved = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "no collectives"
+        loss, apart = abs(metrics["loss"] / first[0] - 1), apart / metrics["grad_norm"]
+        print(f"{name}: loss {loss:.1e} apart, gradient {apart:.1e} of its norm; {moved}")
         shards = {jax.tree_util.keystr(p): list(x.addressable_shards[0].data.shape)
                   for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
         record[name] = json.dumps(dict(metrics=metrics, found=found, counts=counts, shards=shards))
