@@ -86,8 +86,12 @@ def load_params(
         params: dict = {}
         for path, (name, shape) in names.items():
 
-            def read(index, path=path, name=name, shape=shape):
-                return _read(where, name, index, shape, _is_transposed(path, shape), dtype)
+            parts: dict[str, np.ndarray] = {}  # devices that hold copies of each other share what is read
+
+            def read(index, path=path, name=name, shape=shape, parts=parts):
+                if str(index) not in parts:
+                    parts[str(index)] = _read(where, name, index, shape, _is_transposed(path, shape), dtype)
+                return parts[str(index)]
 
             if shardings is None:
                 array = jnp.asarray(read((slice(None),) * len(shape)))

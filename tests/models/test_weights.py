@@ -178,6 +178,7 @@ mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("fsdp", "tensor"))
 specs = {1: P("fsdp"), 2: P("fsdp", "tensor"), 3: P(None, "fsdp", "tensor")}
 shardings = jax.tree.map(lambda a: NamedSharding(mesh, specs[a.ndim] if all(
     n % 2 == 0 for n in a.shape[-2:]) else P()), plain)
+shardings["layers"]["mlp"]["down"] = NamedSharding(mesh, P(None, "fsdp"))  # two copies of each half
 sizes, read_tensor = [], weights._read_tensor
 def spy(*args):
     part = read_tensor(*args)
@@ -190,6 +191,8 @@ for x, y, s in zip(*map(jax.tree.leaves, (sharded, plain, shardings))):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 q = [n for name, n in sizes if name == "model.layers.1.self_attn.q_proj.weight"]
 assert q == [32 * 32 // 4] * 4, q  # every device read its own quarter, nobody the whole
+halves = [n for name, n in sizes if name == "model.layers.1.mlp.down_proj.weight"]
+assert halves == [plain["layers"]["mlp"]["down"][1].size // 2] * 2, halves  # copies are read once
 weights.save_params(sys.argv[2], sharded, config, max_shard_bytes=20_000)
 for x, y in zip(*map(jax.tree.leaves, (weights.load_params(sys.argv[2], config), plain))):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
