@@ -190,6 +190,8 @@ def test_overlong_masks_truncated_completions():
     assert kept[0].valid.tolist() == [False, True, True] and kept[2].valid.tolist() == [False, False, True]
     kept, dropped = select(groups, "overlong", {"overlong": {"max_truncated": 0.5}})
     assert _names(kept) == [0, 2] and dropped == {"overlong/overlong_completions": 1, "overlong/overlong": 2}
+    half = make_group([9, 4], [0, 1], truncated=[1, 0], name="0")  # at the limit, not above it
+    assert _names(select([half], "overlong", {"overlong": {"max_truncated": 0.5}})[0]) == [0]
 
 
 @quick
@@ -236,6 +238,8 @@ def test_greso_streaks_and_adaptation():
     assert two["streaks"] == {"e": ["easy", 2], "h": ["easy", 1]}
     assert two["explore"] == pytest.approx({"easy": 0.48, "hard": 0.50})  # 2/22 >= 1/12, 0 < 1/6
     assert greso_update(two, [make_group([2, 2], [1, 0], name="e")])["streaks"] == {"h": ["easy", 1]}
+    just = greso_update(state, [easy, *[mixed] * 11])  # a share of exactly the target, 1/12, is enough
+    assert just["explore"] == pytest.approx({"easy": 0.49, "hard": 0.51})
     low = {"explore": {"easy": 0.05, "hard": 0.95}, "streaks": {}}
     assert greso_update(low, [easy])["explore"] == pytest.approx({"easy": 0.05, "hard": 0.95})
     assert greso_update(state, [crashed]) == state
