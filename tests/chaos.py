@@ -33,7 +33,7 @@ import traceback
 import numpy as np
 
 from jaxrl.runtime.manifest import list_checkpoints
-from jaxrl.runtime.metrics import deterministic_view, read_metrics
+from jaxrl.runtime.metrics import read_metrics
 
 KINDS = ("step", "save", "write", "start")
 
@@ -140,6 +140,11 @@ def _kill(pid):
 def _records(run_dir):
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def deterministic_view(record):
+    """The record without what depends on the clock: keys under time/ and perf/, and tokens_per_second."""
+    return {k: v for k, v in record.items() if not k.startswith(("time/", "perf/")) and k != "tokens_per_second"}
 
 
 def _half_written(run_dir):

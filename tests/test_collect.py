@@ -15,9 +15,9 @@ from jaxrl.batch import sample_rows, trained_completions
 from jaxrl.collect import Collector, group_from_json, group_to_json, shape_rewards, with_budget
 from jaxrl.errors import UserError
 from jaxrl.runtime.config import base_config
-from jaxrl.runtime.metrics import deterministic_view
 from jaxrl.tasks.task import Grade, Task
 from jaxrl.types import Completion, Group, Problem
+from tests.chaos import deterministic_view
 
 WRONG, RIGHT, CRASH = 10, 11, 12  # the first token of a completion says how it will be graded
 G, LIMIT = 4, 12

@@ -26,7 +26,6 @@ from jaxrl.errors import UserError
 from jaxrl.runtime.rundir import atomic_write
 
 log = logging.getLogger(__name__)
-TRACKERS = ("tensorboard", "wandb")
 
 
 class MetricsWriter:
@@ -38,16 +37,12 @@ class MetricsWriter:
         (project, name, ...). enabled: False in every process but 0; all methods are then no-ops.
 
     A full disk does not stop the run: records wait in memory, with one warning, until they can be written. A
-    tracker that fails is switched off with a warning. Raises UserError for an unknown tracker or a missing
-    package.
+    tracker that fails, also at its start, is switched off with a warning. Raises UserError for a missing package.
     """
 
     def __init__(self, run_dir: str | os.PathLike, trackers: Sequence[str] = ("tensorboard",), *,
                  state: Mapping | None = None, config: Mapping | None = None, wandb: Mapping | None = None,
                  enabled: bool = True):
-        unknown = set(trackers) - set(TRACKERS)
-        if unknown:
-            raise UserError(f"config.trackers: unknown {min(unknown)!r}; valid are {', '.join(TRACKERS)}")
         self._enabled = enabled
         self._state = {"position": 0, "step": 0, "wandb_id": None, **(state or {})}
         self._pending = self._state.pop("pending", "").encode()
@@ -64,10 +59,15 @@ class MetricsWriter:
         os.ftruncate(self._fd, self._state["position"])
         self._sinks: dict[str, Any] = {}
         if "tensorboard" in trackers:
-            self._sinks["tensorboard"] = _tensorboard(root, self._state["step"] + 1 if state else 0)
+            self._sinks["tensorboard"] = _EventFile(root / "tensorboard", self._state["step"] + 1 if state else 0)
         if "wandb" in trackers:
             self._state["wandb_id"] = self._state["wandb_id"] or _stored_id(root / "wandb_id")
-            self._sinks["wandb"] = _wandb(root, self._state["wandb_id"], config, dict(wandb or {}))
+            try:
+                self._sinks["wandb"] = _wandb(root, self._state["wandb_id"], config, dict(wandb or {}))
+            except UserError:
+                raise
+            except Exception as e:  # a run that is brought back at night must not wait for a network
+                log.warning("wandb cannot be started and is switched off: %r", e)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Adds the record of a step: scalars (Python, NumPy, jax; 0-d), strings, None, or lists and dicts of
@@ -81,7 +81,7 @@ class MetricsWriter:
         scalars = {k: v for k, v in plain.items() if isinstance(v, int | float) and k != "step"}
         for name, sink in list(self._sinks.items()):
             try:
-                _send(name, sink, scalars, int(step))
+                sink.log(scalars, step=int(step))
             except Exception as e:
                 del self._sinks[name]
                 log.warning("%s failed at step %d and is switched off: %r", name, step, e)
@@ -124,33 +124,47 @@ class MetricsWriter:
         if not self._flush():
             log.warning("metrics.jsonl: %d bytes of records could not be written", len(self._pending))
         os.close(self._fd)
-        for name, sink in self._sinks.items():
-            sink.finish() if name == "wandb" else sink.close()
+        for sink in self._sinks.values():
+            sink.finish()
         self._enabled = False
 
 
-def _tensorboard(root: pathlib.Path, first_step: int):
-    from tensorboardX import SummaryWriter  # here, since it takes a while to import
+class _EventFile:
+    """What TensorBoard reads. Not through tensorboardX's SummaryWriter: its flush leaves out what is in its queue."""
 
-    # purge_step makes TensorBoard forget what a killed run had written beyond the checkpoint.
-    # The suffix keeps a restart within the same second from overwriting the file of the run before it.
-    suffix = f".{os.getpid()}.{time.monotonic_ns()}"
-    return SummaryWriter(str(root / "tensorboard"), purge_step=first_step, filename_suffix=suffix)
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        from tensorboardX import event_file_writer, proto, summary  # here, since it takes a while to import
 
+        folder.mkdir(exist_ok=True)
+        # The suffix keeps a restart within the same second from overwriting the file of the run before it.
+        suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+        self._file = event_file_writer.EventsWriter(str(folder / "events"), suffix)
+        self._event, self._scalar = proto.event_pb2.Event, summary.scalar
+        # Makes TensorBoard forget what a killed run had written beyond the checkpoint.
+        start = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+        self._file.write_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
+        self._flushed = time.monotonic()
 
-def _send(name: str, sink, scalars: Mapping, step: int) -> None:
-    if name == "wandb":
-        sink.log(scalars, step=step)
-        return
-    for k, v in scalars.items():
-        sink.add_scalar(k, v, step)
+    def log(self, scalars: Mapping, step: int) -> None:
+        for name, value in scalars.items():
+            summary = self._scalar(name, value)
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > 10:  # for those who watch
+            self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def finish(self) -> None:
+        self._file.close()
 
 
 def _wandb(root: pathlib.Path, run_id: str, config: Mapping | None, options: dict):
     try:
         import wandb
     except ImportError as e:
-        raise UserError("config.trackers: 'wandb' needs the package wandb (pip install jaxrl[wandb])") from e
+        raise UserError("config.log.wandb=True needs the package wandb (pip install jaxrl[wandb])") from e
     # Steps that are logged again after a resume are ignored by W&B: they carry the values that it has
     # already.
     return wandb.init(dir=str(root), id=run_id, resume="allow", config=dict(config or {}), **options)
@@ -209,9 +223,3 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{number}: not a metrics record: {e}") from None
         records.append(record)
     return records
-
-
-def deterministic_view(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without what depends on the clock: keys under time/ and perf/, and tokens_per_second."""
-    return {k: v for k, v in record.items()
-            if not k.startswith(("time/", "perf/")) and k != "tokens_per_second"}

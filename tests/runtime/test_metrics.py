@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxrl.errors import UserError
 from jaxrl.runtime import metrics
-from jaxrl.runtime.metrics import MetricsWriter, deterministic_view, encode, read_metrics
+from jaxrl.runtime.metrics import MetricsWriter, encode, read_metrics
 
 
 def lines(path):
@@ -107,6 +108,17 @@ def events(directory):
     return out
 
 
+def test_what_a_checkpoint_knows_is_in_the_event_file(tmp_path):
+    writer = MetricsWriter(tmp_path, ("tensorboard",))
+    for step in range(1, 301):
+        writer.write(step, {"x": step / 3})
+    writer.state()
+    found = events(tmp_path / "tensorboard")
+    assert [e[0] for e in found[1:]] == list(range(1, 301)) and found[0] == ("purge", 0)
+    writer.close()
+    assert events(tmp_path / "tensorboard") == found
+
+
 def test_kill_9_and_resume(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True)
@@ -165,11 +177,6 @@ def test_reading(tmp_path):
         read_metrics(path)
 
 
-def test_deterministic_view():
-    kept = {"step": 1, "loss": 2.0, "timeouts": 3}
-    assert deterministic_view({**kept, "time/step": 1.0, "perf/mfu": 0.4, "tokens_per_second": 5.0}) == kept
-
-
 def test_other_processes_write_nothing(tmp_path):
     writer = MetricsWriter(tmp_path, ("tensorboard",), enabled=False)
     writer.write(1, {"x": 1})
@@ -179,17 +186,22 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_trackers_are_checked_and_do_not_stop_a_run(tmp_path, monkeypatch, caplog):
-    with pytest.raises(UserError, match="config.trackers: unknown 'mlflow'; valid are tensorboard, wandb"):
-        MetricsWriter(tmp_path, ("mlflow",))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="needs the package wandb"):
+    with pytest.raises(UserError, match="config.log.wandb=True needs the package wandb"):
         MetricsWriter(tmp_path, ("wandb",))
 
+    def no_network(**_):
+        raise TimeoutError("no answer")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=no_network))
+    MetricsWriter(tmp_path, ("wandb",)).close()
+    assert "wandb cannot be started and is switched off: TimeoutError('no answer')" in caplog.text
+
     class Broken:
-        def add_scalar(self, *_):
+        def log(self, scalars, step):
             raise ConnectionError("no route")
 
-    monkeypatch.setattr(metrics, "_tensorboard", lambda *_: Broken())
+    monkeypatch.setattr(metrics, "_EventFile", lambda *_: Broken())
     writer = MetricsWriter(tmp_path, ("tensorboard",))
     writer.write(1, {"x": 1})
     writer.write(2, {"x": 1})
