@@ -90,15 +90,16 @@ def _pack(rows: list[Trained], config, shards: int):
     )
 
 
-def sample_rows(collected: Collected, config, tokenizer, groups: int) -> list[dict[str, Any]]:
-    """What samples/step_*.jsonl shows of a step: all completions of the first `groups` kept groups and as
-    many dropped ones, with their tokens, log-probs, rewards and advantages. "reason" says why selection
-    dropped the group ("lspo/middle"), or is empty.
+def sample_rows(collected: Collected, groups: list[Group], config, tokenizer, most: int) -> list[dict[str, Any]]:
+    """What samples/step_*.jsonl shows of a step: all completions of the first `most` kept groups and as many dropped
+    ones, with their tokens, log-probs, rewards and advantages. "reason" says why selection dropped the group
+    ("lspo/middle"), or is empty.
+
+    groups: those that make_batches got; "advantage" is None for completions that are not trained on.
     """
-    name = config.algorithm.advantage
+    advantages = {id(t.group.completions[t.index]): round(t.advantage, 4) for t in trained_completions(groups, config)}
     rows = list(zip(collected.sampled, collected.reasons, strict=True))
-    shown = [r for r in rows if not r[1]][:groups] + [r for r in rows if r[1]][:groups]
-    advantages = group_advantages([g for g, _ in shown], name, dict(config.algorithm.advantage_hyper[name]))
+    shown = [r for r in rows if not r[1]][:most] + [r for r in rows if r[1]][:most]
     return [
         {
             "id": g.problem.id,
@@ -108,7 +109,7 @@ def sample_rows(collected: Collected, config, tokenizer, groups: int) -> list[di
             "text": g.texts[i],
             "tokens": [tokenizer.decode([t], False) for t in c.tokens.tolist()],
             "logprobs": [round(float(x), 4) for x in c.logprobs],
-            "advantage": round(float(a[i]), 4),
+            "advantage": advantages.get(id(c)),
             "reward": float(g.rewards[i]),
             "correct": float(g.correct[i]),
             "outcome": g.outcomes[i],
@@ -118,7 +119,7 @@ def sample_rows(collected: Collected, config, tokenizer, groups: int) -> list[di
             "selected": not reason,
             "reason": reason,
         }
-        for (g, reason), a in zip(shown, advantages, strict=True)
+        for g, reason in shown
         for i, c in enumerate(g.completions)
     ]
 

@@ -133,7 +133,7 @@ def train(config) -> int:
             console.step({"step": step, **record})
             watchdog.beat(step, record)
             if main and config.log.samples:
-                run.write_samples(step, sample_rows(collected, config, tokenizer, config.log.samples))
+                run.write_samples(step, sample_rows(collected, groups, config, tokenizer, config.log.samples))
             # In the middle of skipped updates nothing is saved: that is not a state to go back to.
             in_trouble = in_a_row and config.nonfinite.max_in_a_row
             if last or ((stopping or step % config.checkpoint.every == 0) and not in_trouble):

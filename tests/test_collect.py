@@ -98,7 +98,7 @@ def test_tops_up_until_full_and_reports_what_it_cost():
     assert [g.problem.id for g in got.chosen] == order[::2]
     assert [g.problem.id for g in got.sampled] == order
     assert got.kept == [True, False] * 4 and got.reasons == ["", "accuracy/all_correct"] * 4
-    rows = sample_rows(got, collector.config, Tokenizer(), 1)
+    rows = sample_rows(got, got.chosen, collector.config, Tokenizer(), 1)
     assert [(r["id"], r["selected"], r["reason"]) for r in rows[::G]] == [
         (order[0], True, ""), (order[1], False, "accuracy/all_correct")]  # fmt: skip
     m = got.metrics
@@ -112,6 +112,16 @@ def test_tops_up_until_full_and_reports_what_it_cost():
     assert m["selection/dropped_lengths"] == [3.0] * 4 and m["selection/dropped_reasons"] == ["all_correct"] * 4
     assert m["accuracy"] == 0.75 and m["zero_std_fraction"] == 0.5
     assert m["outcome/correct"] == 8 * G - 8 and m["outcome/wrong"] == 8
+
+
+@pytest.mark.parametrize("advantage", ["reinforce_pp_baseline", "dler"])  # whose scale is the whole batch's
+def test_samples_show_the_advantages_that_are_trained_on(advantage):
+    collector, _ = make(even_mixed, {"algorithm.advantage": advantage})
+    got = collector.collect(None, 0)
+    rows = sample_rows(got, got.chosen, collector.config, Tokenizer(), 1)
+    trained = [t.advantage for t in trained_completions(got.chosen, collector.config)]
+    assert [r["advantage"] for r in rows[:G]] == pytest.approx(trained[:G], abs=1e-4)
+    assert not rows[-1]["selected"] and {r["advantage"] for r in rows[G:]} == {None}
 
 
 def test_a_rule_that_only_counts_still_tells_kept_from_dropped(monkeypatch):

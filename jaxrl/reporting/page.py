@@ -305,7 +305,8 @@ def _completion(row: dict) -> str:
     right = bool(row.get("correct"))
     verdict = f"<span class='mark {'right' if right else 'wrong'}'>{'correct' if right else 'wrong'}</span>"
     reward = row.get("reward")
-    facts = [("reward", "" if reward is None else f"{reward:.3g}"), ("advantage", f"{advantage:+.2f}")]
+    facts = [("reward", "" if reward is None else f"{reward:.3g}")]
+    facts += [("advantage", "" if row.get("advantage") is None else f"{advantage:+.2f}")]
     facts += [("tokens", row.get("length") or "")]
     meta = "".join(f"<span>{k} <b>{v}</b></span>" for k, v in facts if v != "")
     meta += "<span>cut at the limit</span>" if row.get("finish") == "length" else ""
