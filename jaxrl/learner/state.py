@@ -128,6 +128,19 @@ def _round_stochastically(key, x):
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
+def add_updates(params, updates, step):
+    """params + updates in the dtype of params. bfloat16 ones are rounded stochastically, as moments are: a step of 1e-6
+    is far below half the distance of two neighbours, so that rounded to nearest nothing would ever move."""
+
+    def add(i, p, u):
+        total = p.astype(jnp.float32) + u
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), step), i)
+        return _round_stochastically(key, total) if p.dtype == jnp.bfloat16 else total.astype(p.dtype)
+
+    leaves, tree = jax.tree.flatten(params)
+    return tree.unflatten([add(i, *pair) for i, pair in enumerate(zip(leaves, jax.tree.leaves(updates), strict=True))])
+
+
 # --- creation ---------------------------------------------------------------------------------------------------
 
 

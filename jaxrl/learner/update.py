@@ -40,7 +40,15 @@ from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.segments import count_sequences
 from jaxrl.learner.logprobs import HeadSettings, response_logprobs
 from jaxrl.learner.packing import PackedBatch
-from jaxrl.learner.state import Optimizer, TrainState, abstract_state, on_device, on_host, sharding_of
+from jaxrl.learner.state import (
+    Optimizer,
+    TrainState,
+    abstract_state,
+    add_updates,
+    on_device,
+    on_host,
+    sharding_of,
+)
 from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, shardings, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
@@ -223,7 +231,7 @@ def build_programs(
 def _apply(state: TrainState, grads, optimizer: Optimizer, ok) -> TrainState:
     """The state after one optimizer step, or the same state with the skip counted where not ok."""
     updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = add_updates(state.params, updates, state.step)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731
     return TrainState(
         step=state.step + ok,

@@ -38,7 +38,7 @@ def base_config() -> ConfigDict:
     c.model.shape.update(_SHAPE)
     c.model.tokenizer = ""  # "" = the one beside the model; "dial" = the embedded vocabulary
     c.model.dtype = "float32"  # compute dtype of the learner
-    c.model.param_dtype = "float32"
+    c.model.param_dtype = "float32"  # bfloat16 halves the memory; updates are then rounded stochastically
     c.model.sampler_dtype = ""  # "" = dtype
     c.model.attention = "auto"  # auto, xla, cudnn, splash
     c.model.remat = "none"  # none, dots, full: what the backward pass recomputes per layer

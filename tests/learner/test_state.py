@@ -9,7 +9,7 @@ from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.packing import pack
 from jaxrl.learner.state import HOST, abstract_state, build_optimizer, decays, fresh_state, init_state
-from jaxrl.learner.update import Objective, build_programs, place_batch
+from jaxrl.learner.update import Objective, _apply, build_programs, place_batch
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import make_mesh
@@ -106,6 +106,20 @@ def test_bfloat16_moments_follow_float32_ones():
     for g in grads[20:]:  # what this guards against, on one element
         nearest = jnp.float32(jnp.bfloat16(0.999 * nearest + 0.001 * g["matrix"][0, 0] ** 2))
     assert nearest > 0.99
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_far_below_bfloat16s_resolution_still_move_the_parameters(dtype):
+    """On average by what float32 does: rounded to nearest, none of 200 steps of 1e-5 would change a weight of 0.02."""
+    optimizer = build_optimizer(1e-5)
+    state = fresh_state({"matrix": jnp.full((64, 64), 0.02, dtype), "norm": jnp.full(64, 0.5, dtype)}, optimizer)
+    before = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+    step = jax.jit(lambda s: _apply(s, jax.tree.map(lambda x: jnp.ones(x.shape), s.params), optimizer, True))
+    for _ in range(200):
+        state = step(state)
+    for name, x in state.params.items():
+        assert x.dtype == dtype
+        assert (before[name] - np.asarray(x, np.float64)).mean() == pytest.approx(200e-5, rel=0.1), name
 
 
 def test_moments_keep_their_dtype_beside_bfloat16_parameters():
