@@ -166,21 +166,24 @@ def run_dir(config) -> RunDir:
     return open_run_dir(config.run_dir, config.resume)
 
 
-def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, step: int) -> None:
+def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, step: int) -> list[str]:
     """Writes what others need to read the run: the resolved config, the decoder's config.json, the tokenizer.
 
     Only once it is known that the checkpoints fit: a start with another model must leave the run readable.
     step: where the run goes on; rollout samples of later steps are removed, as they will be made again.
+
+    Returns one line for each setting that is another than when the run was started last.
     """
     if not distributed.is_main():
-        return
+        return []
     run.drop_samples_after(step)
-    run.write_config(config.to_dict())
+    changed = run.write_config(config.to_dict())
     home = run.root / "model"
     home.mkdir(exist_ok=True)
     tok.save(home)
     atomic_write(home / "config.json", json.dumps(to_hf(decoder), indent=2) + "\n")
     atomic_write(home / "generation_config.json", json.dumps({"eos_token_id": list(tok.eos_ids)}) + "\n")
+    return [f"config.{key} is {now!r}, was {before!r}" for key, (before, now) in changed.items()]
 
 
 def reference(config, run: RunDir, learner, params):

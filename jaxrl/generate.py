@@ -111,18 +111,15 @@ def stream(sampler, params, tokenizer, prompt, limit: int, sample: int, seed: in
     ids: queue.Queue = queue.Queue()
     out: list = []
 
+    def send(_, __, tokens):
+        for token in tokens:
+            ids.put(int(token))
+
     def work():
         request = Request(prompt, 1, limit, 0, first_sample=sample)
         try:
-            out.append(
-                sampler.generate(
-                    params,
-                    [request],
-                    seed=seed,
-                    sampling=sampling,
-                    on_tokens=lambda _, __, tokens: [ids.put(int(t)) for t in tokens] and None,
-                )[0][0]
-            )
+            [[completion]] = sampler.generate(params, [request], seed=seed, sampling=sampling, on_tokens=send)
+            out.append(completion)
         except BaseException as e:  # handed to the thread that prints
             out.append(e)
         ids.put(None)

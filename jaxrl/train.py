@@ -52,7 +52,7 @@ def train(config) -> int:
         checkpoints = stack.enter_context(build.checkpointer(config, run))
         found = checkpoints.restore(learner.abstract_state())
         step, host = (found.step, found.host) if found else (0, {})
-        build.describe_run(run, config, decoder, tokenizer, step)
+        changed = build.describe_run(run, config, decoder, tokenizer, step)
         rollbacks = host.get("rollbacks", 0)
         writer = stack.enter_context(contextlib.closing(build.writer(config, run, host.get("writer"))))
         console = stack.enter_context(Console(config.steps, step, enabled=main))
@@ -75,7 +75,7 @@ def train(config) -> int:
         if warning := mismatch_warning(config):
             console.note(warning)
         if found:
-            console.note(f"continuing {run.root} after step {step}")
+            console.note("\n".join([f"continuing {run.root} after step {step}", *changed]))
             state = found.arrays
             collector.restore(host["collector"])
             reference = build.reference(config, run, learner, None)

@@ -145,6 +145,15 @@ EVERYTHING = {
 }
 
 
+def test_a_continued_run_says_what_was_changed(tmp_path, dial_model, capsys):
+    for steps, rate in ((1, 1e-3), (2, 5e-4)):
+        changes = {"steps": steps, "optimizer.learning_rate": rate, "eval.problems": 2}
+        assert train.train(tiny(tmp_path, changes, dial_model)) == 0
+    printed = capsys.readouterr().out
+    assert "\nconfig.optimizer.learning_rate is 0.0005, was 0.001\nconfig.steps is 2, was 1\n" in printed
+    assert printed.count(", was ") == 2
+
+
 @pytest.mark.parametrize("changes", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_a_restarted_run_is_the_same_run(tmp_path, dial_model, changes, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -19,14 +19,12 @@ from jax.experimental import multihost_utils
 from jaxrl.errors import UserError
 
 
-def initialize(coordinator: str | None = None, num_processes: int | None = None,
-               process_id: int | None = None, heartbeat_seconds: int = 100) -> None:
+def initialize(heartbeat_seconds: int = 100) -> None:
     """Joins this process to the others. Call it before anything touches a device; a lone process needs
     nothing.
 
-    Explicit arguments win, then JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID; on TPU pods, Slurm and Open MPI jobs with more than one task, JAX finds all three by
-    itself.
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say which; on TPU pods,
+    Slurm and Open MPI jobs with more than one task, JAX finds all three by itself.
     heartbeat_seconds: when a process is silent for so long (it was killed, or its machine is gone), the
     coordination service ends the others by SIGABRT (exit code 134 in a shell), whatever they are doing; when
     process 0 dies they end at once. A process that ends with an error takes the others along in three times as
@@ -34,11 +32,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     Raises UserError if only some of the three are known.
     """
     env = os.environ
-    coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
-    if num_processes is None and "JAX_NUM_PROCESSES" in env:
-        num_processes = int(env["JAX_NUM_PROCESSES"])
-    if process_id is None and "JAX_PROCESS_ID" in env:
-        process_id = int(env["JAX_PROCESS_ID"])
+    coordinator = env.get("JAX_COORDINATOR_ADDRESS")
+    num_processes, process_id = (int(env[k]) if k in env else None for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if jax.distributed.is_initialized() or not (any(given) or _in_cluster(env)):
         return

@@ -123,8 +123,7 @@ class RunDir:
     def write_config(self, config: Mapping) -> dict[str, tuple]:
         """Stores the resolved configuration (nested mapping, JSON-able).
 
-        Returns {dotted key: (before, now)} for every key that differs from the one stored by an earlier start
-        of this run, so that a resumed run can say what was changed under it.
+        Returns {dotted key: (before, now)} for every key that differs from the one stored by an earlier start.
         """
         now = _flat(json.loads(json.dumps(config, default=str)))
         before = _flat(json.loads(self.config.read_text())) if self.config.exists() else now
