@@ -31,13 +31,12 @@ from jaxrl.types import Group, Problem
 class Collected:
     """One step's collection.
 
-    chosen: the groups to train on. sampled: all of this step's groups; kept: parallel to it, whether
-    selection kept the group; reasons: why not, "" for kept ones. metrics: for the step's record.
+    chosen: the groups to train on. sampled: all of this step's groups. reasons: parallel to it, why selection
+    dropped the group, "" for kept ones. metrics: for the step's record.
     """
 
     chosen: list[Group]
     sampled: list[Group]
-    kept: list[bool]
     reasons: list[str]
     metrics: dict[str, Any]
 
@@ -61,10 +60,9 @@ class Collector:
 
     def state(self) -> dict:
         """JSON-able; `restore` continues from it bit for bit."""
-        surplus = [group_to_json(g) for g in self.surplus]
         return {
             "position": self.position,
-            "surplus": surplus,
+            "surplus": [group_to_json(g) for g in self.surplus],
             "pending": [partial.to_json(p) for p in self.pending],
             "ahead": [partial.to_json(p) for p in self.ahead],
             "greso": self.greso,
@@ -72,11 +70,7 @@ class Collector:
         }
 
     def restore(self, state: dict) -> None:
-        self.position, self.greso, self.mean_lengths = (
-            state["position"],
-            state["greso"],
-            state["mean_lengths"],
-        )
+        self.position, self.greso, self.mean_lengths = (state[k] for k in ("position", "greso", "mean_lengths"))
         self.surplus = [group_from_json(g) for g in state["surplus"]]
         self.pending, self.ahead = ([partial.from_json(p) for p in state.get(k, [])] for k in ("pending", "ahead"))
 
@@ -117,7 +111,7 @@ class Collector:
         if b.keep_surplus:
             self.surplus = chosen[b.prompts :]
         self._check_failures(sampled, step)
-        kept_flags = [not reason for reason in why]
+        lengths = [round(mean_length(g), 2) for g in sampled]
         trained = [c for g in chosen[: b.prompts] for c in g.completions]
         metrics = {
             "time/rollout": counts["time/rollout"],
@@ -130,19 +124,13 @@ class Collector:
             "selection/surplus": len(self.surplus),
             "selection/pending": len(self.pending) + len(self.ahead),
             "selection/stale_tokens": sum(c.stale for c in trained) / max(sum(c.length for c in trained), 1),
-            "selection/kept_lengths": [
-                round(mean_length(g), 2) for g, k in zip(sampled, kept_flags, strict=True) if k
-            ],
-            "selection/dropped_lengths": [
-                round(mean_length(g), 2) for g, k in zip(sampled, kept_flags, strict=True) if not k
-            ],
-            "selection/dropped_reasons": [
-                reason.rpartition("/")[2] for reason, k in zip(why, kept_flags, strict=True) if not k
-            ],
+            "selection/kept_lengths": [n for n, reason in zip(lengths, why, strict=True) if not reason],
+            "selection/dropped_lengths": [n for n, reason in zip(lengths, why, strict=True) if reason],
+            "selection/dropped_reasons": [reason.rpartition("/")[2] for reason in why if reason],
             **dict(sorted(dropped.items())),
             **(group_metrics(sampled) if sampled else {}),
         }
-        return Collected(chosen[: b.prompts], sampled, kept_flags, why, metrics)
+        return Collected(chosen[: b.prompts], sampled, why, metrics)
 
     def _age(self) -> None:
         """The parameters are new: mark what was drawn under older ones."""

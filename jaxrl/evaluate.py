@@ -39,6 +39,7 @@ from jaxrl.rollout.engine import Sampler, Sampling
 from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
+from jaxrl.runtime.metrics import null_for_nan
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
 from jaxrl.runtime.rundir import atomic_write
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
@@ -324,18 +325,9 @@ def write_results(out: pathlib.Path, results: list[dict], info: dict, flags: dic
         "results": results,
         "sweeps": sweeps,
     }
-    atomic_write(out / "result.json", json.dumps(_null_for_nan(content), indent=1, allow_nan=False) + "\n")
+    atomic_write(out / "result.json", json.dumps(null_for_nan(content), indent=1, allow_nan=False) + "\n")
     atomic_write(out / "table.md", report)
     return report
-
-
-def _null_for_nan(value):
-    """The same tree with None for NaN, which strict JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _null_for_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_null_for_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

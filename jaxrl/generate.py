@@ -20,18 +20,9 @@ from jaxrl.errors import UserError
 from jaxrl.runtime import cli
 
 DEFAULTS = dict(
-    model=str,
-    max_new_tokens=256,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    seed=0,
-    samples=1,
-    chat=True,
-    dtype="float32",
-    prompt_logprobs=False,
-)
+    model=str, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, samples=1, chat=True,
+    dtype="float32", prompt_logprobs=False,
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -58,19 +49,10 @@ def main(argv: list[str]) -> int:
     prompt = encode(tokenizer, flags["positional"][0], flags["chat"])
     room = config.max_position_embeddings - len(prompt)
     if room < 1:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model a context of {config.max_position_embeddings}"
-        )
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model a context of {config.max_position_embeddings}")
     limit = min(flags["max_new_tokens"], room)
-    sampler = Sampler(
-        config,
-        tokenizer.eos_ids,
-        max_prompt=len(prompt),
-        max_tokens=limit,
-        slots=1,
-        chunk=8,
-        dtype=flags["dtype"],
-    )
+    sizes = dict(max_prompt=len(prompt), max_tokens=limit, slots=1, chunk=8)
+    sampler = Sampler(config, tokenizer.eos_ids, **sizes, dtype=flags["dtype"])
     params = sampler.layout(params)
     if flags["prompt_logprobs"]:
         (logprobs,) = sampler.prompt_logprobs(params, [prompt])

@@ -97,7 +97,7 @@ def test_tops_up_until_full_and_reports_what_it_cost():
     order = [collector.task.train[int(collector.order[p])].id for p in range(8)]
     assert [g.problem.id for g in got.chosen] == order[::2]
     assert [g.problem.id for g in got.sampled] == order
-    assert got.kept == [True, False] * 4 and got.reasons == ["", "accuracy/all_correct"] * 4
+    assert got.reasons == ["", "accuracy/all_correct"] * 4
     rows = sample_rows(got, got.chosen, collector.config, Tokenizer(), 1)
     assert [(r["id"], r["selected"], r["reason"]) for r in rows[::G]] == [
         (order[0], True, ""), (order[1], False, "accuracy/all_correct")]  # fmt: skip
@@ -127,7 +127,7 @@ def test_samples_show_the_advantages_that_are_trained_on(advantage):
 def test_a_rule_that_only_counts_still_tells_kept_from_dropped(monkeypatch):
     monkeypatch.setitem(SELECTIONS, "odd", Selection(lambda groups, hyper: (groups[1::2], {"even": 2}), {}))
     got = make(changes={"algorithm.selection": "odd"})[0].collect(None, 0)
-    assert got.kept == [False, True] * 4 and got.reasons == ["odd", ""] * 4
+    assert got.reasons == ["odd", ""] * 4
     assert got.metrics["selection/dropped/odd/even"] == 4
 
 
@@ -174,7 +174,8 @@ def test_what_happens_when_the_limit_of_generation_batches_is_reached():
 def test_a_problem_drawn_twice_is_two_groups():
     collector, _ = make(even_mixed, problems=1)
     got = collector.collect(None, 0)
-    assert got.kept == [True, False] * 4 and len(got.metrics["selection/dropped_lengths"]) == 4
+    assert [not r for r in got.reasons] == [True, False] * 4
+    assert len(got.metrics["selection/dropped_lengths"]) == 4
 
 
 def crashing(share):
@@ -400,7 +401,7 @@ def test_prefetch_trains_on_the_same_groups():
     for s in range(6):
         a, b = plain.collect(None, s), ahead.collect(None, s)
         assert content(a.chosen) == content(b.chosen) and content(a.sampled) == content(b.sampled)
-        assert a.kept == b.kept and a.metrics["accuracy"] == b.metrics["accuracy"]
+        assert a.reasons == b.reasons and a.metrics["accuracy"] == b.metrics["accuracy"]
         stale.append(b.metrics["selection/stale_tokens"])
         assert b.metrics["selection/pending"] == 4 and a.metrics["selection/pending"] == 0
     assert stale[0] == 0 and all(0 < x < 1 for x in stale[1:])
@@ -448,7 +449,7 @@ def hard_or_easy(position, i):
 
 def views(collected):
     return [
-        (repr(sorted(deterministic_view(c.metrics).items())), [group_to_json(g) for g in c.chosen], c.kept)
+        (repr(sorted(deterministic_view(c.metrics).items())), [group_to_json(g) for g in c.chosen], c.reasons)
         for c in collected
     ]
 

@@ -195,14 +195,15 @@ def encode(record: Mapping[str, Any]) -> bytes:
     out = {k: None if k in nonfinite else v for k, v in record.items()}
     if nonfinite:
         out["_nonfinite"] = nonfinite
-    return json.dumps(_no_nan(out), allow_nan=False).encode() + b"\n"
+    return json.dumps(null_for_nan(out), allow_nan=False).encode() + b"\n"
 
 
-def _no_nan(value: Any) -> Any:
+def null_for_nan(value: Any) -> Any:
+    """The same tree with None for NaN and infinities, which strict JSON does not have."""
     if isinstance(value, dict):
-        return {k: _no_nan(v) for k, v in value.items()}
+        return {k: null_for_nan(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_no_nan(v) for v in value]
+        return [null_for_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
