@@ -102,8 +102,8 @@ def call_costs(shape: str, batch: int, rounds: int) -> dict[int, float]:
 
     config = DecoderConfig(**SHAPES[shape], head_dim=64, qk_norm=True, tie_embeddings=True, model_type="qwen3")
     params = sampling_layout(init_params(config, jax.random.key(0)), config, jnp.float32, untie=True)
-    model = Decoder(config, scan_layers=False, fused=True, key_columns=True)
-    cache = empty_cache(config, batch, WINDOW, jnp.float32, key_columns=True)
+    model = Decoder(config, scan_layers=False, fused=True)
+    cache = empty_cache(config, batch, WINDOW, jnp.float32, key_blocks=True)
 
     def step(params, cache, tokens, u):
         T = tokens.shape[1]

@@ -142,7 +142,7 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
         lives + _bytes(cache), 1, prompts * longest * hosts, total / prompts,
     )
     yield Program(
-        "move layer", lambda: lower(run.rebase, layer, None, array(i32), window=width, axis=2),
+        "move layer", lambda: lower(run.rebase, layer, None, array(i32), window=width),
         lives + _bytes(weights) + waiting + _bytes(cache) - _bytes(layer), 1, 0, calls * 2 * decoder.num_layers,
     )
     yield Program(

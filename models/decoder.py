@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from models.attention import attend, attend_packed
+from models.attention import attend, attend_packed, to_blocks, write_keys
 from models.config import DecoderConfig
 
 REMAT_POLICIES = {
@@ -39,7 +39,7 @@ class Cache:
     whole batch instead of scattering; row b may attend to columns [start[b], end].
 
     k, v: one [B, K, W, H] array per layer (unrolled), or stacked [L, B, K, W, H] (scanned); with
-      key_columns, k is [B, K, H, W].
+      key_blocks, k is in the form of models.attention.to_blocks.
     start: int32 [B]. end: int32 [].
     scales: of int8 k and v (see `quantise`), float32 [B, K, W] in the same two lists; else empty.
     """
@@ -62,11 +62,11 @@ class Cache:
 
 
 def empty_cache(
-    config: DecoderConfig, rows: int, window: int, dtype, scan_layers: bool = False, key_columns: bool = False
+    config: DecoderConfig, rows: int, window: int, dtype, scan_layers: bool = False, key_blocks: bool = False
 ) -> Cache:
     """A zeroed cache of `rows` rows and `window` columns; every row starts at column 0. dtype: int8 adds scales."""
     L, shape = config.num_layers, (rows, config.num_kv_heads, window, config.head_dim)
-    k_shape = (*shape[:2], config.head_dim, window) if key_columns else shape
+    k_shape = jax.eval_shape(to_blocks, jax.ShapeDtypeStruct(shape, dtype)).shape if key_blocks else shape
 
     def zeros(shape, dtype):
         return jnp.zeros((L, *shape), dtype) if scan_layers else tuple(jnp.zeros(shape, dtype) for _ in range(L))
@@ -91,8 +91,18 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def rotate(x, sin, cos):
-    """Rotary embedding in the half-split form, computed in float32. x: [B, T, N, H]; sin, cos: [B, T, 1, H/2]."""
+def rotate(x, sin, cos, by_product: bool = False):
+    """Rotary embedding in the half-split form, computed in float32. x: [B, T, N, H]; sin, cos: [B, T, 1, H/2].
+
+    by_product: swap the halves by a matrix of 0, 1 and -1, exactly. XLA's CPU compiler computes the result once for
+    each of its users; then that is a plain sum, without the norm before it and a concatenation.
+    """
+    if by_product:
+        half = np.eye(x.shape[-1] // 2, dtype=np.float32)
+        x = x.astype(jnp.float32)
+        swapped = project(x, np.block([[0 * half, half], [-half, 0 * half]]))
+        sin, cos = (jnp.concatenate([a, a], axis=-1) for a in (sin, cos))
+        return (x * cos + swapped * sin).astype(x.dtype)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
@@ -159,7 +169,6 @@ class Attention(nn.Module):
     param_dtype: Any
     implementation: str
     fused: bool
-    key_columns: bool
 
     @nn.compact
     def __call__(self, x, sin, cos, mask, segment_ids, layer_cache, end):
@@ -187,21 +196,21 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = rms_norm(q, param("q_norm", _ones("norm"), H), c.rms_norm_eps)
             k = rms_norm(k, param("k_norm", _ones("norm"), H), c.rms_norm_eps)
-        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+        by_product = layer_cache is not None and layer_cache[0].ndim == 5  # a CPU's cache
+        q, k = rotate(q, sin, cos, by_product), rotate(k, sin, cos, by_product)
         if layer_cache is None:
             out = attend_packed(q, k, v, segment_ids, self.implementation)
         else:
-            axes, at = ((0, 2, 3, 1), (0, 0, 0, end)) if self.key_columns else ((0, 2, 1, 3), (0, 0, end, 0))
             keys, values, *scales = layer_cache
+            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
             if scales:
                 (k, of_k), (v, of_v) = quantise(k, -1), quantise(v, -1)
-                new = (of_k.transpose(0, 2, 1), of_v.transpose(0, 2, 1))
-                scales = [lax.dynamic_update_slice(s, n, (0, 0, end)) for s, n in zip(scales, new, strict=True)]
-            keys = lax.dynamic_update_slice(keys, k.transpose(axes).astype(keys.dtype), at)
-            v = v.transpose(0, 2, 1, 3).astype(values.dtype)
-            values = lax.dynamic_update_slice(values, v, (0, 0, end, 0))
+                new = zip(scales, (of_k, of_v), strict=True)
+                scales = [lax.dynamic_update_slice(s, n, (0, 0, end)) for s, n in new]
+            keys = write_keys(keys, k.astype(keys.dtype), end)
+            values = lax.dynamic_update_slice(values, v.astype(values.dtype), (0, 0, end, 0))
             layer_cache = (keys, values, *scales)
-            out = attend(q, keys, values, mask, self.key_columns, scales)
+            out = attend(q, keys, values, mask, scales)
         o = param("o", _weights(c.init_std, "heads", "embed"), N * H, D)
         return project(out.reshape(B, T, N * H), o), layer_cache
 
@@ -250,14 +259,13 @@ class Block(nn.Module):
     param_dtype: Any
     implementation: str
     fused: bool
-    key_columns: bool
 
     @nn.compact
     def __call__(self, x, layer_cache, sin, cos, mask, segment_ids, end):
         """Pre-norm residual block. x: [B, T, D]."""
         c = self.config
         h = Scale(c.rms_norm_eps, self.param_dtype, name="attn_norm")(x)
-        fields = (c, self.dtype, self.param_dtype, self.implementation, self.fused, self.key_columns)
+        fields = (c, self.dtype, self.param_dtype, self.implementation, self.fused)
         h, layer_cache = Attention(*fields, name="attn")(h, sin, cos, mask, segment_ids, layer_cache, end)
         x = nn.with_logical_constraint(x + h, ("batch", "seq", "act_embed"))
         h = Scale(c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x)
@@ -270,7 +278,7 @@ class Decoder(nn.Module):
 
     dtype: compute dtype. param_dtype: dtype of newly initialised parameters. remat: key of REMAT_POLICIES,
     what the backward pass recomputes per layer. attention: see models.attention. scan_layers and fused
-    choose the parameter layout (see `sampling_layout`), key_columns that of the cache (see `Cache`).
+    choose the parameter layout (see `sampling_layout`).
     """
 
     config: DecoderConfig
@@ -280,7 +288,6 @@ class Decoder(nn.Module):
     attention: str = "xla"
     scan_layers: bool = True
     fused: bool = False
-    key_columns: bool = False
 
     @nn.compact
     def __call__(self, tokens, positions, segment_ids=None, cache: Cache | None = None):
@@ -322,7 +329,7 @@ class Decoder(nn.Module):
         block = Block
         if REMAT_POLICIES[self.remat] is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
-        fields = (c, self.dtype, self.param_dtype, self.attention, self.fused, self.key_columns)
+        fields = (c, self.dtype, self.param_dtype, self.attention, self.fused)
         if self.scan_layers:
             scanned = nn.scan(
                 block,

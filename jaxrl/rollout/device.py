@@ -12,6 +12,7 @@ from jaxrl.rollout.requests import Sampling
 if TYPE_CHECKING:
     from jaxrl.rollout.engine import Sampler
 
+KINDS = ("keys", "values", "scales", "scales")  # of a cache's arrays, as far as programs differ
 KEY_BLOCK = 256  # random keys are made this many at a time, so that their program has one shape
 
 
@@ -50,12 +51,11 @@ def insert(sampler: Sampler, cache, prompt, source, chosen, end: int):
     n, _, P, _ = prompt[1][0].shape
     window, arrays = cache.v[0].shape[2], []
     for i, (pool, new) in enumerate(zip(cache.arrays, prompt, strict=True)):
-        axis = 2 if i else sampler.programs.key_axis
-        sizes = (n, P, len(chosen), window, axis if i < 2 else "scales")
+        sizes = (n, P, len(chosen), window, KINDS[i])
         args = (source, chosen, np.int32(end))
         arrays.append(
             tuple(
-                sampler.call("insert", sizes, a, b, *args, axis=axis) for a, b in zip(pool, new, strict=True)
+                sampler.call("insert", sizes, a, b, *args) for a, b in zip(pool, new, strict=True)
             )
         )
     return cache.with_arrays(arrays)
@@ -70,10 +70,10 @@ def rebase(sampler: Sampler, cache, rows, shift: int, window: int, keep: bool = 
     sizes = (count, old, None if rows is None else len(rows), window)
     moved = []
     for i, arrays in enumerate(cache.arrays):
-        axis, out = 2 if i else sampler.programs.key_axis, []
+        out = []
         for array in arrays:
             args = (array, rows, np.int32(shift))
-            out.append(sampler.call("rebase", (*sizes, axis if i < 2 else "scales"), *args, window=window, axis=axis))
+            out.append(sampler.call("rebase", (*sizes, KINDS[i]), *args, window=window))
             if not keep:
                 array.delete()
         moved.append(tuple(out))

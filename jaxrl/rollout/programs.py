@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.rollout.sampling import draw, sample_keys, uniforms
+from models.attention import from_blocks, to_blocks
 from models.config import DecoderConfig
 from models.decoder import Decoder, empty_cache, logits
 
@@ -62,12 +63,12 @@ class Knobs:
 
 
 class Programs(NamedTuple):
-    """`axis` below is the cache array's column axis: 2, or 3 for keys stored by column (`key_axis`).
+    """The pool's cache may hold its keys in blocks (see models.attention.to_blocks); prompt caches do not.
 
     prefill(params, tokens [n, P], lengths [n]) -> prompt caches, the `arrays` of a Cache of P columns, right-aligned.
-    insert(array, prompts, source int32 [B], chosen bool [B], end, axis) -> array with prompt rows copied to the
+    insert(array, prompts, source int32 [B], chosen bool [B], end) -> array with prompt rows copied to the
       columns before `end`; donates the array.
-    rebase(array, rows int32 [B'] | None, shift, window, axis) -> array of B' rows and another window, whose
+    rebase(array, rows int32 [B'] | None, shift, window) -> array of B' rows and another window, whose
       column c is column c + shift of the old one. One layer at a time, so a move never doubles the cache.
     decode(params, cache, rows, knobs, steps, refill_at) -> (cache, tokens [chunk, B], logps, emitted [B]).
     new_cache(rows, window) -> zeroed cache. keys(seed, step, problem [B], sample [B]) -> uint32 [B, 2].
@@ -81,7 +82,6 @@ class Programs(NamedTuple):
     new_cache: Any
     keys: Any
     score: Any
-    key_axis: int
 
 
 @functools.lru_cache(maxsize=8)  # samplers after each other in one process share what is traced and compiled
@@ -102,39 +102,45 @@ def build_programs(
       attention: implementation for the prefill and score. fused: whether the parameters are (see
         sampling_layout). cache_sharding: NamedSharding of the [B, K, ...] cache arrays, or None.
       cache_dtype: of keys and values, default `dtype`; int8 adds scales (see models.decoder.Cache).
-      platform: "cpu", "gpu" or "tpu", default the one jax runs on. On a CPU keys are stored by column,
+      platform: "cpu", "gpu" or "tpu", default the one jax runs on. On a CPU keys are stored in blocks,
         because its kernels transpose operands slowly; `sampling_layout(untie=True)` is for the same reason.
     """
     platform = platform or jax.default_backend()
     on_cpu = platform == "cpu"
-    key_axis = 3 if on_cpu else 2
     cache_dtype = cache_dtype or dtype
-    model = Decoder(
-        config, dtype=dtype, scan_layers=False, fused=fused, attention=attention, key_columns=on_cpu
-    )
+    model = Decoder(config, dtype=dtype, scan_layers=False, fused=fused, attention=attention)
 
     def place(array):
         return array if cache_sharding is None else lax.with_sharding_constraint(array, cache_sharding)
 
     def prefill(params, tokens, lengths):
         n, P = tokens.shape
-        cache = empty_cache(config, n, P, cache_dtype, key_columns=on_cpu).replace(start=P - lengths)
+        cache = empty_cache(config, n, P, cache_dtype).replace(start=P - lengths)
         positions = jnp.maximum(jnp.arange(P)[None] - (P - lengths)[:, None], 0)
         return model.apply({"params": params}, tokens, positions, None, cache)[1].arrays
 
-    def insert(array, prompts, source, chosen, end, axis):
-        P = prompts.shape[axis]
-        old = lax.dynamic_slice_in_dim(array, end - P, P, axis)
+    def insert(array, prompts, source, chosen, end):
+        P = prompts.shape[2]
+        if array.ndim == 5:  # the blocks that hold these columns, as columns
+            n = array.shape[4]
+            blocks = min((P + n - 2) // n + 1, array.shape[2])
+            first = jnp.minimum((end - P) // n, array.shape[2] - blocks)
+            part = from_blocks(lax.dynamic_slice_in_dim(array, first, blocks, 2))
+            part = to_blocks(insert(part, prompts, source, chosen, end - first * n), n)
+            return place(lax.dynamic_update_slice_in_dim(array, part, first, 2))
+        old = lax.dynamic_slice_in_dim(array, end - P, P, 2)
         new = jnp.where(jnp.expand_dims(chosen, range(1, array.ndim)), prompts[source], old)
-        return place(lax.dynamic_update_slice_in_dim(array, new, end - P, axis))
+        return place(lax.dynamic_update_slice_in_dim(array, new, end - P, 2))
 
-    def rebase(array, rows, shift, window, axis):
+    def rebase(array, rows, shift, window):
         array = array if rows is None else array[rows]
-        sides = [(window, window) if i == axis else (0, 0) for i in range(array.ndim)]
-        return place(lax.dynamic_slice_in_dim(jnp.pad(array, sides), window + shift, window, axis))
+        if array.ndim == 5:
+            return place(to_blocks(rebase(from_blocks(array), None, shift, window)))
+        sides = [(window, window) if i == 2 else (0, 0) for i in range(array.ndim)]
+        return place(lax.dynamic_slice_in_dim(jnp.pad(array, sides), window + shift, window, 2))
 
     def new_cache(rows, window):
-        cache = empty_cache(config, rows, window, cache_dtype, key_columns=on_cpu)
+        cache = empty_cache(config, rows, window, cache_dtype, key_blocks=on_cpu)
         return cache.with_arrays(jax.tree.map(place, cache.arrays))
 
     def score(params, tokens):
@@ -156,6 +162,7 @@ def build_programs(
         truncation = {}
         if knobs.top_k is not None:
             truncation = {n: spread(getattr(knobs, n)) for n in ("top_k", "top_p", "min_p")}
+        is_end = jnp.any(jnp.arange(config.vocab_size)[:, None] == knobs.eos, axis=-1)  # [V]
         is_eos = lambda token: jnp.any(token[:, None] == knobs.eos[None], axis=-1)  # noqa: E731
 
         def cond(carry):
@@ -170,7 +177,7 @@ def build_programs(
             z = logits(params, hidden[:, 0])
             if knobs.bias is not None:
                 z = z + knobs.bias
-            z = _hold_back_eos(z, knobs.eos, rows.count + i < rows.min_count)
+            z = jnp.where((rows.count + i < rows.min_count)[:, None] & is_end, -jnp.inf, z)
             u = uniforms(rows.keys, rows.count + i)
             token, logp = draw(z, u, spread(knobs.temperature), **truncation)
             tokens = lax.dynamic_update_slice(tokens, token[None], (i, 0))
@@ -198,13 +205,12 @@ def build_programs(
         options = known_options(tuple(TPU_OPTIONS.items()), next(iter(devices)))
     return Programs(
         prefill=jax.jit(prefill),
-        insert=jax.jit(insert, donate_argnums=0, static_argnames="axis"),
-        rebase=jax.jit(rebase, static_argnames=("window", "axis")),
+        insert=jax.jit(insert, donate_argnums=0),
+        rebase=jax.jit(rebase, static_argnames="window"),
         decode=jax.jit(decode, donate_argnums=1, compiler_options=options),
         new_cache=jax.jit(new_cache, static_argnums=(0, 1)),
         keys=jax.jit(sample_keys),
         score=jax.jit(score),
-        key_axis=key_axis,
     )
 
 
@@ -225,13 +231,3 @@ def known_options(options: tuple[tuple[str, str], ...], device) -> dict[str, str
                 raise
             log.warning("sampler: this compiler has no option %s; decoding will read the cache more often", name)
     return known
-
-
-def _hold_back_eos(z, eos, held):
-    """Set the end tokens' logits to -inf in the rows where `held`; z: [B, V], held: bool [B]."""
-
-    def mask(z):
-        column = jnp.any(jnp.arange(z.shape[-1])[:, None] == eos[None], axis=-1)
-        return jnp.where(held[:, None] & column[None], -jnp.inf, z)
-
-    return lax.cond(jnp.any(held), mask, lambda z: z, z)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.attention import attend, attend_packed, segment_mask
+from models.attention import attend, attend_packed, from_blocks, segment_mask, to_blocks, write_keys
 
 
 def reference(q, k, v, segment_ids):
@@ -40,8 +40,8 @@ def test_xla_matches_numpy(N, K):
     assert np.abs(out - reference(q, k, v, segment_ids))[real].max() < 1e-5
 
 
-@pytest.mark.parametrize("key_columns", [False, True])
-def test_int8_keys_and_values_match_numpy(key_columns):
+@pytest.mark.parametrize("blocks", [False, True])
+def test_int8_keys_and_values_match_numpy(blocks):
     q, k, v, segment_ids = random_inputs(19, 4, 2, 8)
     size = np.logspace(-1, 1, 19)[:, None, None]  # every token and head needs its own scale
     quantised = []
@@ -52,10 +52,30 @@ def test_int8_keys_and_values_match_numpy(key_columns):
     expected = reference(q, k * of_k[..., None], v * of_v[..., None], segment_ids)
     with jax.default_matmul_precision("highest"):
         scales = [s.transpose(0, 2, 1).astype(np.float32) for s in (of_k, of_v)]
-        k = k.transpose(0, 2, 3, 1) if key_columns else k.transpose(0, 2, 1, 3)
-        out = attend(q, k, v.transpose(0, 2, 1, 3), segment_mask(segment_ids), key_columns, scales)
+        k = k.transpose(0, 2, 1, 3)
+        k = to_blocks(k, 1) if blocks else k
+        out = attend(q, k, v.transpose(0, 2, 1, 3), segment_mask(segment_ids), scales)
     assert out.dtype == q.dtype and np.isfinite(out).all()
     assert np.abs(out - expected)[segment_ids > 0].max() < 1e-4  # of values up to 30
+
+
+@pytest.mark.parametrize("S, n", [(96, 32), (12, 4), (7, 1)])
+def test_keys_in_blocks_are_the_same_keys(S, n):
+    """Written one column or several at a time, at any place, and attended to."""
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(2, 3, S, 8)).astype(np.float32)
+    blocks = to_blocks(plain)
+    assert blocks.shape == (2, 3, S // n, 8, n)
+    np.testing.assert_array_equal(from_blocks(blocks), plain)
+    for end, T in ((0, 1), (S - 1, 1), (S // 2, 1), (S // 2 - 1, 3), (0, S)):
+        new = rng.normal(size=(2, 3, T, 8)).astype(np.float32)
+        plain[:, :, end : end + T] = new
+        blocks = write_keys(blocks, new, end)
+        np.testing.assert_array_equal(from_blocks(blocks), plain)
+    q, v = rng.normal(size=(2, 2, 6, 8)).astype(np.float32), rng.normal(size=plain.shape).astype(np.float32)
+    mask = np.arange(S) < np.array([[S // 2], [S]])[:, :, None]
+    mask = np.broadcast_to(mask, (2, 2, S))
+    np.testing.assert_allclose(attend(q, blocks, v, mask), attend(q, plain, v, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_implementation():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.attention import from_blocks
 from models.config import DecoderConfig, from_hf
 from models.decoder import (
     Decoder,
@@ -180,29 +181,29 @@ def test_prefill_and_decode_match_the_full_forward(family, form, chunks):
         assert np.abs(got[b] - expected[b, : len(got[b])]).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("form, key_columns", [("scanned", False), ("fused", True)])
-def test_an_int8_cache_holds_the_exact_one_quantised(form, key_columns):
+@pytest.mark.parametrize("form, key_blocks", [("scanned", False), ("fused", True)])
+def test_an_int8_cache_holds_the_exact_one_quantised(form, key_blocks):
     config = DecoderConfig(64, 32, 48, 3, 4, 2, 16, qk_norm=True, model_type="qwen3", init_std=0.25)
     model, own = in_form(form, config, init_params(config, jax.random.key(1)))
-    model = model.clone(key_columns=key_columns)
     tokens = random_tokens(config, ROWS, 12)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)
     out, caches = {}, {}
     for dtype in (jnp.float32, jnp.int8):
-        cache, parts = empty_cache(config, ROWS, 14, dtype, FORMS[form]["scan_layers"], key_columns), []
+        cache, parts = empty_cache(config, ROWS, 14, dtype, FORMS[form]["scan_layers"], key_blocks), []
         for at, to in ((0, 7), (7, 8), (8, 12)):
             part, cache = _cached(model, own, tokens[:, at:to], positions[:, at:to], cache)
             parts.append(part)
         out[dtype], caches[dtype] = np.concatenate(parts, axis=1), cache
     exact, int8 = caches[jnp.float32], caches[jnp.int8]
-    for i, axis in enumerate((-2 if key_columns else -1, -1)):
+    for i in range(2):
         for layer in range(config.num_layers):
-            want = np.asarray(exact.arrays[i][layer], np.float64)
-            q, scale = np.asarray(int8.arrays[i][layer]), np.asarray(int8.scales[i][layer])
-            assert q.dtype == np.int8 and not scale[..., 12:].any() and (np.abs(q).max(axis)[..., :12] == 127).all()
-            got = q * np.expand_dims(scale.astype(np.float64), axis)
+            arrays = exact.arrays[i][layer], int8.arrays[i][layer]
+            want, q = map(np.asarray, map(from_blocks, arrays) if key_blocks and i == 0 else arrays)
+            want, scale = want.astype(np.float64), np.asarray(int8.scales[i][layer])
+            assert q.dtype == np.int8 and not scale[..., 12:].any() and (np.abs(q).max(-1)[..., :12] == 127).all()
+            got = q * scale.astype(np.float64)[..., None]
             if layer == 0:  # of the same inputs: exact to half a step
-                step = np.abs(want).max(axis, keepdims=True) / 127
+                step = np.abs(want).max(-1, keepdims=True) / 127
                 assert (np.abs(got - want) <= 0.5001 * step).all()
             assert np.abs(got - want).max() < 0.05 * np.abs(want).max()  # later ones see rounded attention
     assert 1e-4 < np.abs(out[jnp.int8] - out[jnp.float32]).max() < 0.03 * np.abs(out[jnp.float32]).max()
