@@ -36,7 +36,6 @@ from jaxrl.learner.learner import Learner
 from jaxrl.learner.state import HOST
 from jaxrl.learner.update import abstract_batch
 from jaxrl.rollout.device import bucket
-from jaxrl.rollout.placement import place
 from jaxrl.rollout.programs import Knobs, Rows
 from jaxrl.runtime import cli, hardware, tpu_compiler
 from jaxrl.runtime import mesh as meshes
@@ -106,8 +105,8 @@ def _learner_programs(config, learner: Learner, mesh, state, reference: float) -
 
 def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[Program]:
     sampler = build.sampler(config, decoder, types.SimpleNamespace(eos_ids=(0, 1)), mesh)
-    placement = sampler.placement or place(decoder, mesh)
-    run, slots, chunk, width = sampler.programs, sampler.slots, sampler.chunk, sampler.windows[-1]
+    placement, run = sampler.placement, sampler.programs
+    slots, chunk, width = sampler.slots, sampler.chunk, sampler.windows[-1]
     on_host = NamedSharding(placement.mesh, P())
     array = lambda d, *shape: jax.ShapeDtypeStruct(shape, d, sharding=on_host)  # noqa: E731
 
