@@ -248,9 +248,12 @@ class Run:
             index, sample = int(s.request[slot]), int(s.sample[slot])
             pieces = self.pieces[index][sample]
             new = len(pieces[0][-1])
-            cut = _first_stop(np.concatenate(pieces[0]), new, self.requests[index].stop)
+            request = self.requests[index]
+            begun = request.prompt[len(request.prompt) - request.done :]  # a stop sequence may lie across the cut
+            tokens = np.concatenate([begun, *pieces[0]])
+            cut = _first_stop(tokens, new, request.stop)
             if cut is not None:
-                drop = sum(map(len, pieces[0])) - cut
+                drop = len(tokens) - cut
                 for part in pieces:
                     part[-1] = part[-1][: new - drop]
                 self.stats.tokens -= int(drop)

@@ -162,6 +162,19 @@ def test_stop_sequences_end_a_completion_after_their_last_token():
     assert cut.finish == "stop"
 
 
+def test_a_stop_sequence_that_began_before_the_cut_ends_the_completion():
+    request = tiny.requests()[0]
+    sample, full = max(enumerate(baseline()[0]), key=lambda pair: pair[1].length)
+    for at in range(2, full.length - 1):
+        stop = tuple(int(t) for t in full.tokens[at - 1 : at + 1])
+        if next(i for i in range(full.length) if tuple(full.tokens[i : i + 2]) == stop) == at - 1:
+            break  # one that does not occur before
+    prompt = np.concatenate([request.prompt, full.tokens[:at]])
+    one = dict(prompt=prompt, samples=1, max_tokens=request.limits[sample] - at, first_sample=sample, done=at, step=0)
+    ((rest,),) = generate([dataclasses.replace(request, **one, stop=(stop,))])
+    assert rest.tokens.tolist() == [full.tokens[at]] and rest.finish == "stop" and len(rest.logprobs) == 1
+
+
 def test_the_callback_sees_every_token_in_order_and_may_stop():
     seen = {}
 
