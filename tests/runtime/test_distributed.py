@@ -6,13 +6,16 @@ import socket
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import build
 from jaxrl.errors import UserError
 from jaxrl.runtime import distributed, manifest
 from jaxrl.runtime.checkpoint import restore
+from jaxrl.runtime.config import base_config
 
 PRELUDE = """
 import os, sys
@@ -71,6 +74,20 @@ def test_one_process_needs_no_partner(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     with pytest.raises(UserError, match="needs all of JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES"):
         distributed.initialize()
+
+
+def test_the_heartbeat_of_the_config_reaches_jax(monkeypatch):
+    """The tests below wait longer than it takes: with jax's own 100 s the other process ends after about 70."""
+    seen = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: seen.append((args, options)))
+    for key, value in (("COORDINATOR_ADDRESS", "127.0.0.1:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+        monkeypatch.setenv(f"JAX_{key}", value)
+    config = base_config()
+    config.distributed, config.compilation_cache, config.watchdog.heartbeat = True, False, 7
+    build.start_backend(config)
+    [(args, options)] = seen
+    assert args == ("127.0.0.1:1", 2, 0)
+    assert options == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 21}
 
 
 GATHER_AND_SAVE = """
