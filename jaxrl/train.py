@@ -13,6 +13,7 @@ import time
 from jaxrl import build, sft
 from jaxrl.batch import kl_in_reward, make_batches, sample_rows
 from jaxrl.collect import Collector, sampling_settings
+from jaxrl.errors import UserError
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.performance import performance
@@ -112,6 +113,9 @@ def train(config) -> int:
                 if nonfinite.must_roll_back(in_a_row, config.nonfinite.max_in_a_row, rollbacks, step, run.root):
                     state, ahead, rollbacks = None, collector.position, rollbacks + 1  # frees the memory first
                     found = checkpoints.restore(learner.abstract_state())
+                    if not found:
+                        raise UserError(f"step {step}: {in_a_row} updates in a row were not finite, and no checkpoint "
+                                        f"could be saved in {run.root} to go back to")
                     console.note(f"{in_a_row} updates in a row were not finite: back from step {step} to {found.step}")
                     state, step = found.arrays, found.step
                     collector.restore(found.host["collector"])

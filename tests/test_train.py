@@ -481,6 +481,13 @@ def test_after_too_many_in_a_row_the_run_goes_back_once_and_on_with_other_proble
     assert host["rollbacks"] == 1 and host["collector"]["position"] == 7 * 4  # nothing was drawn twice
 
 
+def test_without_a_checkpoint_there_is_no_way_back(tmp_path, dial_model, monkeypatch):
+    poison(monkeypatch, lambda index, time, u: True)
+    monkeypatch.setattr("jaxrl.runtime.checkpoint.Checkpointer.save", lambda *args, **kwargs: None)  # a full disk
+    with pytest.raises(UserError, match="step 1: 1 updates in a row .* no checkpoint could be saved in"):
+        train.train(tiny(tmp_path, {"steps": 3, "nonfinite.max_in_a_row": 1}, dial_model))
+
+
 def test_the_second_time_it_stops(tmp_path, dial_model, monkeypatch):
     seen = poison(monkeypatch, lambda index, time, u: index == 1)
     changes = {"steps": 4, "nonfinite.max_in_a_row": 1, "checkpoint.every": 1}
