@@ -246,7 +246,9 @@ def test_ctrl_c_leaves_the_command_the_time_to_save(tmp_path):
         "def stop(*_):\n    time.sleep(1)\n    pathlib.Path(sys.argv[1]).touch()\n    sys.exit(130)\n"
         "signal.signal(signal.SIGINT, stop)\nprint('ready', flush=True)\ntime.sleep(60)\n"
     )
-    runs = f"from jaxrl.study import run_apart\nimport sys\nrun_apart([sys.executable, '-c', {saves!r}, sys.argv[1]])"
+    # A shell that starts the tests in the background has them ignore the signal; the study must not inherit that.
+    hears = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    runs = f"{hears}from jaxrl.study import run_apart\nrun_apart([sys.executable, '-c', {saves!r}, sys.argv[1]])"
     command = [sys.executable, "-c", runs, str(tmp_path / "saved")]
     both = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
