@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import logging
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl.rollout.engine import Request, Sampling, bucket
+from jaxrl.rollout.programs import build_programs
+from models.attention import from_blocks, to_blocks
 from tests.rollout import tiny
 
 
@@ -324,3 +327,22 @@ def test_background_requests_fill_slots_and_wait_for_nobody():
         np.testing.assert_array_equal(got.tokens, whole.tokens[: got.length])
         assert got.finish == (whole.finish if got.length == whole.length else "partial")
     assert {c.finish for g in generate(requests, background=6) for c in g} == {"partial"}  # nothing must be finished
+
+
+@pytest.mark.parametrize("S, P", [(96, 32), (96, 33), (64, 64), (24, 5)])
+def test_prompts_and_windows_move_alike_in_blocks_and_in_columns(S, P):
+    """At every end, the window's last column too."""
+    programs, rng = build_programs(tiny.CONFIG, jnp.float32, 8, platform="cpu"), np.random.default_rng(0)
+    pool, prompts = (rng.normal(size=(n, 2, w, 8)).astype(np.float32) for n, w in ((3, S), (2, P)))
+    source, chosen = np.array([1, 0, 1], np.int32), np.array([True, False, True])
+    for end in range(P, S + 1):
+        plain = programs.insert(jnp.array(pool), prompts, source, chosen, np.int32(end))
+        blocks = programs.insert(to_blocks(jnp.array(pool)), prompts, source, chosen, np.int32(end))
+        np.testing.assert_array_equal(from_blocks(blocks), plain)
+    expected = pool.copy()
+    expected[[0, 2], :, S - P :] = prompts[1]
+    np.testing.assert_array_equal(plain, expected)
+    rows = np.array([2, 0], np.int32)
+    for shift, window in ((0, S), (3, S), (-5, S), (0, S // 2), (P, 2 * S)):
+        move = [programs.rebase(a, rows, np.int32(shift), window=window) for a in (plain, blocks)]
+        np.testing.assert_array_equal(from_blocks(move[1]), move[0])
