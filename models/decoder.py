@@ -99,10 +99,10 @@ def rotate(x, sin, cos, by_product: bool = False):
     """
     if by_product:
         half = np.eye(x.shape[-1] // 2, dtype=np.float32)
-        x = x.astype(jnp.float32)
-        swapped = project(x, np.block([[0 * half, half], [-half, 0 * half]]))
+        y = x.astype(jnp.float32)
+        swapped = project(y, np.block([[0 * half, half], [-half, 0 * half]]))
         sin, cos = (jnp.concatenate([a, a], axis=-1) for a in (sin, cos))
-        return (x * cos + swapped * sin).astype(x.dtype)
+        return (y * cos + swapped * sin).astype(x.dtype)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 

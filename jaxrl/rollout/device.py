@@ -23,7 +23,7 @@ def bucket(n: int, base: int, per_octave: int = 4) -> int:
     return -(-n // step) * step
 
 
-def make_knobs(sampler: Sampler, sampling: Sampling) -> tuple[Knobs, tuple[bool, bool]]:
+def make_knobs(sampler: Sampler, sampling: Sampling) -> tuple[Knobs, tuple[str, ...]]:
     """The traced settings, and which decode program they need: () or some of "truncated", "biased"."""
     V, bias = sampler.config.vocab_size, None
     if sampling.bias is not None:

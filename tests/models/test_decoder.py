@@ -21,6 +21,7 @@ from models.decoder import (
     init_params,
     logits,
     project,
+    rotate,
     sampling_layout,
 )
 from models.tokenizers import load_tokenizer
@@ -207,6 +208,16 @@ def test_an_int8_cache_holds_the_exact_one_quantised(form, key_blocks):
                 assert (np.abs(got - want) <= 0.5001 * step).all()
             assert np.abs(got - want).max() < 0.05 * np.abs(want).max()  # later ones see rounded attention
     assert 1e-4 < np.abs(out[jnp.int8] - out[jnp.float32]).max() < 0.03 * np.abs(out[jnp.float32]).max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotation_by_a_product_is_the_same_rotation(dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 16), dtype)
+    angle = jax.random.uniform(jax.random.key(1), (2, 3, 1, 8)) * 100
+    plain, product = (rotate(x, jnp.sin(angle), jnp.cos(angle), by_product=by) for by in (False, True))
+    assert product.dtype == plain.dtype == dtype
+    wide = (a.astype(jnp.float32) for a in (product, plain))
+    np.testing.assert_allclose(*wide, rtol=1e-5 if dtype == jnp.float32 else 1e-2, atol=1e-6)
 
 
 def test_packed_segments_match_separate_rows(family):
