@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.maspo import MASPO_DEFAULTS, maspo_gate, maspo_loss
 
 # rho, pi_old, A, sigma, F, F * rho for alpha .3, beta .03, sigma_base 1, all clamps on; sigma None where
@@ -41,9 +42,8 @@ def _loss_and_slope(rho, pi_old, advantage, **constants):
         )
 
         def total(x):
-            loss = maspo_loss(
-                x[None], old[None], adv[None], ones[None], ones[None], {**MASPO_DEFAULTS, **constants}
-            )[0]
+            inputs = LossInputs(x[None], old[None], adv[None], ones[None], ones[None])
+            loss = maspo_loss(inputs, {**MASPO_DEFAULTS, **constants})[0]
             return jnp.sum(loss), loss[0]
 
         (_, loss), slope = jax.value_and_grad(total, has_aux=True)(logp)
