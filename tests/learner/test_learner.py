@@ -55,8 +55,8 @@ def test_records_of_updates_become_means_maxima_and_a_count():
 def distance_loss(inputs, hyper):
     """Looks at all a loss may look at."""
     tokens = guarded(inputs)
-    sums = token_stats(tokens, token_ratio(tokens, hyper), reference=(tokens.logp - tokens.ref_logp) ** 2,
-                       drift=(tokens.logp - tokens.old_logp) ** 2, mismatch=(tokens.old_logp - tokens.sampler_logp) ** 2)
+    reference, drift = ((tokens.logp - x) ** 2 for x in (tokens.ref_logp, tokens.old_logp))
+    sums = token_stats(tokens, token_ratio(tokens, hyper), reference=reference, drift=drift)
     return jax.lax.stop_gradient(tokens.entropy) * (tokens.logp - tokens.ref_logp - 1) ** 2, sums
 
 
