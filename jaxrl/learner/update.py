@@ -32,9 +32,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.algorithms.aggregation import aggregate
-from jaxrl.algorithms.correction import CORRECTIONS, Correction, effective_mask, mismatch_stats
+from jaxrl.algorithms.correction import CORRECTIONS, effective_mask, mismatch_stats
 from jaxrl.algorithms.entropy import entropy_advantages, entropy_bonus
-from jaxrl.algorithms.hyper import resolve
+from jaxrl.algorithms.hyper import Method, resolve
 from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.kl import kl_estimate
 from jaxrl.algorithms.losses import LOSSES, Loss
@@ -107,7 +107,7 @@ class Parts:
     objective: Objective
     loss: Loss
     loss_hyper: Mapping
-    correction: Correction
+    correction: Method
     correction_hyper: Mapping
     optimizer: Optimizer
     model: Decoder

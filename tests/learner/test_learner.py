@@ -1,10 +1,13 @@
 """From the configuration to the learner's objective and optimizer, and from the records of updates to one record."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.algorithms.hyper import Number
 from jaxrl.algorithms.inputs import guarded, token_ratio, token_stats
 from jaxrl.algorithms.losses import LOSSES, Loss
 from jaxrl.learner.learner import Learner, combine, needs_reference, objective, optimizer
@@ -63,7 +66,7 @@ def distance_loss(inputs, hyper):
 def test_a_loss_gets_the_reference_it_asks_for_and_nothing_else_gets_one(monkeypatch):
     """Over two steps of two updates: the reference is the model at the beginning of the run, old log-probs are those
     at the beginning of the step, and a loss that does not say what it needs fails at once instead of seeing zeros."""
-    entry = Loss(distance_loss, {"log_ratio_clamp": 20.0}, "token-mean", needs=("ref_logp",))
+    entry = Loss(distance_loss, {"log_ratio_clamp": Number(20.0)}, "token-mean", needs=("ref_logp",))
     monkeypatch.setitem(LOSSES, "distance", entry)
     config = base_config()
     assert not needs_reference(config)
@@ -83,7 +86,7 @@ def test_a_loss_gets_the_reference_it_asks_for_and_nothing_else_gets_one(monkeyp
     # the mean over a step's two updates: where it began, and where the first update had moved it
     assert sums[0]["policy/reference"] == pytest.approx(sums[0]["policy/drift"])
     assert sums[1]["policy/reference"] > found[1] / 2
-    monkeypatch.setitem(LOSSES, "distance", entry._replace(needs=()))
+    monkeypatch.setitem(LOSSES, "distance", dataclasses.replace(entry, needs=()))
     config.algorithm.loss_hyper.distance.log_ratio_clamp = 19.0  # another objective, so other programs
     with pytest.raises(TypeError):
         Learner(config, decoder, mesh).programs.update.lower(state, batch)
