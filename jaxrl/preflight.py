@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl import build
 from jaxrl.batch import most_rows, row_lengths
 from jaxrl.errors import UserError
-from jaxrl.learner.learner import Learner
+from jaxrl.learner.learner import Learner, needs_reference
 from jaxrl.learner.state import HOST
 from jaxrl.learner.update import abstract_batch
 from jaxrl.rollout.device import bucket
@@ -81,7 +81,7 @@ def programs(config, decoder, mesh) -> list[Program]:
     """The programs of a run on `mesh`, as training would build them."""
     learner = Learner(config, decoder, mesh)
     state = learner.abstract_state()
-    reference = _bytes(state.params) if config.algorithm.kl_coef else 0
+    reference = _bytes(state.params) if needs_reference(config) else 0
     lives = _bytes(state) + reference
     return [
         *_sampler_programs(config, decoder, mesh, state.params, lives),
@@ -98,7 +98,7 @@ def _learner_programs(config, learner: Learner, mesh, state, reference: float) -
     most = -(-most_rows(config, math.ceil(sequences)) // rows)
     batch = abstract_batch(mesh, (most, rows, row), rows // shards * row)
     updates, work = b.updates * b.epochs, micro * rows * row
-    scores = updates * ((not learner.objective.on_policy) + bool(config.algorithm.kl_coef))
+    scores = updates * ((not learner.objective.on_policy) + needs_reference(config))
     if scores:
         lower = lambda: learner.programs.score.lower(state.params, batch)  # noqa: E731
         resident = _bytes(state) - _bytes(state.params) + reference

@@ -79,7 +79,7 @@ def test_collectives_of_the_update(two):
         for shape in shapes:
             assert not (shape[-1:] == [V] or shape[-1:] == [V // 2] and len(shape) > 1 and shape[0] > D), (kind, shape)
     # 3 layers x 2 x 7 + head, embedding, token ids, hidden; a newer compiler may do with fewer
-    pinned = {"all-gather": 46, "all-reduce": 31, "reduce-scatter": 1, "all-to-all": 2, "collective-permute": 1}
+    pinned = {"all-gather": 46, "all-reduce": 34, "reduce-scatter": 1, "all-to-all": 2, "collective-permute": 1}
     assert counts.keys() <= pinned.keys() and all(n <= pinned[kind] for kind, n in counts.items()), counts
     assert counts["reduce-scatter"] == 1 and counts["all-to-all"] == 2  # head gradient; embedding there and back
 
