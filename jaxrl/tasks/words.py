@@ -2,16 +2,16 @@
 
     words                               training problems
     words:split=test:count=256          held-out ones; a hash of the question decides which those are
-    words:kind=other                    problems of other kinds (rectangles, sequences, clocks, percentages): out of domain
+    words:kind=other                    other kinds, out of domain: rectangles, sequences, clocks, percentages
     words:split=demos:budgets=exact     training problems with worked solutions, half of them asked for in a length
 
     Ana has 23 shells. Ben gives her 18 more, and then she gives 9 to Cleo. How many shells does Ana have now?
     23 + 18 = 41. 41 - 9 = 32. The answer is \\boxed{32}.
 
-Settings: split (train, test, demos), kind (sums, other), count, seed, most (the largest number drawn, which sets how hard
-the arithmetic is), budgets (none, exact, max: what demonstrations are asked for). Every problem has one to three steps
-and a whole number as its answer. A row holds id, problem, answer, solution, kind, steps and, with a budget, budget and
-mode.
+Settings: split (train, test, demos), kind (sums, other), count, seed, most (the largest number drawn: how hard the
+arithmetic is), budgets (none, exact, max: what demonstrations are asked for). A problem has one to three steps and a
+whole number as its answer. A row holds id, problem, answer, solution, kind, steps and, if demonstrations are asked
+for in a length, mode.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def _stock(d: _Draw) -> Worked:
     return Worked(
         f"A shop has {boxes} boxes of {each} {d.thing}. It sells {sold // rows} {d.thing} on each of {rows} days. "
         f"How many {d.thing} are left?",
-        [(f"{d.thing} at first", f"{boxes} * {each}", boxes * each), (f"{d.thing} sold", f"{sold // rows} * {rows}", sold),
+        [(f"{d.thing} at first", f"{boxes} * {each}", boxes * each),
+         (f"{d.thing} sold", f"{sold // rows} * {rows}", sold),
          (f"{d.thing} left", f"{boxes * each} - {sold}", boxes * each - sold)],
     )  # fmt: skip
 
@@ -201,7 +202,8 @@ def _clock(d: _Draw) -> Worked:
     return Worked(
         f"A film lasts {hours} hours and {minutes} minutes. {d.a} has seen {spent} minutes of it. "
         "How many minutes are left?",
-        [("minutes of whole hours", f"60 * {hours}", 60 * hours), ("minutes of the film", f"{60 * hours} + {minutes}", total),
+        [("minutes of whole hours", f"60 * {hours}", 60 * hours),
+         ("minutes of the film", f"{60 * hours} + {minutes}", total),
          ("minutes left", f"{total} - {spent}", total - spent)],
     )  # fmt: skip
 
