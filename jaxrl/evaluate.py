@@ -35,10 +35,17 @@ from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
 from jaxrl.evaluation.identity import model_identity
-from jaxrl.evaluation.lengths import MODES, forced_generate, generation_cap, length_metrics, sweep_metrics
+from jaxrl.evaluation.lengths import (
+    MODES,
+    forced_generate,
+    generation_cap,
+    length_metrics,
+    length_profile,
+    sweep_metrics,
+)
 from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
 from jaxrl.evaluation.server import Server, ask
-from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
+from jaxrl.evaluation.tables import accuracy_table, length_table, profile_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
@@ -309,7 +316,7 @@ def run(job: Job, answer: Callable, identity: dict, flags: dict, out: pathlib.Pa
     row = {"name": job.name, "data": job.data.name, "step": job.step, "budget": job.budget, "max_tokens": job.limit}
     row |= {"template": job.data.template, "grader": job.data.grader_version}
     row |= {"mode": job.mode if job.budget else job.problems[0].mode, **summarize(records)}
-    return row | length_metrics(records, flags["soft_tolerance"])
+    return row | length_metrics(records, flags["soft_tolerance"]) | length_profile(records)
 
 
 class Store:
@@ -376,6 +383,8 @@ def write_results(out: pathlib.Path, results: list[dict], info: dict, flags: dic
             swept.setdefault(key, []).append(row)
     sweeps = {name: sweep_metrics(rows) for name, rows in swept.items()}
     report = accuracy_table(results)
+    if profiled := [r for r in results if "by_length" in r]:
+        report += "\n" + profile_table(profiled)
     if budgeted := [r for r in results if "mean_error" in r]:
         report += "\n" + length_table(budgeted)
     if sweeps:
