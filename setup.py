@@ -17,6 +17,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "grain>=0.2",
+        "httpx",
         "ml-collections>=1.0",
         "absl-py",
         "numpy",

@@ -38,9 +38,10 @@ def start_backend(config) -> None:
         cli.use_compilation_cache()
 
 
-def mesh(config):
-    """The device mesh of config.mesh over all devices."""
-    return meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh(config, devices=None):
+    """The device mesh of config.mesh over `devices`, default all of them."""
+    m = config.mesh
+    return meshes.make_mesh(m.data, m.fsdp, m.tensor, devices, m.slices)
 
 
 def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
