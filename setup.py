@@ -30,6 +30,7 @@ setup(
         "math-verify>=0.8",
         "pyarrow",
         "rich",
+        "scipy",
         "tensorboardX",
         "matplotlib",
     ],
