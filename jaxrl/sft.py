@@ -131,6 +131,8 @@ def warm_start(config, decoder, mesh, params, tokenizer, note=print):
             loss = combine(jax.device_get(records))["loss"]
             note(f"warm start {i}/{s.steps}  loss {loss:.3f} nats/token")
             records = []
+    if skipped := int(state.skipped):
+        note(f"warm start: {skipped} of {s.steps} updates were not finite and not applied")
     return state.params
 
 
