@@ -206,8 +206,9 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "mesh.data": (Integer(-1, 1, off=-1), "replicas; -1: whatever is left"),
     "mesh.fsdp": (Integer(1, 1, off=-1), "chips that split parameters and rows"),
     "mesh.tensor": (Integer(1, 1, off=-1), "chips that split heads, MLP and vocabulary"),
+    "mesh.slices": (Integer(1, 1), "TPU slices, or hosts of GPUs, that only `data` crosses; data is a multiple"),
     "mesh.sequence_parallel": (Flag(False), "between blocks, split tokens over the tensor axis"),
-    "topology": (_optional("a slice such as v5e:4x4"), "what preflight compiles for by default"),
+    "topology": (_optional("chips such as v5e:4x4 or h100:8"), "what preflight compiles for by default"),
     "eval.every": (Integer(20, 1), "steps"),
     "eval.problems": (Integer(512), "of the held-out ones"),
     "eval.samples": (Integer(1, 1), "completions per problem"),
@@ -397,7 +398,7 @@ def _impossible_batches(config: ConfigDict) -> Iterator[str]:
         yield "model.path is empty and config.model.shape.hidden_size is 0: give a directory or a shape"
     if config.model.path and not os.path.isdir(config.model.path):
         yield f"model.path={config.model.path!r} is not a directory"
-    if list(config.mesh.values()).count(-1) > 1:
+    if [config.mesh[axis] for axis in ("data", "fsdp", "tensor")].count(-1) > 1:
         yield "mesh: at most one of data, fsdp and tensor may be -1 (the rest)"
 
 

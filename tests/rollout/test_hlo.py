@@ -11,7 +11,7 @@ import pytest
 from jaxrl.rollout import programs as rollout_programs
 from jaxrl.rollout.device import idle_rows
 from jaxrl.rollout.programs import SamplingArrays, known_options, sampler_programs
-from jaxrl.runtime import tpu_compiler
+from jaxrl.runtime import compilers
 from models.decoder import abstract_params, sampling_layout
 from tests.rollout import tiny
 
@@ -34,7 +34,7 @@ def lower(platform: str, sharding=None):
 
 def tpu():
     """A chip to compile for."""
-    return tpu_compiler.slice_devices("v5e:2x2")[0][0]
+    return compilers.target("v5e:2x2").devices[0]
 
 
 def cache_copies(text: str, shapes) -> list[str]:
