@@ -12,7 +12,8 @@ from jaxrl.rollout import programs as sampler_programs
 from jaxrl.rollout.device import idle_rows
 from jaxrl.rollout.programs import Knobs, build_programs, known_options
 from jaxrl.runtime import tpu_compiler
-from models.decoder import abstract_params, sampling_layout
+from models.decoder import abstract_params
+from models.layout import sampling_layout
 from tests.rollout import tiny
 
 ROWS, WINDOW, STEPS = 8, 96, 16

@@ -10,7 +10,7 @@ from jaxrl.rollout import partial
 from jaxrl.rollout.engine import Request, Sampler
 from jaxrl.rollout.placement import _specs
 from models.config import from_hf
-from models.decoder import quantise, sampling_layout
+from models.layout import quantise, sampling_layout
 from models.weights import load_params
 from tests.rollout import tiny
 from tests.rollout.test_partial import LIMIT, begun
