@@ -119,9 +119,10 @@ def whole_shape(row: Weight, config: DecoderConfig) -> tuple[int, ...]:
 
 
 def kinds(params):
-    """The tree with the kind of each parameter in its place. params: (part of) a training tree, of any family."""
+    """The tree with the kind of each parameter in its place. params: (part of) a training tree, of any family; what
+    is in no table, such as an adapter, counts as MATRIX."""
     keys = lambda path: tuple(p.key for p in path)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: _KINDS[keys(path)], params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _KINDS.get(keys(path), MATRIX), params)
 
 
 def matrix_elements(config: DecoderConfig) -> tuple[int, int]:
