@@ -178,9 +178,18 @@ def assert_same_run(run_dir, reference_dir):
     # All but the writer's, which counts bytes, and timings have different lengths.
     host = [json.loads((c.path / "host.json").read_text()) for c in (ours, theirs)]
     assert len({json.dumps({k: v for k, v in h.items() if k not in ("writer", "metrics")}) for h in host}) == 1
+    blobs = [_blobs(c.path / "host.npz") for c in (ours, theirs)]
+    assert blobs[0] == blobs[1], "the arrays of the host state differ"
     samples = [{p.name: p.read_bytes() for p in (d / "samples").glob("*")} for d in runs]
     assert samples[0].keys() == samples[1].keys(), f"samples: {sorted(samples[0].keys() ^ samples[1].keys())[:4]}"
     assert samples[0] == samples[1], "samples differ"
+
+
+def _blobs(path):
+    if not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as found:
+        return {k: (str(v.dtype), v.shape, v.tobytes()) for k, v in found.items()}
 
 
 def arrays_of(path):

@@ -5,15 +5,17 @@ manifest.py. A checkpoint holds
 
   arrays   a pytree of jax or NumPy arrays (parameters, optimizer, counters, typed PRNG keys), by name and
            sharding-free: it can be restored onto any mesh, and in part
-  host     a JSON-able dict (data position, selection statistics, pending groups, metrics writer position)
+  host     a JSON-able dict (data position, selection statistics, metrics writer position)
+  blobs    a flat dict of NumPy arrays (columns of pending rollouts), whole and the same on every process
 
-`host` is written by process 0 and must be the same on every process (gather first, see distributed.py).
+`host` and `blobs` are written by process 0 and must be the same on every process (gather first, see distributed.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import logging
 import os
@@ -36,14 +38,17 @@ from jaxrl.runtime.manifest import Damaged
 
 log = logging.getLogger(__name__)
 
+BLOBS = "host.npz"
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `restore` found: step, arrays (the template's structure) and host state."""
+    """What `restore` found: step, arrays (the template's structure), host state and its NumPy arrays by name."""
 
     step: int
     arrays: Any
     host: dict
+    blobs: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Checkpointer:
@@ -77,7 +82,8 @@ class Checkpointer:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def save(self, step: int, arrays: Any, host: Mapping, metrics: Mapping | None = None) -> None:
+    def save(self, step: int, arrays: Any, host: Mapping, metrics: Mapping | None = None,
+             blobs: Mapping[str, np.ndarray] | None = None) -> None:
         """Starts a save and returns when everything has been copied from the devices; waits for the one
         before.
 
@@ -92,6 +98,7 @@ class Checkpointer:
             return
         start = time.perf_counter()
         _check_json(host, "host")
+        files = {"host.json": json.dumps(host).encode(), **({BLOBS: _npz(blobs)} if blobs else {})}
         flat = {k: _check_array(k, v) for k, v in _flatten(arrays).items()}
         numbers = {k: float(v) for k, v in (metrics or {}).items() if isinstance(v, int | float | np.number)}
         meta = {"step": step, "metrics": {k: v for k, v in numbers.items() if np.isfinite(v)},
@@ -108,13 +115,13 @@ class Checkpointer:
             self._give_up(step, tmp, e)
             return
         blocked = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._finish, args=(step, tmp, json.dumps(host), meta, start, blocked))
+        self._thread = threading.Thread(target=self._finish, args=(step, tmp, files, meta, start, blocked))
         self._thread.start()
 
-    def _finish(self, step, tmp, host, meta, start, blocked) -> None:
+    def _finish(self, step, tmp, files, meta, start, blocked) -> None:
         try:
             self._orbax.wait_until_finished()
-            self._digest_and_commit(step, tmp, host, meta)
+            self._digest_and_commit(step, tmp, files, meta)
             self._committed = step
             self.timings = {"perf/checkpoint_blocking_seconds": blocked,
                             "perf/checkpoint_seconds": time.perf_counter() - start,
@@ -122,7 +129,7 @@ class Checkpointer:
         except Exception as e:
             self._give_up(step, tmp, e)
 
-    def _digest_and_commit(self, step, tmp, host, meta) -> None:
+    def _digest_and_commit(self, step, tmp, files, meta) -> None:
         """Each process digests what it wrote; process 0 the rest, the manifest, the rename and the
         clean-up."""
         process, processes = jax.process_index(), jax.process_count()
@@ -133,7 +140,8 @@ class Checkpointer:
         error = None
         try:
             if distributed.is_main():
-                (tmp / "host.json").write_text(host)
+                for name, content in files.items():
+                    (tmp / name).write_bytes(content)
             names = [n for n in manifest.files_below(tmp) if n.startswith(mine)
                      or (process == 0 and not n.startswith("arrays/ocdbt.process_"))]
             digests = manifest.digest_files(tmp, names, sync=True)
@@ -253,7 +261,7 @@ def restore(directory: str | os.PathLike, template: Any, *, step: int | None = N
             damaged.append(f"{path.name}: {e}")
             continue
         arrays = _restore_arrays(path, meta["arrays"], template, partial)
-        return Restored(s, arrays, json.loads((path / "host.json").read_bytes()))
+        return Restored(s, arrays, json.loads((path / "host.json").read_bytes()), _read_blobs(path, meta))
     # A first checkpoint without its marker is what a kill leaves behind; damage to one that was whole is
     # another thing.
     if any("half-written" not in d for d in damaged) or (step is not None and damaged):
@@ -351,6 +359,24 @@ def _check_array(name: str, leaf: Any) -> Any:
         raise TypeError(f"checkpoint: {name} is a {type(leaf).__name__}; arrays must hold jax or NumPy "
                         "arrays, other values belong in host")
     return leaf
+
+
+def _npz(blobs: Mapping[str, np.ndarray]) -> bytes:
+    """The arrays as a file. Raises TypeError for what would come back changed (objects, bfloat16, no array)."""
+    for name, array in blobs.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufcUS":
+            kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise TypeError(f"checkpoint: blobs[{name!r}] is {kind}; need NumPy arrays of numbers, bools or text")
+    buffer = io.BytesIO()
+    np.savez(buffer, **blobs)
+    return buffer.getvalue()
+
+
+def _read_blobs(path, meta: dict) -> dict[str, np.ndarray]:
+    if BLOBS not in meta["files"]:
+        return {}
+    with np.load(io.BytesIO((path / BLOBS).read_bytes()), allow_pickle=False) as found:
+        return dict(found)
 
 
 def _check_json(value: Any, where: str) -> None:

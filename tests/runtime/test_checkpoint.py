@@ -242,6 +242,34 @@ def test_host_state_that_would_come_back_changed(tmp_path, host, message):
     assert os.listdir(tmp_path) == []
 
 
+def test_arrays_of_the_host_state_come_back_bitwise_and_are_covered_by_digests(tmp_path, caplog):
+    blobs = {"tokens": np.arange(5, dtype=np.int32), "logp": np.array([-0.0, np.nan, 1e-40], np.float32),
+             "sampled": np.array([True, False]), "none": np.zeros((0, 3), np.int64),
+             "group/finish": np.array(["eos", "ü"])}
+    with Checkpointer(tmp_path) as saver:
+        saver.save(1, state(1), {"seed": 1}, blobs=blobs)
+        blobs["tokens"][:] = 7  # the caller goes on with its arrays at once
+        saver.save(2, state(2), {"seed": 2})
+        saver.wait()
+        assert restore(tmp_path, state()).blobs == {}
+        found = restore(tmp_path, state(), step=1).blobs
+        assert found["tokens"].tolist() == [0, 1, 2, 3, 4] and found.keys() == blobs.keys()
+        for name in ("logp", "sampled", "none", "group/finish"):
+            want, have = blobs[name], found[name]
+            assert (have.dtype, have.shape, have.tobytes()) == (want.dtype, want.shape, want.tobytes()), name
+        saver.save(3, state(3), {"seed": 3}, blobs=blobs)
+        saver.wait()
+        flip(tmp_path / "00000003/host.npz")
+        assert saver.restore(state()).step == 2 and "host.npz has changed content" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [[1], np.array([{}]), np.zeros(2, jnp.bfloat16)])
+def test_arrays_of_the_host_state_that_would_come_back_changed(tmp_path, bad):
+    with Checkpointer(tmp_path) as saver, pytest.raises(TypeError, match="blobs\\['x'\\]"):
+        saver.save(1, state(), {}, blobs={"x": bad})
+    assert os.listdir(tmp_path) == []
+
+
 def test_python_scalars_are_no_arrays(tmp_path):
     with Checkpointer(tmp_path) as saver, pytest.raises(TypeError, match="lr is a float"):
         saver.save(1, {"lr": 0.1}, {})
