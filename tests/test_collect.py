@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxrl import collect
+from jaxrl.algorithms.hyper import Method
 from jaxrl.algorithms.length import LENGTH_REWARDS
-from jaxrl.algorithms.selection import SELECTIONS, Selection
+from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.batch import sample_rows, trained_completions
 from jaxrl.collect import Collector, group_from_json, group_to_json, shape_rewards, with_budget
 from jaxrl.errors import UserError
@@ -125,7 +126,7 @@ def test_samples_show_the_advantages_that_are_trained_on(advantage):
 
 
 def test_a_rule_that_only_counts_still_tells_kept_from_dropped(monkeypatch):
-    monkeypatch.setitem(SELECTIONS, "odd", Selection(lambda groups, hyper: (groups[1::2], {"even": 2}), {}))
+    monkeypatch.setitem(SELECTIONS, "odd", Method(lambda groups, hyper: (groups[1::2], {"even": 2})))
     got = make(changes={"algorithm.selection": "odd"})[0].collect(None, 0)
     assert got.reasons == ["odd", ""] * 4
     assert got.metrics["selection/dropped/odd/even"] == 4
