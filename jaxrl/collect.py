@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -199,42 +199,14 @@ class Collector:
     def _sample(self, params, batch: Rollouts, ahead: Rollouts, step: int) -> tuple[Rollouts, Rollouts]:
         """Both continued; `ahead` only as far as slots idle while the batch finishes."""
         c = self.config
-        first, then = (self._requests(r) for r in (batch, ahead))
+        limit = c.sampling.max_tokens
+        first, then = (requests(r, limit, c.sampling.carry_over, self.mean_lengths) for r in (batch, ahead))
         found = self.sampler.generate(
             params, first + then, seed=c.seed, step=step, sampling=sampling_settings(c), background=len(then)
         )
         completions = [completion for request in found for completion in request]
         n = int(batch.unfinished.sum())
-        limit = c.sampling.max_tokens
         return batch.extend(completions[:n], step, limit), ahead.extend(completions[n:], step, limit)
-
-    def _requests(self, rollouts: Rollouts) -> list[Request]:
-        """What is left to sample: one request for a group without tokens, otherwise one for each unfinished response,
-        whose tokens so far are prefilled again."""
-        limit = self.config.sampling.max_tokens
-        most = self.config.sampling.carry_over or limit  # tokens of a response in one generation batch
-        out, tokens, lengths = [], rollouts.split_tokens(), rollouts.lengths
-        begun = rollouts.group_any(lengths > 0)
-        for i in np.flatnonzero(rollouts.unfinished):
-            prompt, sample = rollouts.prompts[rollouts.group[i]], int(rollouts.sample[i])
-            expected = self.mean_lengths.get(prompt.problem.id, 0.0)
-            common = dict(key=prompt.position % 2**32, step=prompt.step)
-            if begun[rollouts.group[i]]:
-                done = int(lengths[i])
-                out.append(
-                    Request(
-                        prompt=np.concatenate([prompt.tokens, tokens[i]]),
-                        samples=1,
-                        max_tokens=min(limit - done, most),
-                        expected=max(expected, limit / 2),  # it has outlived others: start it early
-                        first_sample=sample,
-                        done=done,
-                        **common,
-                    )
-                )
-            elif sample == 0:
-                out.append(Request(prompt.tokens, prompt.samples, min(limit, most), expected=expected, **common))
-        return out
 
     def _grade(self, rollouts: Rollouts) -> Rollouts:
         """Grades for the groups without unfinished responses; the others stay as they are."""
@@ -271,6 +243,36 @@ class Collector:
                 f"step {step}: {invalid} of {total} completions could not be graded ({outcome_counts(rollouts)}), "
                 f"more than config.task.max_failures={self.config.task.max_failures}"
             )
+
+
+def requests(rollouts: Rollouts, limit: int, most: int, mean_lengths: Mapping[str, float]) -> list[Request]:
+    """What is left to sample, in the order of the unfinished responses: one request for a group without tokens,
+    otherwise one for each unfinished response, whose tokens so far are prefilled again.
+
+    limit: response tokens allowed in all. most: of them in this call, 0 = no bound. mean_lengths: guessed response
+    length of a problem id.
+    """
+    out, tokens, lengths, most = [], rollouts.split_tokens(), rollouts.lengths, most or limit
+    begun = rollouts.per_response(rollouts.group_any(lengths > 0))
+    for i in np.flatnonzero(rollouts.unfinished):
+        prompt, sample, done = rollouts.prompts[rollouts.group[i]], int(rollouts.sample[i]), int(lengths[i])
+        expected = mean_lengths.get(prompt.problem.id, 0.0)
+        common = dict(key=prompt.position % 2**32, step=prompt.step)
+        if begun[i]:
+            out.append(
+                Request(
+                    prompt=np.concatenate([prompt.tokens, tokens[i]]),
+                    samples=1,
+                    max_tokens=min(limit - done, most),
+                    expected=max(expected, limit / 2),  # it has outlived others: start it early
+                    first_sample=sample,
+                    done=done,
+                    **common,
+                )
+            )
+        elif sample == 0:
+            out.append(Request(prompt.tokens, prompt.samples, min(limit, most), expected=expected, **common))
+    return out
 
 
 # ---- hosts

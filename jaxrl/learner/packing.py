@@ -111,7 +111,7 @@ def pack(
     if min(prompt_lengths.min(), r.lengths.min()) == 0:
         empty = int(np.argmin(np.minimum(prompt_lengths, r.lengths)))
         raise UserError(f"packing: sequence {empty} has an empty prompt or response")
-    lengths, T = prompt_lengths + r.lengths, settings.row_tokens
+    lengths, T = prompt_lengths + r.lengths, int(settings.row_tokens)
     longest = int(lengths.max())
     if longest > T:
         raise UserError(f"config.batch.row_tokens: rows of {T} tokens cannot hold a sequence of {longest} (prompt "
