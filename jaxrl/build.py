@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.errors import UserError
-from jaxrl.rollout.engine import Sampler
+from jaxrl.learner.learner import needs_reference
+from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
@@ -37,9 +38,10 @@ def start_backend(config) -> None:
         cli.use_compilation_cache()
 
 
-def mesh(config):
-    """The device mesh of config.mesh over all devices."""
-    return meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh(config, devices=None):
+    """The device mesh of config.mesh over `devices`, default all of them."""
+    m = config.mesh
+    return meshes.make_mesh(m.data, m.fsdp, m.tensor, devices, m.slices)
 
 
 def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
@@ -102,7 +104,7 @@ def attention(config, on) -> str:
     return default_implementation(on.devices.flat[0].platform) if name == "auto" else name
 
 
-def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
+def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
     """The sampler of config.sampling, on the devices of this host that belong to the mesh `on`."""
     s = config.sampling
     elsewhere = on.devices.flat[0].platform != jax.default_backend()  # preflight: one chip that is not here
@@ -118,7 +120,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
             f"config.sampling.max_prompt={s.max_prompt} + max_tokens={s.max_tokens} is above the model's context of "
             f"{decoder.max_position_embeddings}"
         )
-    return Sampler(
+    return Engine(
         decoder,
         tok.eos_ids,
         max_prompt=s.max_prompt,
@@ -187,12 +189,12 @@ def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, st
 
 
 def reference(config, run: RunDir, learner, params):
-    """Parameters of the frozen reference model (those at step 0), or None if the config has no KL term.
+    """Parameters of the frozen reference model (those at step 0), or None if nothing in the config needs it.
 
     They are kept in run_dir/reference, so that a resumed run compares with the same model. params: of a new run,
     copied; None reads them back. Raises UserError if they are not there.
     """
-    if not config.algorithm.kl_coef:
+    if not needs_reference(config):
         return None
     with Checkpointer(run.root / "reference", keep_last=1) as store:
         if params is not None:
@@ -201,7 +203,8 @@ def reference(config, run: RunDir, learner, params):
             return copy
         found = store.restore({"params": learner.abstract_state().params})
         if found is None:
-            raise UserError(f"{run.root}/reference is missing: config.algorithm.kl_coef was 0 when this run began")
+            raise UserError(f"{run.root}/reference is missing: this run began without a reference model "
+                            "(config.algorithm.kl_coef=0)")
         return found.arrays["params"]
 
 

@@ -21,7 +21,7 @@ from jaxrl.algorithms.greso import greso_init, greso_keep, greso_update
 from jaxrl.algorithms.length import LengthInputs, length_rewards, sample_budgets
 from jaxrl.algorithms.selection import dropped, group_reasons, mean_accuracy, mean_length, select
 from jaxrl.errors import UserError
-from jaxrl.rollout.engine import Sampler, Sampling
+from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.requests import Request
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
@@ -64,7 +64,7 @@ class Collector:
     rollouts, identically everywhere.
     """
 
-    def __init__(self, config, task: Task, tokenizer, sampler: Sampler):
+    def __init__(self, config, task: Task, tokenizer, sampler: Engine):
         self.config, self.task, self.tokenizer, self.sampler = config, task, tokenizer, sampler
         self.order = grain.MapDataset.range(len(task.train)).seed(config.seed).shuffle().repeat(None)
         self.position = 0  # problems drawn so far
@@ -303,10 +303,10 @@ def gather(mine: Rollouts, whole: Rollouts) -> Rollouts:
 # ---- what the config says of sampling, budgets and length rewards
 
 
-def sampling_settings(config) -> Sampling:
+def sampling_settings(config) -> SamplingParams:
     """What training samples with."""
     s = config.sampling
-    return Sampling(s.temperature, s.top_k, s.top_p, s.min_p)
+    return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p)
 
 
 def with_budget(problem: Problem, config, position: int) -> Problem:

@@ -13,19 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl.algorithms.hyper import resolve
-
-
-class Selection(NamedTuple):
-    """fn(rollouts, hyper), see above; defaults: its constants."""
-
-    fn: Callable
-    defaults: dict
-
+from jaxrl.algorithms.hyper import Choice, Integer, Method, Number, resolve
 
 # ---- statistics of groups
 
@@ -68,8 +59,6 @@ def accuracy(rollouts, hyper):
 
 
 def _accuracy_reasons(rollouts, metric: str = "correct") -> np.ndarray:
-    if metric not in ("correct", "rewards"):
-        raise ValueError(f"metric must be 'correct' or 'rewards', not {metric!r}")
     least, most = rollouts.group_range(rollouts.correct if metric == "correct" else rollouts.reward)
     spread = (least < most) | np.array([p.samples == 1 for p in rollouts.prompts], bool)
     reasons = np.where(spread, "", "all_equal").astype(object)
@@ -89,16 +78,12 @@ def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]
     values = np.sort(np.asarray(values, np.float64))
     if quantile == "linear":
         return [float(np.percentile(values, 100 * a)) for a in fractions]
-    if quantile != "inf":
-        raise ValueError(f"quantile must be 'linear' or 'inf', not {quantile!r}")
     ranks = (math.ceil(a * len(values) - 1e-9) for a in fractions)  # 0.28 of 25 is 7, not the 8 of its rounding
     return [float(values[max(rank, 1) - 1]) for rank in ranks]
 
 
 def _survivors(rollouts, statistic: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(reasons [P] of the accuracy filter, the statistic [P], its values at the groups that pass, NaN left out)."""
-    if statistic not in STATISTICS:
-        raise ValueError(f"unknown statistic {statistic!r}; valid: {', '.join(sorted(STATISTICS))}")
     reasons, values = _accuracy_reasons(rollouts), STATISTICS[statistic](rollouts)
     return reasons, values, values[reasons == ""]
 
@@ -119,8 +104,6 @@ def lspo(rollouts, hyper):
     Reasons beyond accuracy's: middle, longest; on another statistic middle_NAME, top_NAME.
     """
     fractions = hyper["low"], hyper["high"], hyper["max"]
-    if not 0 <= fractions[0] <= fractions[1] <= fractions[2] <= 1:
-        raise ValueError("need 0 <= low <= high <= max <= 1, not {}, {}, {}".format(*fractions))
     name = hyper["statistic"]
     reasons, values, passed = _survivors(rollouts, name)
     middle, longest = ("middle", "longest") if name == "length" else (f"middle_{name}", f"top_{name}")
@@ -166,8 +149,6 @@ def lspo_value(rollouts, hyper):
     released expression evaluates to), or "range", top = min + max_fraction (max - min), which it seems to
     have meant. Reasons: middle, longest.
     """
-    if hyper["upper"] not in ("released", "range"):
-        raise ValueError(f"upper must be 'released' or 'range', not {hyper['upper']!r}")
     reasons, values, passed = _survivors(rollouts, "length")
     if len(passed):
         least, most = passed.min(), passed.max()
@@ -218,8 +199,6 @@ def _cheapest(cost: np.ndarray, keep: int) -> np.ndarray:
 
 def _reduce(rollouts, values: np.ndarray, keep: int, choose: Callable):
     """In each group with more than `keep` graded responses, keep those that choose(their values, keep) names."""
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
     kept = np.ones(len(rollouts), bool)
     for group in np.flatnonzero(rollouts.group_count() > keep):
         members = rollouts.group == group
@@ -243,28 +222,33 @@ def gfpo(rollouts, hyper):
     hyper: metric, "length" or "efficiency" (reward / length). The rest gets no gradient and advantages are normalised
     over the kept ones, which is what removing the rest does. Ties go by order. Reason: unselected_completions.
     """
-    if hyper["metric"] not in ("length", "efficiency"):
-        raise ValueError(f"metric must be 'length' or 'efficiency', not {hyper['metric']!r}")
     cost = rollouts.lengths.astype(np.float64)
     if hyper["metric"] == "efficiency":
         cost = -rollouts.reward.astype(np.float64) / np.maximum(cost, 1)
     return _reduce(rollouts, cost, hyper["keep"], _cheapest)
 
 
-_LSPO = {"low": 0.30, "high": 0.65, "max": 0.95, "quantile": "linear"}
+_ENDS = {"low": Number(0.30, 0, 1), "high": Number(0.65, 0, 1)}
+_QUANTILE = {"quantile": Choice("linear", ("linear", "inf"))}
+_LSPO = {**_ENDS, "max": Number(0.95, 0, 1), **_QUANTILE}
+_BY = {name: {"statistic": Choice(name, STATISTICS.keys())} for name in ("length", "accuracy")}
+_ONE_END = {"fraction": Number(0.6, 0, 1), **_QUANTILE}
+_VALUE = {"low": Number(0.3, 0, 1), "high": Number(0.7, 0, 1), "max": Number(0.98, 0, 1)}
+_VALUE |= {"upper": Choice("released", ("released", "range"))}
+_RISING = [("low", "high", "max")]
 
-SELECTIONS: dict[str, Selection] = {
-    "none": Selection(none, {}),
-    "accuracy": Selection(accuracy, {"metric": "correct"}),
-    "lspo": Selection(lspo, {**_LSPO, "statistic": "length"}),
-    "lspo_middle": Selection(lspo_middle, {"low": 0.30, "high": 0.65, "quantile": "linear"}),
-    "lspo_shortest": Selection(lspo_shortest, {"fraction": 0.6, "quantile": "linear"}),
-    "lspo_longest": Selection(lspo_longest, {"fraction": 0.6, "quantile": "linear"}),
-    "lspo_value": Selection(lspo_value, {"low": 0.3, "high": 0.7, "max": 0.98, "upper": "released"}),
-    "lspo_accuracy": Selection(lspo, {**_LSPO, "statistic": "accuracy"}),
-    "overlong": Selection(overlong, {"max_truncated": 1.0}),
-    "pods": Selection(pods, {"keep": 16}),
-    "gfpo": Selection(gfpo, {"keep": 8, "metric": "length"}),
+SELECTIONS: dict[str, Method] = {
+    "none": Method(none),
+    "accuracy": Method(accuracy, {"metric": Choice("correct", ("correct", "rewards"))}),
+    "lspo": Method(lspo, {**_LSPO, **_BY["length"]}, ordered=_RISING),
+    "lspo_middle": Method(lspo_middle, {**_ENDS, **_QUANTILE}, ordered=[("low", "high")]),
+    "lspo_shortest": Method(lspo_shortest, _ONE_END),
+    "lspo_longest": Method(lspo_longest, _ONE_END),
+    "lspo_value": Method(lspo_value, _VALUE, ordered=_RISING),
+    "lspo_accuracy": Method(lspo, {**_LSPO, **_BY["accuracy"]}, ordered=_RISING),
+    "overlong": Method(overlong, {"max_truncated": Number(1.0, 0, 1)}),
+    "pods": Method(pods, {"keep": Integer(16, 1)}),
+    "gfpo": Method(gfpo, {"keep": Integer(8, 1), "metric": Choice("length", ("length", "efficiency"))}),
 }
 
 

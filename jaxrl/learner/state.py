@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -23,14 +23,28 @@ HOST = "pinned_host"  # the memory that a device can copy from and to by itself
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 [], optimizer updates applied. params: the master copy. opt_state: optax's. skipped: int32 [],
-    updates not applied because loss or gradient were not finite. skipped_in_a_row: int32 [], of these the latest."""
+    """step: int32 [], optimizer updates applied. params: the master copy of the trainable parameters. opt_state:
+    optax's. skipped: int32 [], updates not applied because something was not finite. skipped_in_a_row: int32 [], of
+    these the latest. frozen: the parameters that no update changes; none in full training."""
 
     step: Any
     params: Any
     opt_state: Any
     skipped: Any
     skipped_in_a_row: Any
+    frozen: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def weights(self):
+        """All parameters of the model as one tree."""
+        return merge(self.frozen, self.params)
+
+
+def merge(a, b):
+    """Two trees of nested dicts as one; where both have a leaf, b's."""
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return b
+    return {**a, **{k: merge(a[k], v) if k in a else v for k, v in b.items()}}
 
 
 class Optimizer(NamedTuple):

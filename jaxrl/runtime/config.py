@@ -143,8 +143,9 @@ def base_config() -> ConfigDict:
     c.sft.data = ""  # jsonl with problem and solution fields, when the task is not dial
 
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 = whatever is left
+    c.mesh.slices = 1  # slices of TPU, or hosts of GPUs, that only `data` shall cross; data is a multiple of it
     c.mesh.sequence_parallel = False  # between blocks, split tokens over the tensor axis
-    c.topology = ""  # TPU slice this is meant for, such as v5e:4x4: what preflight compiles for by default
+    c.topology = ""  # chips this is meant for, such as v5e:4x4 or h100:8: preflight's default
     c.eval = ConfigDict(dict(every=20, problems=512, samples=1, temperature=1.0, max_tokens=0))
     c.checkpoint = ConfigDict(dict(every=20, keep=2, keep_best=""))
     c.log = ConfigDict(dict(tensorboard=True, wandb=False, wandb_project="jaxrl", samples=2))
@@ -179,7 +180,8 @@ _SHAPE = dict(
 _AT_LEAST = {
     1: "steps task.grader_workers task.dial.train batch.prompts batch.group_size batch.updates batch.epochs "
     "batch.micro_tokens sampling.max_prompt sampling.max_tokens sampling.slots sampling.chunk sampling.window "
-    "sampling.tensor length.low sft.batch eval.every eval.samples checkpoint.every checkpoint.keep watchdog.heartbeat",
+    "sampling.tensor mesh.slices length.low sft.batch eval.every eval.samples "
+    "checkpoint.every checkpoint.keep watchdog.heartbeat",
     0: "seed task.grader_timeout task.max_failures batch.generation_prompts batch.max_generation_batches "
     "batch.row_tokens sampling.top_k sampling.carry_over algorithm.kl_coef algorithm.norm_length length.warmup_steps "
     "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay sft.steps sft.full_steps sft.warmup_steps "

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl.algorithms.advantages import ADVANTAGES, Advantage, advantages
-from jaxrl.algorithms.hyper import resolve
+from jaxrl.algorithms.advantages import ADVANTAGES, advantages
+from jaxrl.algorithms.hyper import Method, resolve
 from jaxrl.rollouts import concat
 from tests.algorithms.harness import make_group
 
@@ -86,7 +86,7 @@ def test_group_of_one(name):
     assert reward[0] > 0.3
     if name in CENTRED:
         assert zero[0] == 0
-    with pytest.raises(ValueError, match="singleton must be 'reward' or 'zero'"):
+    with pytest.raises(ValueError, match="singleton='none' must be one of reward, zero"):
         _run(name, rewards, ids, singleton="none")
 
 
@@ -103,9 +103,9 @@ def test_constants_of_verl_and_trl():
         _run("grpo", rewards, ids, eps=1e-4, scale="batch")[0], (2 / 3) / batch, rtol=1e-12
     )
     np.testing.assert_allclose(_run("grpo", rewards, ids, scale="none")[0], 2 / 3, rtol=1e-12)
-    with pytest.raises(ValueError, match="scale must be"):
+    with pytest.raises(ValueError, match="scale='global' must be one of group, batch, none"):
         _run("grpo", rewards, ids, scale="global")
-    with pytest.raises(ValueError, match="alpha must be"):
+    with pytest.raises(ValueError, match="alpha='trl' must be one of paper, verl"):
         _run("gpg", rewards, ids, alpha="trl")
 
 
@@ -143,8 +143,8 @@ def test_groups_leave_ungraded_completions_out(name):
 def test_an_advantage_may_be_one_a_token(monkeypatch):
     group = make_group([1, 3, 2], [1, 1, 0], valid=[True, False, True])
     by_token = lambda rollouts, hyper: np.arange(len(rollouts.tokens)) + 1.0  # noqa: E731
-    monkeypatch.setitem(ADVANTAGES, "by_token", Advantage(by_token, {}))
+    monkeypatch.setitem(ADVANTAGES, "by_token", Method(by_token))
     assert advantages(group, "by_token").tolist() == [1, 0, 0, 0, 2, 3]
-    monkeypatch.setitem(ADVANTAGES, "wrong", Advantage(lambda rollouts, hyper: np.zeros(7), {}))
+    monkeypatch.setitem(ADVANTAGES, "wrong", Method(lambda rollouts, hyper: np.zeros(7)))
     with pytest.raises(ValueError, match=r"'wrong' must return \[2\], one a response, or \[3\].*not \[7\]"):
         advantages(group, "wrong")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from jaxrl.algorithms.hyper import Method
 from jaxrl.algorithms.length import (
     LENGTH_REWARDS,
     LengthInputs,
-    LengthReward,
     laser_targets,
     length_rewards,
     prompt_suffix,
@@ -35,9 +35,9 @@ def test_shape_dtype_and_purity(name):
 def test_a_reward_of_another_column_and_of_another_shape(monkeypatch):
     """What a method adds to the rollouts is there; a wrong shape is one line."""
     inputs = LengthInputs([1, 0], [3, 4], 10, columns={"waits": np.array([2, 0])})
-    monkeypatch.setitem(LENGTH_REWARDS, "waits", LengthReward(lambda inputs, hyper: inputs.columns["waits"], {}))
+    monkeypatch.setitem(LENGTH_REWARDS, "waits", Method(lambda inputs, hyper: inputs.columns["waits"]))
     assert length_rewards("waits", inputs).tolist() == [2.0, 0.0]
-    monkeypatch.setitem(LENGTH_REWARDS, "wrong", LengthReward(lambda inputs, hyper: 1.0, {}))
+    monkeypatch.setitem(LENGTH_REWARDS, "wrong", Method(lambda inputs, hyper: 1.0))
     with pytest.raises(ValueError, match=r"length reward 'wrong' must return \[2\], not \[\]"):
         length_rewards("wrong", inputs)
 
@@ -76,9 +76,9 @@ def test_lcpo_constants_and_mixed_prompts():
     assert _reward("lcpo_max", [1], [1], 1, modes="max")[0] == 0.5
     with pytest.raises(ValueError, match="lcpo_max scores both"):
         _reward("lcpo_exact", [1], [5], 10, modes="max")
-    with pytest.raises(ValueError, match="combine must be"):
+    with pytest.raises(ValueError, match="combine='plus' must be one of multiply, add"):
         _reward("lcpo_max", [1], [5], 10, combine="plus")
-    with pytest.raises(ValueError, match="form must be"):
+    with pytest.raises(ValueError, match="form='cubic' must be one of linear, sigmoid"):
         _reward("lcpo_max", [1], [5], 10, form="cubic")
 
 

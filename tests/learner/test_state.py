@@ -115,12 +115,30 @@ def test_steps_far_below_bfloat16s_resolution_still_move_the_parameters(dtype):
     optimizer = build_optimizer(1e-5)
     state = fresh_state({"matrix": jnp.full((64, 64), 0.02, dtype), "norm": jnp.full(64, 0.5, dtype)}, optimizer)
     before = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
-    step = jax.jit(lambda s: _apply(s, jax.tree.map(lambda x: jnp.ones(x.shape), s.params), optimizer, True))
+    step = jax.jit(lambda s: _apply(s, jax.tree.map(lambda x: jnp.ones(x.shape), s.params), optimizer, True)[0])
     for _ in range(200):
         state = step(state)
     for name, x in state.params.items():
         assert x.dtype == dtype
         assert (before[name] - np.asarray(x, np.float64)).mean() == pytest.approx(200e-5, rel=0.1), name
+
+
+@pytest.mark.parametrize("settings, gradient", [
+    (dict(learning_rate=float("nan")), 1.0),
+    (dict(learning_rate=1e-3, b2=1.0), 1.0),  # the bias correction of the second moment is 0 / 0
+    (dict(learning_rate=1e-3, eps=0.0), 0.0),  # 0 / 0
+    (dict(learning_rate=1e-3), 1e25),  # finite itself, but not its square
+    (dict(learning_rate=3e38), 1.0),
+], ids=["rate", "b2", "eps", "moment", "overflow"])
+def test_a_step_that_is_not_finite_is_not_taken(settings, gradient):
+    """Parameters and moments stay as they were, bit for bit, and the next good gradient finds them so."""
+    optimizer = build_optimizer(**settings)
+    state = fresh_state({"matrix": jnp.full((3, 2), -3e38), "q_bias": jnp.ones(2)}, optimizer)
+    grads = jax.tree.map(lambda x: jnp.full(x.shape, gradient), state.params)
+    after, ok = jax.jit(lambda s: _apply(s, grads, optimizer, jnp.bool_(True)))(state)
+    assert not ok and (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (0, 1, 1)
+    for a, b in zip(*(jax.tree.leaves((s.params, s.opt_state)) for s in (after, state)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_moments_keep_their_dtype_beside_bfloat16_parameters():
