@@ -38,7 +38,7 @@ def test_needed_flops_is_the_sum_over_matrices_and_tokens():
 def learner(kind, stats, on_policy=True, kl_coef=0.0):
     device = types.SimpleNamespace(device_kind=kind, process_index=0, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(devices=np.array([device, device], object))
-    objective = types.SimpleNamespace(on_policy=on_policy, kl_coef=kl_coef)
+    objective = types.SimpleNamespace(on_policy=on_policy, scores_reference=bool(kl_coef))
     return types.SimpleNamespace(decoder=CONFIG, mesh=mesh, objective=objective, compiles=3)
 
 
