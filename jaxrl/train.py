@@ -26,6 +26,7 @@ from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.runtime.metrics import read_metrics
 from jaxrl.runtime.rundir import RunDir
 from jaxrl.runtime.signals import StopRequest
+from jaxrl.tasks.data import digest
 from jaxrl.tasks.load import open_task
 
 
@@ -45,6 +46,7 @@ def train(config) -> int:
         sampler = build.sampler(config, decoder, tokenizer, mesh)
         learner = Learner(config, decoder, mesh)
         collector = Collector(config, task, tokenizer, sampler)
+        data = {"task.data": digest(task.train), "task.eval_data": digest(task.held_out)}
 
         # ---- the run directory: a new run, or the newest checkpoint of this one
         run = build.run_dir(config)
@@ -71,12 +73,15 @@ def train(config) -> int:
 
         def save(state, step, record):
             numbers, waiting = collector.state()
-            host = {"collector": numbers, "writer": writer.state() if main else {}, "rollbacks": rollbacks}
+            host = {"collector": numbers, "writer": writer.state() if main else {}}
+            host |= {"rollbacks": rollbacks, "data": data}
             checkpoints.save(step, state, distributed.broadcast(host), metrics=record, blobs=waiting)
 
         if warning := mismatch_warning(config):
             console.note(warning)
         if found:
+            others = [k for k, v in host.get("data", {}).items() if v != data[k]]
+            changed += [f"config.{k}: its rows are others than before" for k in others]
             console.note("\n".join([f"continuing {run.root} after step {step}", *changed]))
             state = found.arrays
             collector.restore(host["collector"], found.blobs)

@@ -32,7 +32,8 @@ MATH_WORDS = frozenset(
 )
 _PERCENT = re.compile(r"[\s$)\]\\]{0,8}?\\?(?:%|[Pp]ercent(?:age)?\b|[Pp]ct\b)")
 _FORMULA = re.compile(
-    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|(?<![\\\d])\$((?:\\\$|[^\n$])+?)(?<!\\)\$|\\\(((?:(?!\\\()[^\n])+?)\\\)",
+    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|"
+    r"(?<![\\\d])\$((?:\\\$|[^\n$])+?)(?<!\\)\$|\\\(((?:(?!\\\()[^\n])+?)\\\)",
     re.S,
 )
 _JOIN = r"\s*(?:,?\s*\b(?:and|or)\b|,|;)\s*"
@@ -51,7 +52,8 @@ _BEHIND = re.compile(
     r"shorter|up)|squared|cubed|factorial)\b)?"
 )
 _BEFORE = re.compile(
-    r"(?i)\b(?:at least|at most|up to|(?:(?:no|not) )?(?:more|greater|less|fewer|larger|smaller|higher|lower) than)\s*\$?$"
+    r"(?i)\b(?:at least|at most|up to|(?:(?:no|not) )?(?:more|greater|less|fewer|larger|smaller|higher|lower) than)"
+    r"\s*\$?$"
 )
 _MARKER = re.compile(
     r"(?i)\banswers?\b\**\s*(?:(?:is|are|equals?|(?:should|would|must|will) be|comes? (?:out )?to)\b\s*:?|:|=)\s*"
@@ -225,8 +227,10 @@ def spoken(text: str, unfinished: str = "wrong") -> str | None:
         opens = tag[0][1] != "/" and tag[3] != "end"
         if opens and not thinking:
             parts.append(text[start : tag.start()])
+        elif not opens and not thinking and ended:
+            parts.append(text[start : tag.start()])
         elif not opens and not thinking:
-            parts = [*parts, text[start : tag.start()]] if ended else []
+            parts = []
         if not opens or not thinking:
             start = tag.end()
         thinking, ended = opens, ended or not opens

@@ -16,7 +16,7 @@ from jaxrl.tasks.notation import SPACING, WRAPPER
 # alone. A and I are words, too: something that no sentence begins with has to follow them.
 _END = r"(?=\s*(?:$|[.,:;!?)\]>\"'”\n]|[-–—=]\s|(?:because|since|as|is|for|due|and|or)\b))"
 _LETTER = (
-    rf"(?:[(\[]+\s*(?P<{{0}}a>[A-Za-z])\s*[)\]]|[\"'“<]?(?P<{{0}}b>(?:[B-HJ-Z](?![\w'’])|[AI]{_END})"
+    rf"(?:[(\[]{{1,3}}\s*(?P<{{0}}a>[A-Za-z])\s*[)\]]|[\"'“<]?(?P<{{0}}b>(?:[B-HJ-Z](?![\w'’])|[AI]{_END})"
     r"|[a-z](?=\s*[.!]?\s*(?:$|\n))))"
 )
 _ALONE = re.compile(r"[\"'“(\[<]*([A-Za-z])[\"'”)\]>]*[.):]?")
@@ -36,7 +36,10 @@ _SETTLED = _pattern(
     rf"|(?:\b(?i:choose|pick|select|go with|going with|chose)\s+(?:(?i:the)\s+)?{_KEYWORD}?\s*LETTER)"
     r"|(?:(?<![\w'’])LETTER[^\n.]{0,60}?\s(?i:is)\s+(?i:the\s+)?(?i:correct|right|best|answer)\b)"
 )
-_NAMED = _pattern(r"(?<!not )\b(?i:option|choice)\s+LETTER(?!,?\s+(?:which )?(?i:is|are|was)\s+(?i:not|wrong|incorrect|false)\b)")
+_NAMED = _pattern(
+    r"(?<!not )\b(?i:option|choice)\s+LETTER"
+    r"(?!,?\s+(?:which )?(?i:is|are|was)\s+(?i:not|wrong|incorrect|false)\b)"
+)
 _LINE = _pattern(r"LETTER(?:[).:\]]|\s*[-–—,]|\s*$)")
 _SO = _pattern(r"\b(?i:therefore|thus|hence|so|it is|it's|must be)[,:]?\s+LETTER\s*[.!]?$")
 _ANOTHER = re.compile(r"\s*[)\].]?\s*(?:,|/|&|\band\b|\bor\b|,\s*and\b|,\s*or\b)\s*[(\[]?[A-Z](?![\w'’])")

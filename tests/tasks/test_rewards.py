@@ -55,6 +55,8 @@ def test_mixed_kinds_keep_their_order():
 )
 def test_failures_of_the_grader_are_not_valid(outcome, grade):
     class Failing:
+        reading = {}
+
         def grade(self, pairs):
             return [outcome] * len(pairs)
 
