@@ -93,6 +93,12 @@ def test_rewards_below_one_are_not_correct():
     assert [(g.correct, g.reward) for g in grades] == [(0.0, 0.5), (1.0, 1.0), (0.0, -2.0), (1.0, 1.0)]
 
 
+def test_numbers_of_numpy_are_numbers():
+    with UserReward(f"{MODULE}:by_text", timeout=LONG) as reward:
+        found = reward.rewards(problems(3), ["numpy.true", "numpy.half", "numpy.one"])
+    assert found == [(1.0, "ok"), (0.5, "ok"), (1.0, "ok")]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
