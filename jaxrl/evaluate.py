@@ -41,7 +41,7 @@ from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task

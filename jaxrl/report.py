@@ -18,7 +18,7 @@ from jaxrl.reporting.panels import PANELS
 from jaxrl.reporting.runs import Setting, group_runs, read_run
 from jaxrl.reporting.style import SERIES, drawing, save_png, to_svg
 from jaxrl.runtime import cli
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
 
 WIDE = (10.6, 4.0)  # inches, across the page
 SMALL = (3.9, 2.6)  # three beside each other

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
 from jaxrl.runtime.signals import EXIT_WATCHDOG
 
 
