@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxrl import build, preflight
 from jaxrl.errors import UserError
-from jaxrl.rollout.engine import Request, Sampler, Sampling
+from jaxrl.rollout.engine import Engine, Request, SamplingParams
 from jaxrl.runtime import cli, tpu_compiler
 from jaxrl.runtime.config import parse_config
 from models.config import from_hf
@@ -34,7 +34,7 @@ def accuracy(directory: str, samples: int, tokens: int) -> None:
     config, prompt = from_hf(directory), np.array([1], np.int32)
     params = load_params(directory, config)
     longest = dict(max_prompt=tokens, max_tokens=tokens, slots=64)
-    exact = Sampler(config, (2,), **longest)
+    exact = Engine(config, (2,), **longest)
     laid_out = exact.layout(params)
     begun = exact.generate(laid_out, [Request(prompt, samples, tokens, 0)], seed=0)[0]
     rng = np.random.default_rng(0)
@@ -43,12 +43,12 @@ def accuracy(directory: str, samples: int, tokens: int) -> None:
     print(f"{'weights':>8}{'cache':>7}{'|log-prob|':>12}{'largest':>9}{'greedy':>8}")
     expected = None
     for weights, cache in FORMS:
-        sampler = Sampler(config, (2,), **longest, weights=weights, cache=cache)
+        sampler = Engine(config, (2,), **longest, weights=weights, cache=cache)
         own = sampler.layout(params)
         drawn = sampler.generate(own, [Request(prompt, samples, tokens, 0)], seed=1)[0]
         scored = exact.prompt_logprobs(laid_out, [np.concatenate([prompt, c.tokens]) for c in drawn])
         gap = np.abs(np.concatenate([c.logprobs - s for c, s in zip(drawn, scored, strict=True)]))
-        best = [g[0].tokens[0] for g in sampler.generate(own, questions, seed=0, sampling=Sampling(0.0))]
+        best = [g[0].tokens[0] for g in sampler.generate(own, questions, seed=0, sampling=SamplingParams(0.0))]
         expected = best if expected is None else expected
         agree = np.mean(np.array(best) == np.array(expected))
         print(f"{weights:>8}{cache:>7}{gap.mean():12.5f}{gap.max():9.3f}{agree:8.3f}   {len(gap)} tokens", flush=True)

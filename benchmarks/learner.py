@@ -236,14 +236,14 @@ def run_step(flags):
 
     from jaxrl.batch import make_batches
     from jaxrl.learner.learner import Learner
-    from jaxrl.rollout.engine import Sampler
+    from jaxrl.rollout.engine import Engine
     from jaxrl.runtime.mesh import make_mesh
     from models.decoder import init_params
 
     config, decoder = step_config(flags), decoder_config(flags["model"])
     learner = Learner(config, decoder, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     # the end token is no token of the vocabulary: all answers have full length, as the peer's are made to have
-    sampler = Sampler(decoder, (-1,), max_prompt=PROMPT, max_tokens=RESPONSE, slots=BATCH, chunk=config.sampling.chunk)
+    sampler = Engine(decoder, (-1,), max_prompt=PROMPT, max_tokens=RESPONSE, slots=BATCH, chunk=config.sampling.chunk)
     state = learner.init(init_params(decoder, jax.random.key(0)))
     rng, seconds, rollout = np.random.default_rng(0), [], []
     for step in range(flags["rounds"] + 1):

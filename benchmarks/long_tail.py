@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxrl.collect import Collector
-from jaxrl.rollout.engine import Sampler
+from jaxrl.rollout.engine import Engine
 from jaxrl.runtime import cli
 from jaxrl.runtime.config import base_config
 from jaxrl.tasks.task import Grade, Task
@@ -34,7 +34,7 @@ MODES = {"plain": {}, "prefetch": {"sampling.prefetch": True},
                   "sampling.prefetch": True}}  # fmt: skip
 
 
-class Lengths(Sampler):
+class Lengths(Engine):
     """A sampler whose completions end at given lengths, a function of problem and sample."""
 
     def generate(self, params, requests, **options):

@@ -107,7 +107,7 @@ def run_own(flags: dict):
     import jax
     import numpy as np
 
-    from jaxrl.rollout.engine import Request, Sampler
+    from jaxrl.rollout.engine import Engine, Request
     from models.config import DecoderConfig, from_hf
     from models.decoder import init_params
     from models.weights import load_params
@@ -124,7 +124,7 @@ def run_own(flags: dict):
     # the end token is no token of the vocabulary, so lengths are the workload's alone
     engine = flags["engine"] or "jaxrl"
     sizes = dict(max_prompt=PROMPT, max_tokens=NEW, slots=flags["slots"], chunk=flags["chunk"])
-    sampler = Sampler(config, (-1,), **sizes, **OWN[engine])
+    sampler = Engine(config, (-1,), **sizes, **OWN[engine])
     params = sampler.layout(params)
     limits = machine_limits(config, time.process_time if flags["cores"] == 1 else time.perf_counter)
     for name in names(flags):

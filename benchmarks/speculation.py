@@ -30,7 +30,7 @@ def completions(flags):
     """[(prompt, [tokens of each sample])] at temperature 1."""
     import numpy as np
 
-    from jaxrl.rollout.engine import Request, Sampler
+    from jaxrl.rollout.engine import Engine, Request
     from jaxrl.runtime.config import parse_config
     from jaxrl.runtime.model_source import load_model
     from jaxrl.tasks.load import open_task
@@ -42,7 +42,7 @@ def completions(flags):
         limit = limit or run.sampling.max_tokens
         with open_task(run, tokenizer) as task:
             prompts = [np.array(task.encode(task.train[i]), np.int32) for i in range(flags["groups"])]
-    sampler = Sampler(config, tokenizer.eos_ids, max_prompt=max(map(len, prompts)), max_tokens=limit, slots=32)
+    sampler = Engine(config, tokenizer.eos_ids, max_prompt=max(map(len, prompts)), max_tokens=limit, slots=32)
     requests = [Request(p, GROUP, limit, i) for i, p in enumerate(prompts)]
     out = sampler.generate(sampler.layout(params), requests, seed=flags["seed"])
     return [(p.tolist(), [c.tokens.tolist() for c in group]) for p, group in zip(prompts, out, strict=True)]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.errors import UserError
-from jaxrl.rollout.engine import Sampler
+from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
@@ -102,7 +102,7 @@ def attention(config, on) -> str:
     return default_implementation(on.devices.flat[0].platform) if name == "auto" else name
 
 
-def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
+def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
     """The sampler of config.sampling, on the devices of this host that belong to the mesh `on`."""
     s = config.sampling
     elsewhere = on.devices.flat[0].platform != jax.default_backend()  # preflight: one chip that is not here
@@ -118,7 +118,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Sampler:
             f"config.sampling.max_prompt={s.max_prompt} + max_tokens={s.max_tokens} is above the model's context of "
             f"{decoder.max_position_embeddings}"
         )
-    return Sampler(
+    return Engine(
         decoder,
         tok.eos_ids,
         max_prompt=s.max_prompt,

@@ -20,7 +20,7 @@ from jaxrl.algorithms.length import LENGTH_REWARDS, sample_budgets
 from jaxrl.algorithms.selection import explain, mean_accuracy, mean_length
 from jaxrl.errors import UserError
 from jaxrl.rollout import partial
-from jaxrl.rollout.engine import Sampler, Sampling
+from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.partial import Partial
 from jaxrl.runtime import distributed
 from jaxrl.tasks.task import Task
@@ -48,7 +48,7 @@ class Collector:
     gathered groups, identically everywhere.
     """
 
-    def __init__(self, config, task: Task, tokenizer, sampler: Sampler):
+    def __init__(self, config, task: Task, tokenizer, sampler: Engine):
         self.config, self.task, self.tokenizer, self.sampler = config, task, tokenizer, sampler
         self.order = grain.MapDataset.range(len(task.train)).seed(config.seed).shuffle().repeat(None)
         self.position = 0  # problems drawn so far
@@ -248,10 +248,10 @@ class Collector:
             )
 
 
-def sampling_settings(config) -> Sampling:
+def sampling_settings(config) -> SamplingParams:
     """What training samples with."""
     s = config.sampling
-    return Sampling(s.temperature, s.top_k, s.top_p, s.min_p)
+    return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p)
 
 
 def with_budget(problem: Problem, config, position: int) -> Problem:

@@ -35,7 +35,7 @@ from jaxrl.evaluation.benchmarks import EvalSet, load_sets
 from jaxrl.evaluation.lengths import MODES, forced_generate, generation_cap, length_metrics, sweep_metrics
 from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
 from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
-from jaxrl.rollout.engine import Sampler, Sampling
+from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
@@ -55,7 +55,7 @@ FLAGS = dict(
 )  # fmt: skip
 
 
-def evaluate_task(config, sampler: Sampler, params: Any, tokenizer, task: Task) -> dict[str, float]:
+def evaluate_task(config, sampler: Engine, params: Any, tokenizer, task: Task) -> dict[str, float]:
     """Metrics "eval/..." of the held-out problems of a training run, as config.eval says.
 
     params: in the sampler's layout. With config.length.mode, problems without a budget of their own get one,
@@ -71,7 +71,7 @@ def evaluate_task(config, sampler: Sampler, params: Any, tokenizer, task: Task) 
         [task.encode(p) for p in problems],
         task.grade,
         samples=e.samples,
-        sampling=Sampling(e.temperature),
+        sampling=SamplingParams(e.temperature),
         seed=config.seed,
         max_tokens=e.max_tokens or config.sampling.max_tokens,
     )
@@ -130,9 +130,9 @@ def _check(flags: dict) -> None:
     _budgets(flags)
 
 
-def _sampling(flags: dict) -> Sampling:
+def _sampling(flags: dict) -> SamplingParams:
     try:
-        return Sampling(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+        return SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     except ValueError as e:
         raise UserError(f"--{e}") from None
 
@@ -170,7 +170,7 @@ def evaluate_sets(
     if mode == "forced":  # the answer is asked for with the thinking in the prompt
         longest += max((job[3] for job in jobs if job[4]), default=0)
     replicas = placement.row_multiple if placement else 1
-    sampler = Sampler(
+    sampler = Engine(
         config,
         tokenizer.eos_ids,
         max_prompt=longest,

@@ -32,13 +32,13 @@ def main(argv: list[str]) -> int:
         raise UserError('need one prompt: python -m jaxrl.generate --model=DIR "prompt"')
     import jax.numpy as jnp
 
-    from jaxrl.rollout.engine import Sampler, Sampling
+    from jaxrl.rollout.engine import Engine, SamplingParams
     from jaxrl.runtime.model_source import load_model
 
     if flags["dtype"] not in ("float32", "bfloat16"):
         raise UserError(f"--dtype={flags['dtype']!r}: float32 or bfloat16")
     try:
-        sampling = Sampling(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+        sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     except ValueError as e:
         raise UserError(f"--{e}") from None
     for name in ("max_new_tokens", "samples"):
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model a context of {config.max_position_embeddings}")
     limit = min(flags["max_new_tokens"], room)
     sizes = dict(max_prompt=len(prompt), max_tokens=limit, slots=1, chunk=8)
-    sampler = Sampler(config, tokenizer.eos_ids, **sizes, dtype=flags["dtype"])
+    sampler = Engine(config, tokenizer.eos_ids, **sizes, dtype=flags["dtype"])
     params = sampler.layout(params)
     if flags["prompt_logprobs"]:
         (logprobs,) = sampler.prompt_logprobs(params, [prompt])

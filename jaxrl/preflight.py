@@ -36,7 +36,7 @@ from jaxrl.learner.learner import Learner
 from jaxrl.learner.state import HOST
 from jaxrl.learner.update import abstract_batch
 from jaxrl.rollout.device import bucket
-from jaxrl.rollout.programs import Knobs, Rows
+from jaxrl.rollout.programs import Rows, SamplingArrays
 from jaxrl.runtime import cli, hardware, tpu_compiler
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import get, parse_config, validate
@@ -128,7 +128,7 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
     i32 = jnp.int32
     rows = Rows(*(array(i32, slots) for _ in range(4)), array(bool, slots), array(jnp.uint32, slots, 2),
                 array(i32, slots))
-    knobs = Knobs(array(jnp.float32), array(i32, 2))
+    knobs = SamplingArrays(array(jnp.float32), array(i32, 2))
 
     hosts = mesh.size // placement.mesh.size
     total = (config.batch.generation_prompts or config.batch.prompts) / hosts  # prompts of one host

@@ -17,7 +17,7 @@ from jaxrl.errors import UserError
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.performance import performance
-from jaxrl.rollout.requests import Sampling
+from jaxrl.rollout.requests import SamplingParams
 from jaxrl.runtime import cli, distributed, nonfinite
 from jaxrl.runtime.compiles import Compiles
 from jaxrl.runtime.config import mismatch_warning, parse_config, validate
@@ -92,7 +92,7 @@ def train(config) -> int:
 
         if config.sampling.warmup:
             continued = bool(config.sampling.carry_over or config.sampling.prefetch)
-            settings = (sampling_settings(config), Sampling())  # the latter is evaluation's: nothing is cut off
+            settings = (sampling_settings(config), SamplingParams())  # the latter is evaluation's: nothing is cut off
             seconds = sampler.warmup(sampler.layout(state.params), settings, continued)
             console.note(f"sampler: {len(sampler.shapes)} shapes ready in {seconds:.0f} s")
 

@@ -13,7 +13,7 @@ import pytest
 from jaxrl import evaluate
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import default_template, grade_text
-from jaxrl.rollout.engine import Sampler
+from jaxrl.rollout.engine import Engine
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.model_source import load_model
@@ -235,7 +235,7 @@ def test_eight_devices_give_the_same_completions(model, tmp_path):
 
 def test_held_out_metrics_of_a_training_run(model):
     decoder, params, tokenizer = load_model(model)
-    sampler = Sampler(decoder, tokenizer.eos_ids, max_prompt=16, max_tokens=12, slots=8)
+    sampler = Engine(decoder, tokenizer.eos_ids, max_prompt=16, max_tokens=12, slots=8)
     config = base_config()
     config.length.mode, config.length.low, config.length.high = "exact", 3, 20
     config.eval.problems, config.eval.samples, config.sampling.max_tokens = 3, 2, 12

@@ -16,7 +16,7 @@ from jaxrl.algorithms.length_metrics import budget_metrics, control, performance
 from jaxrl.errors import UserError
 from jaxrl.evaluation.scoring import Records
 from jaxrl.rollout.budget_forcing import Delimiters, generate_forced
-from jaxrl.rollout.engine import Sampler
+from jaxrl.rollout.engine import Engine
 from jaxrl.types import Completion
 
 MODES = ("exact", "max", "forced", "none")
@@ -30,7 +30,7 @@ def generation_cap(budget: int, mode: str, max_tokens: int = 0) -> int:
     return caps.get(mode, max_tokens or MAX_MODE_CAP)
 
 
-def forced_generate(sampler: Sampler, budget: int, delimiters: Delimiters, answer_tokens: int, waits: int) -> Callable:
+def forced_generate(sampler: Engine, budget: int, delimiters: Delimiters, answer_tokens: int, waits: int) -> Callable:
     """A stand-in for sampler.generate whose responses are held to `budget` tokens by s1's budget forcing.
 
     The budget is that of the whole response, as in every other mode: thinking gets what the closing delimiters

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxrl.algorithms.metrics import bootstrap_interval, maj_at_k, pass_at_k, wilson_interval
-from jaxrl.rollout.engine import Request, Sampler, Sampling
+from jaxrl.rollout.engine import Engine, Request, SamplingParams
 from jaxrl.runtime import distributed
 from jaxrl.tasks.task import Grade
 from jaxrl.types import Problem
@@ -27,7 +27,7 @@ Records = list[dict[str, Any]]
 
 
 def evaluate_problems(
-    sampler: Sampler,
+    sampler: Engine,
     params: Any,
     tokenizer,
     problems: Sequence[Problem],
@@ -35,7 +35,7 @@ def evaluate_problems(
     grade: Callable[[Sequence[Problem], Sequence[str]], Sequence[Grade]],
     *,
     samples: int = 1,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     seed: int = 0,
     max_tokens: int | None = None,
     vote: Callable[[Problem, str], Hashable | None] | None = None,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl.rollout.engine import Request, Sampler, Sampling
+from jaxrl.rollout.engine import Engine, Request, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Draft:
 
 
 def generate_forced(
-    sampler: Sampler,
+    sampler: Engine,
     params,
     requests: Sequence[Request],
     delimiters: Delimiters,
@@ -78,7 +78,7 @@ def generate_forced(
     ignore: int = 0,
     seed: int,
     step: int = 0,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
 ) -> list[list[Forced]]:
     """Responses under a thinking budget and an answer budget.
 

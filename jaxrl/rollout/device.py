@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxrl.rollout.programs import Knobs, Rows
-from jaxrl.rollout.requests import Sampling
+from jaxrl.rollout.programs import Rows, SamplingArrays
+from jaxrl.rollout.requests import SamplingParams
 
 if TYPE_CHECKING:
-    from jaxrl.rollout.engine import Sampler
+    from jaxrl.rollout.engine import Engine
 
 KINDS = ("keys", "values", "scales", "scales")  # of a cache's arrays, as far as programs differ
 KEY_BLOCK = 256  # random keys are made this many at a time, so that their program has one shape
@@ -23,7 +23,7 @@ def bucket(n: int, base: int, per_octave: int = 4) -> int:
     return -(-n // step) * step
 
 
-def make_knobs(sampler: Sampler, sampling: Sampling) -> tuple[Knobs, tuple[str, ...]]:
+def make_knobs(sampler: Engine, sampling: SamplingParams) -> tuple[SamplingArrays, tuple[str, ...]]:
     """The traced settings, and which decode program they need: () or some of "truncated", "biased"."""
     V, bias = sampler.config.vocab_size, None
     if sampling.bias is not None:
@@ -36,7 +36,7 @@ def make_knobs(sampler: Sampler, sampling: Sampling) -> tuple[Knobs, tuple[str, 
     values = dict(
         top_k=np.int32(sampling.top_k), top_p=np.float32(sampling.top_p), min_p=np.float32(sampling.min_p)
     )
-    knobs = Knobs(np.float32(sampling.temperature), sampler.eos, bias=bias, **(values if truncated else {}))
+    knobs = SamplingArrays(np.float32(sampling.temperature), sampler.eos, bias=bias, **(values if truncated else {}))
     return knobs, ("truncated",) * truncated + ("biased",) * (bias is not None)
 
 
@@ -46,7 +46,7 @@ def idle_rows(size: int) -> Rows:
     return Rows(zero, zero, zero, zero, zero > 0, np.zeros((size, 2), np.uint32), zero)
 
 
-def insert(sampler: Sampler, cache, prompt, source, chosen, end: int):
+def insert(sampler: Engine, cache, prompt, source, chosen, end: int):
     """Copy prompt rows `source` into the `chosen` rows of the cache, ending at column `end`."""
     n, _, P, _ = prompt[1][0].shape
     window, arrays = cache.v[0].shape[2], []
@@ -61,7 +61,7 @@ def insert(sampler: Sampler, cache, prompt, source, chosen, end: int):
     return cache.with_arrays(arrays)
 
 
-def rebase(sampler: Sampler, cache, rows, shift: int, window: int, keep: bool = False):
+def rebase(sampler: Engine, cache, rows, shift: int, window: int, keep: bool = False):
     """The cache with other rows (None: the same) and another window, its columns moved left by `shift`.
 
     The old cache is freed layer by layer, whoever still refers to it, unless `keep`: two caches would not fit.

@@ -20,8 +20,8 @@ import numpy as np
 from jaxrl.rollout.device import KEY_BLOCK, bucket, idle_rows, insert, make_knobs, rebase
 from jaxrl.rollout.placement import Placement
 from jaxrl.rollout.pool import Run
-from jaxrl.rollout.programs import Programs, build_programs
-from jaxrl.rollout.requests import Request, Sampling, Stats
+from jaxrl.rollout.programs import SamplerPrograms, sampler_programs
+from jaxrl.rollout.requests import Request, SamplingParams, Stats
 from jaxrl.runtime import compiles
 from jaxrl.types import Completion
 from models.config import DecoderConfig
@@ -30,7 +30,7 @@ from models.decoder import sampling_layout
 log = logging.getLogger(__name__)
 
 
-class Sampler:
+class Engine:
     """Samples completions from a decoder.
 
     Args:
@@ -78,7 +78,7 @@ class Sampler:
         fused = placement.fused if placement else True
         platform = placement.platform if placement else jax.default_backend()
         where = placement and placement.cache()
-        self.programs: Programs = build_programs(
+        self.programs: SamplerPrograms = sampler_programs(
             config, dtype, chunk, attention, fused, where, platform, jnp.int8 if cache == "int8" else None
         )
         self._layout = jax.jit(
@@ -107,7 +107,7 @@ class Sampler:
         *,
         seed: int,
         step: int = 0,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         on_tokens: Callable[[int, int, np.ndarray], bool | None] | None = None,
         background: int = 0,
     ) -> list[list[Completion]]:
@@ -128,7 +128,7 @@ class Sampler:
           ValueError: a prompt, limit, stop sequence or bias that the sampler cannot take, naming the request.
         """
         begin = time.perf_counter()
-        run = Run(self, params, requests, seed, step, sampling or Sampling(), on_tokens, background)
+        run = Run(self, params, requests, seed, step, sampling or SamplingParams(), on_tokens, background)
         run.loop()
         out = run.results()
         self.stats = run.stats
@@ -148,7 +148,7 @@ class Sampler:
     def warmup(
         self,
         params,
-        samplings: Sequence[Sampling] = (Sampling(),),
+        samplings: Sequence[SamplingParams] = (SamplingParams(),),
         continued: bool = False,
     ) -> float:
         """Compile every shape that calls for `slots` completions or more can need; afterwards a compile is a logged

@@ -47,7 +47,7 @@ class Rows:
 
 
 @flax.struct.dataclass
-class Knobs:
+class SamplingArrays:
     """Sampling settings, traced: changing them compiles nothing (top_k etc. None or not is one switch).
 
     temperature, top_p, min_p: float32 []. top_k: int32 []. eos: int32 [E], padded with -1.
@@ -62,7 +62,7 @@ class Knobs:
     bias: Any = None
 
 
-class Programs(NamedTuple):
+class SamplerPrograms(NamedTuple):
     """The pool's cache may hold its keys in blocks (see models.attention.to_blocks); prompt caches do not.
 
     prefill(params, tokens [n, P], lengths [n]) -> prompt caches, the `arrays` of a Cache of P columns, right-aligned.
@@ -85,7 +85,7 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)  # samplers after each other in one process share what is traced and compiled
-def build_programs(
+def sampler_programs(
     config: DecoderConfig,
     dtype,
     chunk: int,
@@ -94,7 +94,7 @@ def build_programs(
     cache_sharding=None,
     platform: str | None = None,
     cache_dtype=None,
-) -> Programs:
+) -> SamplerPrograms:
     """Sampler programs for parameters in `models.decoder.sampling_layout`.
 
     Args:
@@ -203,7 +203,7 @@ def build_programs(
     if platform == "tpu":
         devices = jax.local_devices() if cache_sharding is None else cache_sharding.device_set
         options = known_options(tuple(TPU_OPTIONS.items()), next(iter(devices)))
-    return Programs(
+    return SamplerPrograms(
         prefill=jax.jit(prefill),
         insert=jax.jit(insert, donate_argnums=0),
         rebase=jax.jit(rebase, static_argnames="window"),

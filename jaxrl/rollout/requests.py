@@ -41,7 +41,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off. bias: float32 [V], added to the logits.
 
     -inf in `bias` bans a token. Raises ValueError naming the field that is out of range.

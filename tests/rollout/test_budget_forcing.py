@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl.rollout.budget_forcing import Delimiters, generate_forced
-from jaxrl.rollout.engine import Request, Sampling
+from jaxrl.rollout.engine import Request, SamplingParams
 from tests.rollout import tiny
 
 END, WAIT, FINAL, NEWLINE = (20, 21), (30, 31), (40,), (50,)
@@ -28,7 +28,7 @@ def forced(bias=(), samples=2, **options):
         Request(np.array([9, 10], np.int32), samples, 1, 5),
         Request(np.array([60], np.int32), samples, 1, 6),
     ]
-    options = dict(max_thinking=12, max_answer=4, seed=3, sampling=Sampling(bias=values)) | options
+    options = dict(max_thinking=12, max_answer=4, seed=3, sampling=SamplingParams(bias=values)) | options
     return sum(generate_forced(s, params, requests, D, **options), [])
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.rollout.engine import Request, Sampling, bucket
-from jaxrl.rollout.programs import build_programs
+from jaxrl.rollout.engine import Request, SamplingParams, bucket
+from jaxrl.rollout.programs import sampler_programs
 from models.attention import from_blocks, to_blocks
 from tests.rollout import tiny
 
@@ -89,7 +89,7 @@ def test_seed_step_and_key_all_change_the_tokens():
 
 def test_greedy_is_argmax():
     for request, group in zip(
-        tiny.requests(1)[:3], generate(tiny.requests(1)[:3], sampling=Sampling(temperature=0.0)), strict=True
+        tiny.requests(1)[:3], generate(tiny.requests(1)[:3], sampling=SamplingParams(temperature=0.0)), strict=True
     ):
         tokens, logps = tiny.reference(request, 0, seed=0, temperature=0)
         np.testing.assert_array_equal(group[0].tokens, tokens)
@@ -98,7 +98,7 @@ def test_greedy_is_argmax():
 
 def test_logprobs_are_tempered_and_untruncated():
     requests = tiny.requests(2)[:3]
-    groups = generate(requests, sampling=Sampling(temperature=0.7, top_k=5, top_p=0.9))
+    groups = generate(requests, sampling=SamplingParams(temperature=0.7, top_k=5, top_p=0.9))
     for request, group in zip(requests, groups, strict=True):
         for c in group:
             z = tiny.all_logits([*request.prompt, *c.tokens])[len(request.prompt) - 1 : -1] / 0.7
@@ -117,7 +117,7 @@ def test_top_k_draws_what_the_reference_draws():
         return np.where(w >= np.sort(w)[-3], w, 0)
 
     request = dataclasses.replace(tiny.requests()[1], samples=2)
-    group = generate([request], sampling=Sampling(top_k=3))[0]
+    group = generate([request], sampling=SamplingParams(top_k=3))[0]
     for sample, c in enumerate(group):
         np.testing.assert_array_equal(c.tokens, tiny.reference(request, sample, seed=11, filtered=top3)[0])
 
@@ -130,7 +130,7 @@ def test_min_tokens_holds_the_end_back():
             Request(np.array([9], np.int32), 4, 12, 1),
             Request(np.array([9], np.int32), 4, 12, 1, min_tokens=5),
         ],
-        sampling=Sampling(bias=bias),
+        sampling=SamplingParams(bias=bias),
     )
     assert {c.length for c in free} == {1} and {c.length for c in held} == {6}
     assert all(c.tokens[-1] == tiny.EOS[0] and c.finish == "eos" for c in held)
@@ -141,7 +141,7 @@ def test_banned_tokens_are_never_drawn():
     allowed = np.array([5, 130, 299])
     bias[allowed] = 0.0
     tokens = np.concatenate(
-        [c.tokens for g in generate(tiny.requests(), sampling=Sampling(bias=bias)) for c in g]
+        [c.tokens for g in generate(tiny.requests(), sampling=SamplingParams(bias=bias)) for c in g]
     )
     assert set(tokens) == set(allowed)
 
@@ -228,7 +228,7 @@ def test_nothing_compiles_after_warm_up(caplog):
         s.generate(params, tiny.requests(1)[:3] + tiny.requests(7)[3:], seed=12)
         assert s.shapes == compiled and not caplog.records
         assert sizes == [p._cache_size() for p in programs]  # what jax compiled is what was counted
-        s.generate(params, tiny.requests()[:1], seed=1, sampling=Sampling(top_k=3))
+        s.generate(params, tiny.requests()[:1], seed=1, sampling=SamplingParams(top_k=3))
         assert any("compiled decode" in r.getMessage() for r in caplog.records)
 
 
@@ -261,14 +261,14 @@ def test_bad_requests_are_named(request_, match):
 )
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):
-        Sampling(**{field: value})
+        SamplingParams(**{field: value})
 
 
 def test_bad_bias_and_sizes():
     with pytest.raises(ValueError, match=r"bias has shape \(3,\)"):
-        generate(tiny.requests(), sampling=Sampling(bias=np.zeros(3, np.float32)))
+        generate(tiny.requests(), sampling=SamplingParams(bias=np.zeros(3, np.float32)))
     with pytest.raises(ValueError, match="at least one token"):
-        generate(tiny.requests(), sampling=Sampling(bias=np.full(300, -np.inf, np.float32)))
+        generate(tiny.requests(), sampling=SamplingParams(bias=np.full(300, -np.inf, np.float32)))
     with pytest.raises(ValueError, match="slots=0"):
         tiny.sampler(slots=0)
 
@@ -332,7 +332,7 @@ def test_background_requests_fill_slots_and_wait_for_nobody():
 @pytest.mark.parametrize("S, P", [(96, 32), (96, 33), (64, 64), (24, 5)])
 def test_prompts_and_windows_move_alike_in_blocks_and_in_columns(S, P):
     """At every end, the window's last column too."""
-    programs, rng = build_programs(tiny.CONFIG, jnp.float32, 8, platform="cpu"), np.random.default_rng(0)
+    programs, rng = sampler_programs(tiny.CONFIG, jnp.float32, 8, platform="cpu"), np.random.default_rng(0)
     pool, prompts = (rng.normal(size=(n, 2, w, 8)).astype(np.float32) for n, w in ((3, S), (2, P)))
     source, chosen = np.array([1, 0, 1], np.int32), np.array([True, False, True])
     for end in range(P, S + 1):

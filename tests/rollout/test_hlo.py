@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.rollout import programs as sampler_programs
+from jaxrl.rollout import programs as rollout_programs
 from jaxrl.rollout.device import idle_rows
-from jaxrl.rollout.programs import Knobs, build_programs, known_options
+from jaxrl.rollout.programs import SamplingArrays, known_options, sampler_programs
 from jaxrl.runtime import tpu_compiler
 from models.decoder import abstract_params, sampling_layout
 from tests.rollout import tiny
@@ -20,13 +20,13 @@ ROWS, WINDOW, STEPS = 8, 96, 16
 
 def lower(platform: str, sharding=None):
     """(lowered decode program, shapes of one layer's keys and values)."""
-    programs = build_programs(tiny.CONFIG, jnp.float32, STEPS, cache_sharding=sharding, platform=platform)
+    programs = sampler_programs(tiny.CONFIG, jnp.float32, STEPS, cache_sharding=sharding, platform=platform)
     cpu = platform == "cpu"
     weights = jax.eval_shape(
         lambda p: sampling_layout(p, tiny.CONFIG, jnp.float32, untie=cpu), abstract_params(tiny.CONFIG)[0]
     )
     cache = jax.eval_shape(lambda: programs.new_cache(ROWS, WINDOW))
-    knobs = Knobs(np.float32(1), np.array(tiny.EOS, np.int32))
+    knobs = SamplingArrays(np.float32(1), np.array(tiny.EOS, np.int32))
     args = (weights, cache, idle_rows(ROWS), knobs, np.int32(STEPS), np.int32(1))
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     return programs.decode.lower(*placed), {tuple(cache.k[0].shape), tuple(cache.v[0].shape)}
@@ -64,12 +64,12 @@ def test_no_copy_of_the_cache_on_tpu():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_compiler_option_of_another_libtpu_is_left_out(monkeypatch, caplog):
-    options = tuple(sampler_programs.TPU_OPTIONS.items())
+    options = tuple(rollout_programs.TPU_OPTIONS.items())
     assert known_options(options, tpu()) == dict(options) and not caplog.records
-    monkeypatch.setattr(sampler_programs, "TPU_OPTIONS", {"xla_tpu_option_of_tomorrow": "1"})
-    build_programs.cache_clear()
+    monkeypatch.setattr(rollout_programs, "TPU_OPTIONS", {"xla_tpu_option_of_tomorrow": "1"})
+    sampler_programs.cache_clear()
     lowered, _ = lower("tpu", jax.sharding.SingleDeviceSharding(tpu()))
-    build_programs.cache_clear()
+    sampler_programs.cache_clear()
     (record,) = caplog.records
     assert "xla_tpu_option_of_tomorrow" in record.getMessage()
     lowered.compile()

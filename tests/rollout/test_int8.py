@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl.algorithms.correction import CORRECTIONS
 from jaxrl.rollout import partial
-from jaxrl.rollout.engine import Request, Sampler
+from jaxrl.rollout.engine import Engine, Request
 from jaxrl.rollout.placement import _specs
 from models.config import from_hf
 from models.decoder import quantise, sampling_layout
@@ -73,7 +73,7 @@ def test_a_trained_model_keeps_its_log_probs_and_the_rest_is_corrected(weights, 
     root = shared_path("data", "models", "stories260K")
     config, options = from_hf(root), dict(max_prompt=64, max_tokens=63, slots=8)
     params = load_params(root, config)
-    int8, exact = Sampler(config, (2,), weights=weights, cache=cache, **options), Sampler(config, (2,), **options)
+    int8, exact = Engine(config, (2,), weights=weights, cache=cache, **options), Engine(config, (2,), **options)
     own = int8.layout(params)
     done = int8.generate(own, [Request(np.array([1], np.int32), 8, 63, 5)], seed=3)[0]
     tokens = [np.concatenate([[1], c.tokens]) for c in done]

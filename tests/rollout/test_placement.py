@@ -9,7 +9,7 @@ import pytest
 SETUP = """
 import jax, jax.numpy as jnp, numpy as np
 from jaxrl.errors import UserError
-from jaxrl.rollout.engine import Request, Sampler
+from jaxrl.rollout.engine import Request, Engine
 from jaxrl.rollout.placement import place
 from jaxrl.runtime import mesh as meshes
 from models.config import DecoderConfig
@@ -23,7 +23,7 @@ abstract, logical = abstract_params(config)
 sharded = jax.device_put(params, meshes.shardings(training, logical, None, abstract))
 
 def generate(placement, params, slots=16, chunk=8, order=range(6), **int8):
-    sampler = Sampler(config, (0,), max_prompt=9, max_tokens=20, slots=slots, chunk=chunk, window=8,
+    sampler = Engine(config, (0,), max_prompt=9, max_tokens=20, slots=slots, chunk=chunk, window=8,
                       placement=placement, **int8)
     laid_out = sampler.layout(params)
     requests = [Request(np.arange(1, 4 + i, dtype=np.int32), 5, 20, i) for i in range(6)]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.rollout.engine import Request, Sampler
+from jaxrl.rollout.engine import Engine, Request
 from models.config import DecoderConfig
 from models.decoder import Decoder, init_params, logits
 
@@ -47,7 +47,7 @@ def requests(samples=3):
 
 
 def sampler(**options):
-    return Sampler(CONFIG, EOS, **(dict(max_prompt=MAX_PROMPT, max_tokens=MAX_TOKENS, slots=8) | options))
+    return Engine(CONFIG, EOS, **(dict(max_prompt=MAX_PROMPT, max_tokens=MAX_TOKENS, slots=8) | options))
 
 
 @functools.cache
