@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from jaxrl import build
 from jaxrl.collect import with_budget
@@ -37,7 +38,7 @@ from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
 from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
-from jaxrl.runtime import cli, distributed
+from jaxrl.runtime import cli, distributed, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
@@ -86,7 +87,8 @@ def main(argv: list[str]) -> None:
     cli.use_compilation_cache()
     if flags["distributed"]:
         distributed.initialize()
-    out = pathlib.Path(flags["out"])
+    results_dir = storage.output(flags["out"], "--out")
+    out = results_dir.local
     (out / "completions").mkdir(parents=True, exist_ok=True)
     steps: list[int | None] = checkpoint_steps(flags["model"])[-1:] or [None]
     if flags["step"] >= 0:
@@ -109,9 +111,14 @@ def main(argv: list[str]) -> None:
             info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name}
             placement = place(config, mesh, flags["tensor"]) if mesh else None
             results += evaluate_sets(config, params, tokenizer, sets, step, flags, out, placement)
+            if distributed.is_main():
+                with storage.user_errors("--out"):
+                    results_dir.push()
     if distributed.is_main():
         print(write_results(out, results, info, flags))
-        print(f"written to {out}")
+        with storage.user_errors("--out"):
+            results_dir.close()
+        print(f"written to {flags['out']}")
 
 
 def _check(flags: dict) -> None:
@@ -293,7 +300,7 @@ def _settings(flags: dict, limit: int, budget: int | None, data: EvalSet) -> dic
     forced = flags["budget_mode"] == "forced" and budget
     keys = ("waits", "answer_tokens", "end_thinking") if forced else ()
     keys += ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype")
-    model = str(pathlib.Path(flags["model"]).resolve())
+    model = str(epath.Path(flags["model"]).resolve()) if not storage.is_remote(flags["model"]) else flags["model"]
     mode = flags["budget_mode"] if budget else None
     own = dict(data=data.spec, template=data.template, grader=data.grader_version, limit=limit, mode=mode)
     return {"model": model, **own, **{k: flags[k] for k in keys}}

@@ -9,7 +9,7 @@ Kinds of kill, all SIGKILL to the whole process group:
   start   at a random moment of the start-up, before the first new record
   step    a random moment after a random number of new records in metrics.jsonl
   save    as soon as a half-written checkpoint is seen, plus a random moment
-  write   by the process itself, just before the N-th call that makes something durable (fsync, rename, rmtree):
+  write   by the process itself, just before the N-th call that makes something durable (fsync, replace, rmtree):
           the start of every gap in the commit protocol
 
 Each start is a fork of this process, which has imported MODULE but touched no device: a start then costs what comes
@@ -148,10 +148,10 @@ def deterministic_view(record):
 
 
 def _half_written(run_dir):
-    """(name, inode) of every checkpoint that has no final name yet."""
+    """(name, inode) of every checkpoint that has no marker yet."""
     try:
         with os.scandir(run_dir / "checkpoints") as found:
-            return {(entry.name, entry.inode()) for entry in found if entry.name.endswith(".tmp")}
+            return {(e.name, e.inode()) for e in found if not os.path.exists(f"{e.path}/COMMITTED")}
     except FileNotFoundError:
         return set()
 
@@ -193,17 +193,14 @@ def _blobs(path):
 
 
 def arrays_of(path):
-    """All arrays of a checkpoint by name, as NumPy, read with orbax alone."""
-    import orbax.checkpoint as ocp
+    """All tensors of a checkpoint by name, read with the library of the file format alone."""
+    from safetensors.numpy import load
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        names = reader.metadata(path / "arrays").item_metadata.tree
-        args = {k: ocp.RestoreArgs(restore_type=np.ndarray) for k in names}
-        return reader.restore(path / "arrays", args=ocp.args.PyTreeRestore(restore_args=args))
+    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load(file.read_bytes()).items()}
 
 
 def die_at_write(n):
-    """From now on the n-th call of fsync, rename, replace or rmtree in this process is a kill -9 of its
+    """From now on the n-th call of fsync, remove, replace or rmtree in this process is a kill -9 of its
     group."""
     lock, left = threading.Lock(), [n]
 
@@ -216,7 +213,7 @@ def die_at_write(n):
             return call(*args, **kwargs)
         return wrapper
 
-    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+    for module, name in ((os, "fsync"), (os, "remove"), (os, "replace"), (shutil, "rmtree")):
         setattr(module, name, dying(getattr(module, name)))
 
 

@@ -8,8 +8,11 @@ import pathlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
+from etils import epath
+
 from jaxrl.errors import UserError
 from jaxrl.rollout.budget_forcing import Delimiters
+from jaxrl.runtime import storage
 from jaxrl.runtime.model_source import is_run
 from jaxrl.tasks import dial
 from jaxrl.tasks.answers import choice_letter, extract
@@ -133,9 +136,9 @@ def _encode(problem: Problem, tokenizer, template: str) -> list[int]:
 
 def default_template(model: str, tokenizer) -> str:
     """What a run was trained with; else "chat" if the tokenizer has a chat template, or "boxed"."""
-    config = pathlib.Path(model) / "config.json"
-    if is_run(model) and config.exists():
-        return json.loads(config.read_text())["task"]["template"]
+    config = epath.Path(model) / "config.json"
+    if is_run(model) and storage.exists(config):
+        return json.loads(storage.read(config))["task"]["template"]
     return "chat" if tokenizer.chat_template else "boxed"
 
 

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from etils import epath
 
 from jaxrl.runtime import storage
 
+SMALL = 32 * 2**20  # bytes: such a file is read at once
 FILE_BYTES = 256 * 2**20  # of a file, unless one shard is larger: files are written side by side
 _TAGS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
          "float8_e5m2": "F8_E5M2", "bool": "BOOL"} | {f"{s}int{n}": f"{t}{n}" for s, t in (("", "I"), ("u", "U"))
@@ -106,9 +107,9 @@ def read(directory: str | os.PathLike, wanted: Mapping[str, Any], parts: Mapping
         for index in indices:
             jobs[name, _spans(index, shape)] = None
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        fetch = _reader(epath.Path(directory), {k: (v[1], parts.get(k, ())) for k, v in wanted.items()}, pool)
         for name, spans in jobs:
-            dtype = wanted[name][1]
-            jobs[name, spans] = pool.submit(_region, epath.Path(directory), spans, dtype, parts.get(name, ()))
+            jobs[name, spans] = pool.submit(_region, fetch, name, spans, wanted[name][1], parts.get(name, ()))
         out = {}
         for name, (shape, _, sharding) in wanted.items():
             def part(index, name=name, shape=shape):
@@ -119,11 +120,26 @@ def read(directory: str | os.PathLike, wanted: Mapping[str, Any], parts: Mapping
         return out
 
 
+def _reader(directory: epath.Path, arrays: Mapping[str, tuple], pool) -> Callable[[str, int, int], bytes]:
+    """A function (file, start, stop) -> bytes. Small files, of which a run of a few parameters has one, are read
+    whole."""
+    ends: dict[str, int] = {}
+    for dtype, pieces in arrays.values():
+        for file, offset, _, size in pieces:
+            ends[file] = max(ends.get(file, 0), offset + math.prod(size) * jnp.dtype(dtype).itemsize)
+    whole = {f: pool.submit(storage.read, directory / f, 0, n) for f, n in ends.items() if n <= SMALL}
+
+    def fetch(file: str, start: int, stop: int) -> bytes:
+        return whole[file].result()[start:stop] if file in whole else storage.read(directory / file, start, stop)
+
+    return fetch
+
+
 def _spans(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
-def _region(directory: epath.Path, spans, dtype, parts: Sequence) -> np.ndarray:
+def _region(fetch: Callable, name: str, spans, dtype, parts: Sequence) -> np.ndarray:
     """One block of an array, from the shards that it meets."""
     dtype, shape = jnp.dtype(dtype), [hi - lo for lo, hi in spans]
     out, filled = np.empty(shape, dtype), 0
@@ -134,12 +150,12 @@ def _region(directory: epath.Path, spans, dtype, parts: Sequence) -> np.ndarray:
             continue
         first, last = (low[0] - start[0], high[0] - start[0]) if size else (0, 1)
         row = math.prod(size[1:]) * dtype.itemsize
-        data = storage.read(directory / file, offset + first * row, offset + last * row)
+        data = fetch(file, offset + first * row, offset + last * row)
         block = np.frombuffer(data, dtype).reshape([last - first, *size[1:]] if size else [])
         inner = tuple(slice(a - s, b - s) for a, b, s in zip(low[1:], high[1:], start[1:], strict=True))
         block = block[(slice(None), *inner)] if size else block
         out[tuple(slice(a - lo, b - lo) for a, b, (lo, _) in zip(low, high, spans, strict=True))] = block
         filled += block.size
     if filled != out.size:
-        raise ValueError(f"{directory}: {out.size - filled} values of an array are in none of its files")
+        raise ValueError(f"{name}: {out.size - filled} of its {out.size} values are in no file of the checkpoint")
     return out

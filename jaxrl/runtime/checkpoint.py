@@ -241,7 +241,8 @@ class Checkpointer:
 
 def _make_anew(path) -> None:
     manifest.remove(path)
-    path.mkdir(parents=True, exist_ok=True)
+    if not storage.is_remote(path):
+        path.mkdir(parents=True)
 
 
 def _in_main(call: Callable[[], None]) -> str | None:

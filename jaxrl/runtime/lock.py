@@ -129,7 +129,7 @@ class Lease:
             self.confirm()
             for old in storage.children(self._where):
                 if int(old[:8]) < self._term:
-                    storage.remove(self._where / old)
+                    storage.remove_file(self._where / old)
         threading.Thread(target=self._keep, daemon=True, name="lease").start()
 
     def _claim(self) -> dict:

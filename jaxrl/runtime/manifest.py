@@ -12,6 +12,7 @@ half-written, or about to be removed, and does not count.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -74,8 +75,8 @@ def commit(path: str | os.PathLike, manifest: dict) -> None:
 
 def unseal(path: str | os.PathLike) -> None:
     """Takes the marker away: from now on this is no checkpoint. Raises OSError."""
-    storage.remove(epath.Path(path) / MARKER)
-    if epath.Path(path).is_dir():
+    storage.remove_file(epath.Path(path) / MARKER)
+    with contextlib.suppress(FileNotFoundError):
         fsync_dir(path)
 
 

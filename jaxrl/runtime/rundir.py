@@ -7,15 +7,16 @@
     checkpoints/         checkpoint.py
     .lock                held by the process that writes here (lock.py)
 
-All but checkpoints are written to `local`. On a disk that is the directory itself; on an object store, which can neither
-append nor rename, it is a local folder whose changed files are uploaded before every checkpoint and at the end: what a
-checkpoint knows is there before the checkpoint is.
+All but checkpoints are written to `local`. On a disk that is the directory itself; on an object store, which can
+neither append nor rename, it is a local folder whose changed files are uploaded before every checkpoint and at the
+end: what a checkpoint knows is there before the checkpoint is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,8 @@ from jaxrl.errors import UserError
 from jaxrl.runtime import storage
 from jaxrl.runtime.lock import Lease, Lock, lock
 from jaxrl.runtime.storage import Mirror, atomic_write
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +83,18 @@ class RunDir:
         self.mirror.forget([f"samples/{name}" for name in late])
 
     def publish(self) -> None:
-        """Puts everything so far where it belongs, as long as this process still is the writer. Raises OSError."""
+        """Process 0: puts all so far where it belongs, as long as this process still is the writer. Raises OSError."""
         self.lock.confirm()
         self.mirror.push()
 
     def close(self) -> None:
-        """The last `publish`, and the directory is free. Raises OSError."""
+        """The last upload, and the directory is free. A store that stays away is a warning: a checkpoint has all
+        before."""
         try:
-            self.mirror.close()
-        finally:
-            self.lock.release()
+            self.mirror.push()
+        except OSError as e:
+            log.warning("%s: %s; the newest files are in %s", self.root, e, self.local)
+        self.lock.release()
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict:

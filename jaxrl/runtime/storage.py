@@ -18,6 +18,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -95,7 +96,9 @@ def explain(error: BaseException) -> tuple[str, bool]:
     cause = error.__cause__ or error.__context__
     words = f"{text} {one_line(cause) if cause else ''}"
     if isinstance(error, FileNotFoundError):
-        return ("no such bucket" if "ucket" in words else "not found"), False
+        # gcsfs names the address that was not there: a bucket's list of objects, or an object.
+        missing = re.search(r"\bb/[^/]+/o$|bucket does not exist|NoSuchBucket", str(error))
+        return ("no such bucket" if missing else "not found"), False
     if code == 401 or any(n in name for n in _CREDENTIALS for name in names) or re.search(
             "ExpiredToken|InvalidAccessKeyId|InvalidToken|SignatureDoesNotMatch|expired|invalid_grant", words):
         return f"credentials are missing or expired ({text})", False
@@ -246,15 +249,20 @@ def children(root: Path) -> list[str]:
     return sorted({n.rstrip("/").rsplit("/", 1)[-1] for n in found if n.rstrip("/") != name.rstrip("/")})
 
 
-def remove(path: Path) -> None:
-    """Deletes a file or a directory with all below it; nothing if it is not there. Raises OSError."""
+def remove_file(path: Path) -> None:
+    """Deletes a file; nothing if it is not there. Raises OSError."""
     fs, name = filesystem(path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        retry(path, lambda: fs.rm_file(name)) if is_remote(path) else os.remove(name)
 
-    def delete():
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm(name, recursive=True)
 
-    retry(path, delete) if is_remote(path) else delete()
+def remove(path: Path) -> None:
+    """Deletes a directory with all below it; nothing if it is not there. Raises OSError."""
+    if is_remote(path):
+        in_threads([functools.partial(remove_file, epath.Path(path) / n) for n in files_below(path)], 8)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
 
 
 def exists(path: Path) -> bool:
@@ -297,25 +305,39 @@ def in_threads(calls: Iterable[Callable[[], T]], threads: int = 4) -> list[T]:
 def scratch(path: Path, kind: str) -> pathlib.Path:
     """Where copies of a remote directory lie on this machine."""
     where = re.sub(r"[^\w./=+-]", "_", os.fspath(path).replace("://", "/"))
-    return pathlib.Path(tempfile.gettempdir(), f"jaxrl-{os.getuid()}", kind, where)
+    base = pathlib.Path(tempfile.gettempdir(), f"jaxrl-{os.getuid()}")
+    base.mkdir(mode=0o700, exist_ok=True)
+    return base / kind / where
+
+
+def output(root: Path, key: str) -> Mirror:
+    """The directory of a command's results, to be closed when they are all there; what is there now comes along.
+
+    Raises UserError naming the setting `key`.
+    """
+    root = as_path(root, key)
+    with user_errors(key):
+        return Mirror(root, list(files_below(root)) if is_remote(root) else (), f"results-{os.getpid()}")
 
 
 @functools.lru_cache(maxsize=64)
-def local_copy(path: str, key: str, leave_out: tuple[str, ...] = ()) -> pathlib.Path:
+def local_copy(path: str, key: str, choose: Callable[[list[str]], list[str]] = list) -> pathlib.Path:
     """A local path with the content of `path`: itself, or a copy made now (once a process).
 
-    leave_out: patterns (re.fullmatch, relative names) of files that are not copied. Raises UserError naming `key` if
-    it is not there or cannot be read.
+    choose: from the relative names of all files to those that are copied. Raises UserError naming `key` if `path`
+    cannot be read, or is an object store's and not there.
     """
     if not is_remote(as_path(path, key)):
         return pathlib.Path(path)
     target = scratch(path, "copies")
     with user_errors(key):
         fs, name = filesystem(path)
-        names = [n for n in files_below(path) if not any(re.fullmatch(p, n) for p in leave_out)]
-        if not names and not exists(path):
+        below = list(files_below(path))
+        if not below and not exists(path):
             raise FileNotFoundError(f"{path}: not found")
-        whole = {f"{name}/{n}": target / n for n in names} or {name: target}
+        names = choose(below)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        whole = {f"{name}/{n}": target / n for n in names} if below else {name: target}
         in_threads([functools.partial(_download, fs, *pair) for pair in whole.items()], 8)
     return target
 
@@ -332,15 +354,15 @@ class Mirror:
     uploads.
 
     So files may be appended to, renamed and flushed as on any disk, and the store gets them when it matters. pull:
-    names that are copied from the store first.
+    names that are copied from the store first. kind: of folder; one of each kind and root at a time on a machine.
     """
 
-    def __init__(self, root: Path, pull: Sequence[str] = ()):
+    def __init__(self, root: Path, pull: Sequence[str] = (), kind: str = "runs"):
         self.root, self.local = root, pathlib.Path(root)
         self._pushed: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         if is_remote(root):
-            self.local = scratch(root, "runs")
+            self.local = scratch(root, kind)
             remove(self.local)
             self.local.mkdir(parents=True)
             for name in pull:
@@ -374,7 +396,7 @@ class Mirror:
             (self.local / name).unlink(missing_ok=True)
             if is_remote(self.root):
                 self._pushed.pop(name, None)
-                remove(epath.Path(self.root) / name)
+                remove_file(epath.Path(self.root) / name)
 
     def close(self) -> None:
         """The last push; the local folder of a store's directory is removed. Raises StoreError."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl.errors import UserError
+from jaxrl.runtime import storage
 from jaxrl.tasks.readers import SUFFIXES, BadRow, read_rows
 from jaxrl.tasks.rows import FIELDS, problem_of
 from jaxrl.types import Problem
@@ -158,7 +159,7 @@ def check_prompt_lengths(
 
 def _open(spec: str, data_dir: str, split: str | None, config: str | None) -> tuple[str, Iterator[tuple[str, Any]]]:
     """(name for ids, rows with their places) of a data set."""
-    path = pathlib.Path(spec)
+    path = storage.local_copy(spec, "data")
     known = known_name(spec)
     if spec.endswith(SUFFIXES) or path.is_file():
         if not path.is_file():
