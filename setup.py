@@ -40,6 +40,7 @@ setup(
         "s3": ["s3fs"],
         "wandb": ["wandb"],
         "hub": ["datasets"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "gcsfs", "s3fs", "gcp-storage-emulator", "moto[s3,server]"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "gcsfs", "s3fs", "gcp-storage-emulator",
+                 "moto[s3,server]"],
     },
 )

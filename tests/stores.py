@@ -13,6 +13,7 @@ The proxy also keeps the promise of ifGenerationMatch, which real buckets keep a
 """
 
 import collections
+import contextlib
 import http.client
 import http.server
 import json
@@ -27,22 +28,73 @@ import time
 import urllib.parse
 import urllib.request
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 BUCKET = "bucket"
 
 
-class Store:
-    """A running store. url: "gs://bucket"; env: what clients need to find it. Use as a context manager."""
+class Client:
+    """Talks to the proxy of a store without any client library, so also in a process that is about to fork."""
+
+    def __init__(self, scheme, endpoint):
+        self.scheme, self.endpoint = scheme, endpoint
+        self.url = f"{scheme}://{BUCKET}"
+        gs = {"STORAGE_EMULATOR_HOST": endpoint, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+        s3 = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
+              "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+        self.env = {"gs": gs, "s3": s3}[scheme]  # what makes the libraries find the store
+
+    def _get(self, path, value=None):
+        data = None if value is None else json.dumps(value).encode()
+        signed = {"Authorization": "AWS4-HMAC-SHA256 Credential=testing/20260101/us-east-1/s3/aws4_request"}
+        headers = signed if self.scheme == "s3" else {}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{path}", data, headers)) as answer:
+            return answer.read()
+
+    def faults(self, *faults):
+        """Replaces the faults; without any, all is well again."""
+        self._get("_faults", faults)
+
+    def counts(self):
+        """{"GET": requests, ..., "sent": bytes to the store, "received": bytes from it, "faults": hit} since last
+        asked."""
+        return json.loads(self._get("_counts"))
+
+    def requests(self):
+        """"METHOD /path?query" of every request since last asked."""
+        return json.loads(self._get("_requests"))
+
+    def names(self, prefix=""):
+        """Names of all objects that begin so."""
+        quoted = urllib.parse.quote(prefix, safe="")
+        if self.scheme == "s3":
+            found = self._get(f"{BUCKET}?list-type=2&prefix={quoted}").decode()
+            return re.findall("<Key>(.*?)</Key>", found)
+        found = json.loads(self._get(f"storage/v1/b/{BUCKET}/o?prefix={quoted}"))
+        return [item["name"] for item in found.get("items", [])]
+
+    def read(self, name):
+        """The content of an object."""
+        quoted = urllib.parse.quote(name, safe="")
+        gs = f"download/storage/v1/b/{BUCKET}/o/{quoted}?alt=media"
+        return self._get(gs if self.scheme == "gs" else f"{BUCKET}/{urllib.parse.quote(name)}")
+
+    def download(self, prefix, folder):
+        """All objects below a prefix as files below a folder."""
+        for name in self.names(prefix + "/"):
+            path = folder / name.removeprefix(prefix + "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.read(name))
+
+
+class Store(Client):
+    """A store in a process of its own, as a context manager."""
 
     def __init__(self, scheme="gs"):
         self._process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.stores", scheme], cwd=ROOT,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.url = f"{scheme}://{BUCKET}"
-        self.endpoint = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
-        self.env = {"STORAGE_EMULATOR_HOST": self.endpoint, "TENSORSTORE_GCS_HTTP_URL": self.endpoint,
-                    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"} if scheme == "gs" else {
-            "AWS_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+        super().__init__(scheme, f"http://127.0.0.1:{int(self._process.stdout.readline())}")
 
     def __enter__(self):
         return self
@@ -51,23 +103,27 @@ class Store:
         self._process.stdin.close()
         self._process.wait()
 
-    def _control(self, what, value=None):
-        data = None if value is None else json.dumps(value).encode()
-        with urllib.request.urlopen(f"{self.endpoint}/_{what}", data) as answer:
-            return json.load(answer)
+    @contextlib.contextmanager
+    def found(self):
+        """Inside, the libraries of this process find the store."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            _forget_clients()
+            try:
+                yield self
+            finally:
+                _forget_clients()
 
-    def faults(self, *faults):
-        """Replaces the faults; without any, all is well again."""
-        self._control("faults", faults)
 
-    def counts(self):
-        """{"GET": requests, ..., "sent": bytes to the store, "received": bytes from it, "faults": hit} since the last
-        call."""
-        return self._control("counts")
+def _forget_clients():
+    """Clients of fsspec and epath are kept for ever, with the address that they found first."""
+    import fsspec
+    from etils.epath import backend
 
-    def requests(self):
-        """"METHOD /path?query" of every request since the last call."""
-        return self._control("requests")
+    for scheme in ("gs", "s3"):
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 class Proxy(http.server.BaseHTTPRequestHandler):

@@ -10,6 +10,7 @@ PATIENCE seconds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib
@@ -106,7 +107,8 @@ def explain(error: BaseException) -> tuple[str, bool]:
         return f"no permission ({text})", False
     passing = code in (408, 429) or code >= 500 or isinstance(error, ConnectionError | TimeoutError) or any(
         n in name for n in _PASSING for name in names) or bool(re.search(
-            "SlowDown|InternalError|ServiceUnavailable|RequestTimeout|reach max retries|Too Many", words))
+            "Slow ?Down|Internal ?(Server )?Error|Service ?Unavailable|RequestTimeout|max retries|Too Many", words))
+    passing |= isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN)
     return text, passing
 
 

@@ -17,6 +17,7 @@ from etils import epath
 from jaxrl.errors import UserError
 from jaxrl.runtime import arrays, manifest, storage
 from jaxrl.runtime.checkpoint import Checkpointer, restore
+from tests.stores import Store
 
 
 def raw(x):
@@ -351,6 +352,7 @@ RESHARD = """
 import sys, numpy as np, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxrl.runtime.checkpoint import Checkpointer, restore
+from tests.stores import Store
 devices = np.array(jax.devices())
 def tree(mesh, spec):
     w = jnp.arange(64 * 6, dtype=jnp.float32).reshape(64, 6)
@@ -427,3 +429,54 @@ def test_kill_9_at_every_write_of_a_save(tmp_path):
         assert manifest.list_checkpoints(tmp_path / str(n))[-1].step == 4
         shutil.rmtree(tmp_path / str(n))
     assert seen == {2, 3}
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def store(request):
+    pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[request.param])
+    with Store(request.param) as store, store.found():
+        yield store
+
+
+def test_on_a_store_the_marker_is_the_last_request_and_damage_is_named(store, caplog, tmp_path):
+    run = f"{store.url}/ck"
+    with Checkpointer(run, keep_last=2, before_commit=lambda: storage.atomic_write(f"{run}-metrics", "x")) as saver:
+        saver.save(1, state(1), {"seed": 1}, blobs={"tokens": np.arange(3)})
+        saver.wait()
+        store.requests()
+        saver.save(2, state(2), {"seed": 2})
+        assert saver.wait() == 2
+        changes = [r for r in store.requests() if not r.startswith(("GET", "HEAD"))]
+        assert len(changes) < 10
+        assert_same_tree(saver.restore(state()).arrays, state(2))
+        saver.save(3, state(3), {"seed": 3})
+        saver.wait()
+    assert [c.step for c in manifest.list_checkpoints(run)] == [2, 3]
+    assert {n.split("/")[1] for n in store.names("ck/")} == {"00000002", "00000003"}
+    data = bytearray(store.read("ck/00000003/arrays-00000-000.safetensors"))
+    data[-3] ^= 1
+    storage.atomic_write(f"{run}/00000003/arrays-00000-000.safetensors", bytes(data))
+    with Checkpointer(run) as saver:
+        assert saver.restore(state()).host == {"seed": 2}
+    assert "ck/00000003 is damaged (arrays-00000-000.safetensors has changed content" in caplog.text
+    store.download("ck", tmp_path)  # and a copy on a disk is the same checkpoint
+    assert_same_tree(restore(tmp_path, state()).arrays, state(2))
+
+
+@pytest.mark.parametrize("skip", range(0, 9))
+def test_a_store_that_goes_away_leaves_the_older_checkpoint(store, caplog, monkeypatch, skip):
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    run = f"{store.url}/away{skip}"
+    with Checkpointer(run, keep_last=1) as saver:
+        saver.save(1, state(1), {})
+        saver.wait()
+        store.faults({"match": "^(POST|PUT|DELETE)", "skip": skip, "status": 403, "times": -1})
+        saver.save(2, state(2), {})
+        newest = saver.wait()
+        hit = store.counts().get("faults", 0)
+        store.faults()
+        assert newest == (1 if "was NOT saved" in caplog.text else 2) and (hit or newest == 2)
+        assert restore(run, state()).step == newest
+        saver.save(3, state(3), {})
+        assert saver.wait() == 3
+    assert [c.step for c in manifest.list_checkpoints(run)] == [3]
