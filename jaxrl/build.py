@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.errors import UserError
+from jaxrl.learner.learner import needs_reference
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
-from jaxrl.runtime import cli, distributed, storage
+from jaxrl.runtime import cli, distributed, hardware, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.metrics import MetricsWriter
@@ -30,16 +32,21 @@ from models.tokenizers import Tokenizer, load_tokenizer, vocab_tokenizer
 
 
 def start_backend(config) -> None:
-    """Join the other hosts, if any, and point jax at the compilation cache; before anything touches a device."""
+    """Join the other hosts, if any, and point jax at the compilation cache; before anything touches a device.
+
+    A GPU's memory is taken at the start as far as preflight counts on it: jax alone takes three quarters.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(hardware.GPU_MEMORY))
     if config.distributed:
         distributed.initialize(heartbeat_seconds=config.watchdog.heartbeat)
     if config.compilation_cache:
         cli.use_compilation_cache()
 
 
-def mesh(config):
-    """The device mesh of config.mesh over all devices."""
-    return meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh(config, devices=None):
+    """The device mesh of config.mesh over `devices`, default all of them."""
+    m = config.mesh
+    return meshes.make_mesh(m.data, m.fsdp, m.tensor, devices, m.slices)
 
 
 def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
@@ -190,12 +197,12 @@ def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, st
 
 
 def reference(config, run: RunDir, learner, params):
-    """Parameters of the frozen reference model (those at step 0), or None if the config has no KL term.
+    """Parameters of the frozen reference model (those at step 0), or None if nothing in the config needs it.
 
     They are kept in run_dir/reference, so that a resumed run compares with the same model. params: of a new run,
     copied; None reads them back. Raises UserError if they are not there.
     """
-    if not config.algorithm.kl_coef:
+    if not needs_reference(config):
         return None
     with Checkpointer(run.root / "reference", keep_last=1) as store:
         if params is not None:
@@ -204,7 +211,8 @@ def reference(config, run: RunDir, learner, params):
             return copy
         found = store.restore({"params": learner.abstract_state().params})
         if found is None:
-            raise UserError(f"{run.root}/reference is missing: config.algorithm.kl_coef was 0 when this run began")
+            raise UserError(f"{run.root}/reference is missing: this run began without a reference model "
+                            "(config.algorithm.kl_coef=0)")
         return found.arrays["params"]
 
 

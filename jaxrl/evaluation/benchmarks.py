@@ -6,14 +6,12 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
-
-from etils import epath
+from typing import Any, NamedTuple
 
 from jaxrl.errors import UserError
+from jaxrl.evaluation.identity import reward_identity
 from jaxrl.rollout.budget_forcing import Delimiters
-from jaxrl.runtime import storage
-from jaxrl.runtime.model_source import is_run
+from jaxrl.runtime.model_source import task_settings
 from jaxrl.tasks import dial
 from jaxrl.tasks.answers import choice_letter, extract
 from jaxrl.tasks.data import load_problems
@@ -22,7 +20,7 @@ from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.readers import SUFFIXES
 from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Grade
-from jaxrl.tasks.templates import TEMPLATES, encode_prompt
+from jaxrl.tasks.templates import encode_prompt, messages, prompt_options, prompt_text
 from jaxrl.types import Problem
 
 log = logging.getLogger(__name__)
@@ -31,13 +29,16 @@ MAX_TOKENS = 8192  # L1's limit; the model's context may end earlier
 
 
 class EvalSet(NamedTuple):
-    """Problems ready to be asked. spec: as given. encode, grade: as in Task. vote: the answer in a normal
-    form, or None. max_tokens: response limit when none is given. delimiters, answer_tokens: for budget forcing."""
+    """Problems ready to be asked. spec: as given. encode, grade: as in Task. text: the prompt as text, or as messages
+    for a chat template. shown: a prompt, in either form, as text. vote: the answer in a normal form, or None.
+    max_tokens: response limit when none is given. delimiters, answer_tokens: for budget forcing."""
 
     spec: str
     name: str
     problems: list[Problem]
     encode: Callable[[Problem], list[int]]
+    text: Callable[[Problem], str | list[dict]]
+    shown: Callable[[Any], str]
     grade: Callable[[Sequence[Problem], Sequence[str]], list[Grade]]
     vote: Callable[[Problem, str], Hashable | None]
     template: str
@@ -70,6 +71,8 @@ def load_dial(spec: str, tokenizer, limit: int) -> EvalSet:
         name=spec,
         problems=problems,
         encode=lambda problem: tokenizer.encode(dial.prompt_text(problem)),
+        text=dial.prompt_text,
+        shown=lambda prompt: _shown(prompt, tokenizer),
         grade=_grade_dial,
         vote=lambda problem, text: text.split("=>")[-1].strip() if "=>" in text else None,
         template="dial",
@@ -105,41 +108,56 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
     )
     if loaded.skipped:
         log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])
-    template = flags["template"] or default_template(flags["model"], tokenizer)
-    if template not in TEMPLATES[:3]:
-        raise UserError(f"--template={template!r}: choose one of {', '.join(TEMPLATES[:3])}")
+    asked = asked_as(flags, tokenizer)
+    template = asked["template"]
     file = pathlib.Path(spec).name
     return EvalSet(
         spec=spec,
         name=next((file.removesuffix(end) for end in SUFFIXES if file.endswith(end)), file),
         problems=loaded.problems,
-        encode=lambda problem: _encode(problem, tokenizer, template),
+        encode=lambda problem: _encode(problem, tokenizer, asked),
+        text=lambda p: messages(p, asked["system"]) if template == "chat" else prompt_text(p, template),
+        shown=lambda prompt: _shown(prompt, tokenizer),
         grade=lambda problems, texts: grade_text(problems, texts, grader, reward),
         vote=_vote,
         template=template,
-        grader_version=f"{GRADER_VERSION} {reward.spec}" if reward else GRADER_VERSION,
+        grader_version=f"{GRADER_VERSION} {reward_identity(reward.spec)}" if reward else GRADER_VERSION,
         max_tokens=MAX_TOKENS,
         delimiters=lambda: Delimiters(*(tuple(tokenizer.encode(s)) for s in (flags["end_thinking"], *S1_PIECES))),
         answer_tokens=64,
     )
 
 
-def _encode(problem: Problem, tokenizer, template: str) -> list[int]:
+def _shown(prompt: str | list, tokenizer) -> str:
+    """A prompt as text: as it is, messages as JSON, token ids decoded."""
+    if isinstance(prompt, str):
+        return prompt
+    chat = any(isinstance(part, dict) for part in prompt)
+    return json.dumps(prompt, ensure_ascii=False) if chat else tokenizer.decode(prompt)
+
+
+def _encode(problem: Problem, tokenizer, asked: dict) -> list[int]:
     """The prompt's tokens; [] if the tokenizer has no tokens for its text, as that of a toy model may not."""
     try:
-        return encode_prompt(problem, tokenizer, template)
+        return encode_prompt(problem, tokenizer, **asked)
     except UserError:
         raise
     except ValueError:
         return []
 
 
-def default_template(model: str, tokenizer) -> str:
-    """What a run was trained with; else "chat" if the tokenizer has a chat template, or "boxed"."""
-    config = epath.Path(model) / "config.json"
-    if is_run(model) and storage.exists(config):
-        return json.loads(storage.read(config))["task"]["template"]
-    return "chat" if tokenizer.chat_template else "boxed"
+def asked_as(flags: dict, tokenizer) -> dict[str, Any]:
+    """The options of encode_prompt: what the flags say, else what a run was trained with.
+
+    Without either, template is "chat" if the tokenizer has a chat template, or "boxed". Raises UserError for a system
+    prompt or --enable_thinking without template "chat".
+    """
+    trained = task_settings(flags["model"])
+    template = flags["template"] or trained.get("template") or ("chat" if tokenizer.chat_template else "boxed")
+    given = {key: flags[key] for key in ("system_prompt", "enable_thinking") if flags[key]}
+    if given and template != "chat":
+        raise UserError(f"--{next(iter(given))} needs --template=chat, not {template}")
+    return {"template": template, **prompt_options(trained | given)}
 
 
 def grade_text(

@@ -241,6 +241,15 @@ def files_below(root: Path) -> dict[str, int]:
     return {n.removeprefix(prefix): int(i["size"]) for n, i in sorted(found.items()) if n.startswith(prefix)}
 
 
+def fingerprint(root: Path, ending: str) -> str:
+    """16 hexadecimal digits over name, size and the store's own digest of the files below a remote directory."""
+    fs, name = filesystem(root)
+    found = retry(root, lambda: fs.find(name, detail=True))
+    told = [(n.removeprefix(name), i["size"], next((i[k] for k in ("md5Hash", "crc32c", "ETag", "etag") if k in i), ""))
+            for n, i in sorted(found.items()) if n.endswith(ending)]  # fmt: skip
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
 def children(root: Path) -> list[str]:
     """Sorted names of what lies directly in a directory; [] if it is not there."""
     fs, name = filesystem(root)
