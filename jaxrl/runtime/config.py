@@ -22,10 +22,11 @@ from jaxrl.algorithms.aggregation import AGGREGATIONS
 from jaxrl.algorithms.correction import CORRECTIONS
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
 from jaxrl.algorithms.kl import KL_KINDS
-from jaxrl.algorithms.length import BUDGET_SAMPLERS, LENGTH_REWARDS
+from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
+from jaxrl.tasks.budgets import BUDGET_SAMPLERS
 from jaxrl.tasks.data import DUPLICATES
 from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
 from models.attention import IMPLEMENTATIONS
