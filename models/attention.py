@@ -86,9 +86,14 @@ def attend(q, k, v, mask, scales=()):
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-def segment_mask(segment_ids):
-    """bool [B, T, T]: causal, and only within equal segment ids. segment_ids: int32 [B, T]."""
+def segment_mask(segment_ids, parents=None):
+    """bool [B, T, T]: causal, and only within equal segment ids. segment_ids: int32 [B, T].
+
+    parents: int32 [B, T], the id of one more segment that a token sees (a shared prompt), 0 for none.
+    """
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if parents is not None:
+        same |= (parents[:, :, None] == segment_ids[:, None, :]) & (parents > 0)[:, :, None]
     T = segment_ids.shape[1]
     return same & jnp.tril(jnp.ones((T, T), bool))
 
