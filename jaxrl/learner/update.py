@@ -270,7 +270,8 @@ def _micro_loss(parts: Parts, params, micro: PackedBatch, whole: Whole):
 def _forward(parts: Parts, params, micro: PackedBatch):
     """(logp, entropy) [R, T] of a micro-batch."""
     with use(parts.mesh, parts.rules):
-        hidden, _ = parts.model.apply({"params": params}, micro.tokens, micro.positions, micro.segment_ids)
+        arguments = (micro.tokens, micro.positions, micro.segment_ids, None, micro.parents)
+        hidden, _ = parts.model.apply({"params": params}, *arguments)
     matrix = params["embed"]["embedding"] if parts.head.tied else params["lm_head"]["kernel"]
     return response_logprobs(hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, parts.head)
 
@@ -296,7 +297,8 @@ def _inputs(parts: Parts, batch: PackedBatch, logp, entropy) -> LossInputs:
 
 def _micro(batch: PackedBatch, i) -> PackedBatch:
     """Micro-batch i: the same record with [R, T] arrays."""
-    return batch.replace(**{k: lax.dynamic_index_in_dim(getattr(batch, k), i, 0, keepdims=False) for k in PER_TOKEN})
+    names = PER_TOKEN if batch.parents is None else (*PER_TOKEN, "parents")
+    return batch.replace(**{k: lax.dynamic_index_in_dim(getattr(batch, k), i, 0, keepdims=False) for k in names})
 
 
 def _cast(params, dtype):
