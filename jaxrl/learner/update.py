@@ -358,13 +358,14 @@ def place_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
     return jax.tree.map(put, batch)
 
 
-def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int) -> PackedBatch:
+def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share_prompts: bool = False) -> PackedBatch:
     """PackedBatch of jax.ShapeDtypeStruct for [M, R, T] = shape."""
     rows = NamedSharding(mesh, P(None, BATCH))
     fields: dict[str, Any] = {
         k: jax.ShapeDtypeStruct(shape, jnp.int32 if i < 3 else jnp.float32, sharding=rows)
         for i, k in enumerate(PER_TOKEN)
     }
+    fields["parents"] = fields["segment_ids"] if share_prompts else None
     scalar = lambda d: jax.ShapeDtypeStruct((), d, sharding=replicated(mesh))  # noqa: E731
     return PackedBatch(**fields, num_micro=scalar(jnp.int32), num_tokens=scalar(jnp.float32),
                        num_sequences=scalar(jnp.float32), capacity=capacity)
