@@ -9,7 +9,6 @@ from jaxrl.algorithms.length import (
     LengthInputs,
     laser_targets,
     length_rewards,
-    prompt_suffix,
     sample_budgets,
 )
 from jaxrl.algorithms.length_metrics import budget_metrics, control, performance, scaling
