@@ -90,9 +90,9 @@ def attend(q, k, v, mask, scales=()):
 def segment_mask(segment_ids, window=0, shared=None):
     """bool [B, T, T]: causal, only within equal segment ids, and only the last `window` tokens (0: all).
 
-    segment_ids: int32 [B, T]. window: int or traced int32 []. shared: (parents, positions), int32 [B, T] both: the id of
-    one more segment that a token sees, 0 for none (a prompt that several responses stand behind), and the token's place
-    in its sequence, by which a window then counts.
+    segment_ids: int32 [B, T]. window: int or traced int32 []. shared: (parents, positions), int32 [B, T] both: the id
+    of one more segment that a token sees, 0 for none (a prompt that several responses stand behind), and the token's
+    place in its sequence, by which a window then counts.
     """
     same, T = segment_ids[:, :, None] == segment_ids[:, None, :], segment_ids.shape[1]
     place = jnp.arange(T)[None]

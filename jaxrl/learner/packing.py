@@ -37,7 +37,7 @@ class PackedBatch:
     num_micro: int32 [], micro-batches in use. num_tokens, num_sequences: float32 [], response tokens and responses
     of the mini-batch, the denominators of every aggregation.
     capacity: static; most response tokens that one micro-batch has on one batch shard, rounded up.
-    parents: int32 [M, R, T], the id of one more segment that a token sees, 0 for none; None where prompts are not shared.
+    parents: int32 [M, R, T], the id of one more segment that a token sees, 0 for none; None if prompts are not shared.
     """
 
     tokens: Any
@@ -63,8 +63,8 @@ class PackSettings:
     row_tokens: T, tokens of a row. micro_tokens: positions (padding included) of one micro-batch over all devices; at
     least one row a shard is used however small it is. shards: data x fsdp of the mesh; R is a multiple of it, and
     response tokens are dealt evenly. most_rows: how many rows the mini-batches of a run can fill
-    (`jaxrl.batch.most_rows`): all of them get an M for that many; 0: M is the next power of two. share_prompts: responses
-    to one prompt stand behind one copy of it.
+    (`jaxrl.batch.most_rows`): all of them get an M for that many; 0: M is the next power of two. share_prompts: the
+    responses to one prompt stand behind one copy of it.
     """
 
     row_tokens: int
@@ -188,8 +188,8 @@ def capacity_bucket(tokens: int, positions: int) -> int:
 def _bundles(r: Rollouts, prompt_lengths, T: int, share: bool):
     """(bundle of each response, columns from its start to the response's first token, tokens of each bundle).
 
-    A bundle is a prompt with one response, or, if shared, with as many of its responses as a row of T tokens holds; each
-    further response brings the prompt's last token along.
+    A bundle is a prompt with one response, or, if shared, with as many of its responses as a row of T tokens holds;
+    each further response brings the prompt's last token along.
     """
     if not share:
         return np.arange(len(r)), prompt_lengths, prompt_lengths + r.lengths

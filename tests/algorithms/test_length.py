@@ -142,17 +142,6 @@ def test_overlong_and_dler():
     np.testing.assert_allclose(_reward("dler", [1, 1], [5, 6], truncated=[True, False]), [0, 1])
 
 
-def test_prompt_suffixes():
-    assert prompt_suffix("exact", 512) == " Think for 512 tokens."
-    assert prompt_suffix("max", 512) == " Think for maximum 512 tokens."
-    assert prompt_suffix("none", None) == "" == prompt_suffix("none", 5)
-    with pytest.raises(ValueError, match="unknown budget mode 'min'; valid: none, exact, max"):
-        prompt_suffix("min", 5)
-    for bad in (None, 0):
-        with pytest.raises(ValueError, match="needs a budget of at least 1 token"):
-            prompt_suffix("exact", bad)
-
-
 def test_budget_samplers():
     uniform = sample_budgets(np.random.default_rng(0), 20000, "uniform", 100, 400)
     assert uniform.min() == 100 and uniform.max() == 400 and abs(uniform.mean() - 250) < 2
