@@ -8,19 +8,12 @@ exactly equal gets exactly 0 (decided by comparison, not by rounding), and a gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl.algorithms.hyper import resolve
-
-
-class Advantage(NamedTuple):
-    """fn(rewards [N], group_ids [N], lengths [N], hyper) -> advantages [N]; defaults: its constants."""
-
-    fn: Callable
-    defaults: dict
+from jaxrl.algorithms.hyper import Choice, Integer, Method, Number, resolve
 
 
 class _Groups(NamedTuple):
@@ -44,8 +37,6 @@ def _groups(rewards, group_ids) -> _Groups:
 
 def _centre(groups: _Groups, hyper: Mapping, baseline: np.ndarray | None = None) -> np.ndarray:
     """Rewards minus the baseline (default: the group mean), with the two special cases of the module's docstring."""
-    if hyper["singleton"] not in ("reward", "zero"):
-        raise ValueError(f"singleton must be 'reward' or 'zero', not {hyper['singleton']!r}")
     centred = groups.rewards - (groups.mean if baseline is None else baseline)
     alone = groups.rewards if hyper["singleton"] == "reward" else np.zeros_like(groups.rewards)
     return np.where(groups.equal, 0.0, np.where(groups.size == 1, alone, centred))
@@ -67,8 +58,6 @@ def grpo(rewards, group_ids, lengths, hyper):
         return centred
     if hyper["scale"] == "batch":
         return centred / (_std(groups.rewards, hyper["ddof"]) + hyper["eps"])
-    if hyper["scale"] != "group":
-        raise ValueError(f"scale must be 'group', 'batch' or 'none', not {hyper['scale']!r}")
     squares = np.bincount(groups.index, (groups.rewards - groups.mean) ** 2)[groups.index]
     std = np.sqrt(squares / np.maximum(groups.size - hyper["ddof"], 1))
     return centred / (np.where(groups.size == 1, 1.0, std) + hyper["eps"])
@@ -118,8 +107,6 @@ def gpg(rewards, group_ids, lengths, hyper):
     """
     groups = _groups(rewards, group_ids)
     centred = _centre(groups, hyper)
-    if hyper["alpha"] not in ("paper", "verl"):
-        raise ValueError(f"alpha must be 'paper' or 'verl', not {hyper['alpha']!r}")
     counted = np.count_nonzero(groups.rewards if hyper["alpha"] == "verl" else ~groups.equal)
     return centred * (len(centred) / max(counted, 1)) / hyper["f_norm"]
 
@@ -133,14 +120,23 @@ def dler(rewards, group_ids, lengths, hyper):
     return centred / (_std(centred, hyper["ddof"]) + hyper["eps"])
 
 
-ADVANTAGES: dict[str, Advantage] = {
-    "grpo": Advantage(grpo, {"eps": 1e-6, "ddof": 1, "scale": "group", "singleton": "reward"}),
-    "dr_grpo": Advantage(dr_grpo, {"singleton": "reward"}),
-    "rloo": Advantage(rloo, {"singleton": "reward"}),
-    "reinforce_pp_baseline": Advantage(reinforce_pp_baseline, {"eps": 1e-8, "singleton": "reward"}),
-    "opo": Advantage(opo, {"singleton": "reward"}),
-    "gpg": Advantage(gpg, {"alpha": "paper", "f_norm": 1.0, "singleton": "reward"}),
-    "dler": Advantage(dler, {"eps": 1e-6, "ddof": 1, "singleton": "reward"}),
+_EPS = Number(1e-6, 0, above=True)  # 0 would divide a group of equal rewards by 0
+_DDOF = Integer(1, 0, 1)
+_SINGLETON = {"singleton": Choice("reward", ("reward", "zero"))}
+
+# fn(rewards [N], group_ids [N], lengths [N], hyper) -> advantages [N]
+ADVANTAGES: dict[str, Method] = {
+    "grpo": Method(
+        grpo, {"eps": _EPS, "ddof": _DDOF, "scale": Choice("group", ("group", "batch", "none")), **_SINGLETON}
+    ),
+    "dr_grpo": Method(dr_grpo, _SINGLETON),
+    "rloo": Method(rloo, _SINGLETON),
+    "reinforce_pp_baseline": Method(reinforce_pp_baseline, {"eps": Number(1e-8, 0, above=True), **_SINGLETON}),
+    "opo": Method(opo, _SINGLETON),
+    "gpg": Method(
+        gpg, {"alpha": Choice("paper", ("paper", "verl")), "f_norm": Number(1.0, 0, above=True), **_SINGLETON}
+    ),
+    "dler": Method(dler, {"eps": _EPS, "ddof": _DDOF, **_SINGLETON}),
 }
 
 

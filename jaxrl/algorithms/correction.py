@@ -6,23 +6,11 @@ w_t = pi_old^learner / pi^sampler, always without gradient; the learner multipli
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
+from jaxrl.algorithms.hyper import Flag, Method, Number
 from jaxrl.algorithms.segments import Tokens, clean, sequence_mean, sequence_sum
-
-
-class Correction(NamedTuple):
-    """fn(old_logp, sampler_logp, response_mask, sequence_ids, hyper) -> (weights [R, T], sums).
-
-    defaults: its constants.
-    """
-
-    fn: Callable
-    defaults: dict
 
 
 def _tokens(old_logp, sampler_logp, response_mask) -> Tokens:
@@ -87,18 +75,25 @@ def icepop(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
     return _finish(tokens, jnp.where(outside, 0, weight), outside)
 
 
+_DROP = {"drop_rejected": Flag(False)}
+_GUARDED = {"log_clamp": Number(20.0, 0, 80, above=True), **_DROP}  # exp(80) is finite in float32
+_CAPPED = {"cap": Number(2.0, 0, above=True), **_GUARDED}
+
+
+def _between(low: float, high: float) -> dict:
+    return {"low": Number(low), "high": Number(high), **_GUARDED}
+
+
 # fn(old_logp, sampler_logp, response_mask, sequence_ids, hyper) -> (weights [R, T], sums over response
 # tokens: weight, weight_changed (truncated or zeroed), weight_zero). Shapes and packing as for losses.
 # Every entry has "drop_rejected": see `effective_mask`.
-CORRECTIONS: dict[str, Correction] = {
-    "none": Correction(none, {"drop_rejected": False}),
-    "token_tis": Correction(token_tis, {"cap": 2.0, "log_clamp": 20.0, "drop_rejected": False}),
-    "sequence_tis": Correction(sequence_tis, {"cap": 2.0, "log_clamp": 20.0, "drop_rejected": False}),
-    "sequence_mask": Correction(sequence_mask, {"low": 0.0, "high": 3.0, "log_clamp": 20.0, "drop_rejected": False}),
-    "geometric_mask": Correction(
-        geometric_mask, {"low": 0.999, "high": 1.001, "log_clamp": 20.0, "drop_rejected": False}
-    ),
-    "icepop": Correction(icepop, {"low": 0.5, "high": 5.0, "log_clamp": 20.0, "drop_rejected": False}),
+CORRECTIONS: dict[str, Method] = {
+    "none": Method(none, _DROP),
+    "token_tis": Method(token_tis, _CAPPED),
+    "sequence_tis": Method(sequence_tis, _CAPPED),
+    "sequence_mask": Method(sequence_mask, _between(0.0, 3.0), ordered=[("low", "high")]),
+    "geometric_mask": Method(geometric_mask, _between(0.999, 1.001), ordered=[("low", "high")]),
+    "icepop": Method(icepop, _between(0.5, 5.0), ordered=[("low", "high")]),
 }
 
 

@@ -1,22 +1,158 @@
-"""Looking up a method and its constants by name, the same way for every table of methods."""
+"""A method and its constants: what every table of methods holds, and looking one up by name.
+
+A constant says its default and which values it takes, so that a wrong one is refused where it is set, by name, and
+not met in a training step:
+
+    Number(0.2, 0, 1)                a finite number, here in [0, 1]
+    Number(1e-6, 0, above=True)      greater than 0
+    Number(3.0, 1, off=0.0)          at least 1, or 0, which switches it off
+    Integer(16, 1)                   at least 1
+    Choice("linear", ("linear", "inf"))
+    Flag(False)
+
+Each has `default`, `accepts(value)`, and as text what it accepts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A finite number in [low, high]; above, below: without the end itself. off: one more value, outside the range."""
+
+    default: float
+    low: float = 0.0
+    high: float = math.inf
+    _: dataclasses.KW_ONLY
+    above: bool = False
+    below: bool = False
+    off: float | None = None
+    note: str = ""
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is such a number; NumPy's scalars are, booleans are not."""
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            return False
+        if self.off is not None and value == self.off:
+            return True
+        return (value > self.low if self.above else value >= self.low) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        high = f"below {self.high:g}" if self.below else f"at most {self.high:g}"
+        parts = [low] * math.isfinite(self.low) + [high] * math.isfinite(self.high)
+        text = " ".join(["a number", " and ".join(parts)]) if parts else "a finite number"
+        return text if self.off is None else f"{text}, or {self.off:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Integer:
+    """An integer in [low, high]. off: one more value, outside the range."""
+
+    default: int
+    low: int = 0
+    high: int | None = None
+    _: dataclasses.KW_ONLY
+    off: int | None = None
+    note: str = ""
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is such an integer; NumPy's are, booleans are not."""
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            return False
+        return value == self.off or (value >= self.low and (self.high is None or value <= self.high))
+
+    def __str__(self) -> str:
+        text = f"an integer of at least {self.low}" + ("" if self.high is None else f" and at most {self.high}")
+        return text if self.off is None else f"{text}, or {self.off}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    default: str
+    options: tuple[str, ...]
+    _: dataclasses.KW_ONLY
+    note: str = ""
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is one of the options."""
+        return isinstance(value, str) and value in self.options
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(option or '""' for option in self.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    default: bool
+    _: dataclasses.KW_ONLY
+    note: str = ""
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is a boolean."""
+        return isinstance(value, bool)
+
+    def __str__(self) -> str:
+        return "True or False"
+
+
+Constant = Number | Integer | Choice | Flag
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An entry of a table of methods: a function, and its constants by name.
+
+    ordered: names of constants whose values must not decrease, as ("low", "high"); several such tuples.
+    """
+
+    fn: Callable
+    constants: Mapping[str, Constant] = dataclasses.field(default_factory=dict)
+    ordered: Sequence[tuple[str, ...]] = dataclasses.field(default=(), kw_only=True)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default of each constant."""
+        return {name: constant.default for name, constant in self.constants.items()}
+
+    def problem(self, values: Mapping[str, Any]) -> str:
+        """What is wrong with these constants (a value for each), or "": "NAME=VALUE must be ..." of the first."""
+        for name, constant in self.constants.items():
+            if not constant.accepts(values[name]):
+                return f"{name}={values[name]!r} must be {constant}"
+        for names in self.ordered:
+            for a, b in zip(names, names[1:], strict=False):
+                if values[a] > values[b]:
+                    return f"{a}={values[a]!r} must not be above {b}={values[b]!r}"
+        return ""
 
 
 def resolve(table: Mapping[str, Any], kind: str, name: str, overrides: Mapping[str, Any] | None = None):
     """(table[name], its defaults updated by overrides).
 
     kind: what the table holds, for the message ("loss", "advantage", ...). Raises ValueError, naming what
-    would be valid, for an unknown method or an unknown constant.
+    would be valid, for an unknown method, an unknown constant, or a value that the constant does not take.
     """
     if name not in table:
         raise ValueError(f"unknown {kind} {name!r}; valid: {', '.join(sorted(table))}")
-    entry, overrides = table[name], dict(overrides or {})
-    unknown = sorted(set(overrides) - set(entry.defaults))
+    entry = table[name]
+    values = {**entry.defaults, **dict(overrides or {})}
+    unknown = sorted(set(values) - set(entry.constants))
     if unknown:
-        valid = ", ".join(sorted(entry.defaults)) or "none"
+        valid = ", ".join(sorted(entry.constants)) or "none"
         raise ValueError(f"unknown constant {unknown[0]!r} of {kind} {name!r}; valid: {valid}")
-    return entry, {**entry.defaults, **overrides}
+    if problem := entry.problem(values):
+        raise ValueError(f"{kind} {name!r}: {problem}")
+    return entry, values

@@ -14,20 +14,9 @@ Only completions that were graded should be passed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 
-
-class LengthReward(NamedTuple):
-    """fn(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper) -> rewards [N].
-
-    defaults: its constants.
-    """
-
-    fn: Callable
-    defaults: dict
+from jaxrl.algorithms.hyper import Choice, Flag, Integer, Method, Number
 
 
 def _floats(*arrays):
@@ -77,12 +66,8 @@ def lcpo_max(correct, lengths, budgets, group_ids, truncated, max_length, modes,
     slack = hyper["alpha"] * (budgets - lengths)
     if hyper["form"] == "sigmoid":
         term = 1 / (1 + np.exp(-np.clip(slack, -700, 700)))
-    elif hyper["form"] == "linear":
-        term = np.clip(slack + hyper["delta"], 0, 1)
     else:
-        raise ValueError(f"form must be 'linear' or 'sigmoid', not {hyper['form']!r}")
-    if hyper["combine"] not in ("multiply", "add"):
-        raise ValueError(f"combine must be 'multiply' or 'add', not {hyper['combine']!r}")
+        term = np.clip(slack + hyper["delta"], 0, 1)
     scored = correct * term if hyper["combine"] == "multiply" else correct + term
     exact = _exact(correct, lengths, budgets, hyper["exact_alpha"])
     return np.where(budgets > 0, np.where(np.asarray(modes) == "exact", exact, scored), correct)
@@ -222,22 +207,23 @@ def dler(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyp
     return np.where(beyond, 0.0, correct)
 
 
-LENGTH_REWARDS: dict[str, LengthReward] = {
-    "none": LengthReward(none, {}),
-    "lcpo_exact": LengthReward(lcpo_exact, {"alpha": 3e-4}),
-    "lcpo_max": LengthReward(
-        lcpo_max, {"alpha": 1e-3, "delta": 0.5, "exact_alpha": 3e-4, "combine": "multiply", "form": "linear"}
-    ),
-    "arora": LengthReward(arora, {"alpha": 0.1}),
-    "kimi": LengthReward(kimi, {"weight": 1.0}),
-    "alp": LengthReward(alp, {"beta": 0.1, "N": 0}),
-    "shorter_better": LengthReward(shorter_better, {"alpha": 2.0, "beta": 1e-3}),
-    "laser": LengthReward(laser, {"bonus": 0.5, "target": 0}),
-    "laser_d": LengthReward(
-        laser_d, {"bonus": 0.5, "target_easy": 0, "target_medium": 0, "target_hard": 0, "candidates": 16}
-    ),
-    "overlong": LengthReward(overlong, {"max_length": 0, "cache": 0, "factor": 1.0, "floor": True}),
-    "dler": LengthReward(dler, {"limit": 0}),
+_LCPO_MAX = {"alpha": Number(1e-3), "delta": Number(0.5, 0, 1), "exact_alpha": Number(3e-4)}
+_LCPO_MAX |= {"combine": Choice("multiply", ("multiply", "add")), "form": Choice("linear", ("linear", "sigmoid"))}
+_TARGETS = {f"target_{level}": Integer(0) for level in ("easy", "medium", "hard")}
+_OVERLONG = {"max_length": Integer(0), "cache": Integer(0), "factor": Number(1.0), "floor": Flag(True)}
+
+LENGTH_REWARDS: dict[str, Method] = {
+    "none": Method(none),
+    "lcpo_exact": Method(lcpo_exact, {"alpha": Number(3e-4)}),
+    "lcpo_max": Method(lcpo_max, _LCPO_MAX),
+    "arora": Method(arora, {"alpha": Number(0.1, 0, 1)}),
+    "kimi": Method(kimi, {"weight": Number(1.0)}),
+    "alp": Method(alp, {"beta": Number(0.1), "N": Integer(0)}),
+    "shorter_better": Method(shorter_better, {"alpha": Number(2.0, 0, above=True), "beta": Number(1e-3)}),
+    "laser": Method(laser, {"bonus": Number(0.5), "target": Integer(0)}),
+    "laser_d": Method(laser_d, {"bonus": Number(0.5), **_TARGETS, "candidates": Integer(16, 1, 4096)}),
+    "overlong": Method(overlong, _OVERLONG),
+    "dler": Method(dler, {"limit": Integer(0)}),
 }
 
 

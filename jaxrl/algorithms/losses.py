@@ -13,38 +13,51 @@ no-grad score of the whole mini-batch, and returns the hyper to use for its micr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
+from jaxrl.algorithms.hyper import Method, Number
 from jaxrl.algorithms.losses_clip import bapo_bounds, bapo_loss, clip_loss, dac_loss
 from jaxrl.algorithms.losses_sequence import gmpo_loss, gspo_loss, gspo_token_loss
 from jaxrl.algorithms.losses_soft import cispo_loss, gpg_loss, sapo_loss
-from jaxrl.algorithms.maspo import MASPO_DEFAULTS, maspo_loss
+from jaxrl.algorithms.maspo import MASPO, maspo_loss
 
 
-class Loss(NamedTuple):
-    """A policy loss: fn as described above, its default constants and aggregation, and `prepare` where bounds depend on
-    the whole mini-batch.
+@dataclasses.dataclass(frozen=True)
+class Loss(Method):
+    """A policy loss: fn as described above, its constants and aggregation, and `prepare` where bounds depend on the
+    whole mini-batch.
     """
 
-    fn: Callable
-    defaults: dict
-    aggregation: str
+    aggregation: str = "token-mean"
     prepare: Callable | None = None
 
 
 def _clip(low: float, high: float, dual: float = 0.0) -> dict:
-    return {"clip_low": low, "clip_high": high, "dual_clip": dual, "log_ratio_clamp": 20.0}
+    return {
+        "clip_low": Number(low),
+        "clip_high": Number(high),
+        "dual_clip": Number(dual, 1, above=True, off=0.0),
+        **_CLAMP,
+    }
 
 
-_GSPO = {"clip_low": 3e-4, "clip_high": 4e-4, "log_ratio_clamp": 10.0}
-_LUSPO = {"clip_low": 2e-3, "clip_high": 2.5e-3, "log_ratio_clamp": 10.0}
-_CISPO = {"clip_low": 10.0, "clip_high": 0.2, "cap": 0.0, "log_ratio_clamp": 20.0}
-_SAPO = {"tau_pos": 1.0, "tau_neg": 1.05, "log_ratio_clamp": 20.0}
-_GMPO = {"clip_low": 0.4, "clip_high": 0.4, "log_ratio_clamp": 20.0}
-_DAC = {"eps_low": 0.16, "eps_high": 0.2, "ratio_max": 10.0, "dual_clip": 0.0, "log_ratio_clamp": 20.0}
-_BAPO = {"low": 0.6, "low_max": 0.9, "low_step": 0.05, "high": 1.2, "high_max": 3.0, "high_step": 0.05}
-_BAPO |= {"target": 0.5, "dual_clip": 3.0, "log_ratio_clamp": 20.0}
+def _clamp(bound: float) -> dict:
+    return {"log_ratio_clamp": Number(bound, 0, 80, above=True)}  # exp(80) is finite in float32
+
+
+_CLAMP = _clamp(20.0)
+_GSPO = {"clip_low": Number(3e-4), "clip_high": Number(4e-4), **_clamp(10.0)}
+_LUSPO = {"clip_low": Number(2e-3), "clip_high": Number(2.5e-3), **_clamp(10.0)}
+_CISPO = {"clip_low": Number(10.0), "clip_high": Number(0.2), "cap": Number(0.0), **_CLAMP}
+_SAPO = {"tau_pos": Number(1.0, 0, above=True), "tau_neg": Number(1.05, 0, above=True), **_CLAMP}
+_GMPO = {"clip_low": Number(0.4), "clip_high": Number(0.4), **_CLAMP}
+_DAC = {"eps_low": Number(0.16), "eps_high": Number(0.2), "ratio_max": Number(10.0, 1)}
+_DAC |= {"dual_clip": Number(0.0, 1, above=True, off=0.0), **_CLAMP}
+# the search tries every bound between start and maximum: at most 1000 and 99,000 of them
+_BAPO = {"low": Number(0.6, 0, 1), "low_max": Number(0.9, 0, 1), "low_step": Number(0.05, 1e-3, off=0.0)}
+_BAPO |= {"high": Number(1.2, 1), "high_max": Number(3.0, 1, 100), "high_step": Number(0.05, 1e-3, off=0.0)}
+_BAPO |= {"target": Number(0.5, 0, 1), "dual_clip": Number(3.0, 1, above=True, off=0.0), **_CLAMP}
 
 LOSSES: dict[str, Loss] = {
     "grpo": Loss(clip_loss, _clip(0.2, 0.2), "seq-mean-token-mean"),
@@ -54,11 +67,11 @@ LOSSES: dict[str, Loss] = {
     "gspo": Loss(gspo_loss, _GSPO, "seq-mean-token-mean"),
     "gspo_token": Loss(gspo_token_loss, _GSPO, "seq-mean-token-mean"),
     "luspo": Loss(gspo_loss, _LUSPO, "seq-mean-token-sum"),
-    "maspo": Loss(maspo_loss, MASPO_DEFAULTS, "token-mean"),
+    "maspo": Loss(maspo_loss, MASPO, "token-mean", ordered=[("sigma_base", "sigma_high"), ("risk_low", "risk_high")]),
     "cispo": Loss(cispo_loss, _CISPO, "token-mean"),
     "sapo": Loss(sapo_loss, _SAPO, "seq-mean-token-mean"),
     "gmpo": Loss(gmpo_loss, _GMPO, "seq-mean-token-mean"),
-    "gpg": Loss(gpg_loss, {"log_ratio_clamp": 20.0}, "token-mean"),
+    "gpg": Loss(gpg_loss, _CLAMP, "token-mean"),
     "dac": Loss(dac_loss, _DAC, "seq-mean-token-mean"),
-    "bapo": Loss(bapo_loss, _BAPO, "token-mean", bapo_bounds),
+    "bapo": Loss(bapo_loss, _BAPO, "token-mean", bapo_bounds, ordered=[("low", "low_max"), ("high", "high_max")]),
 }

@@ -5,19 +5,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxrl.algorithms.hyper import Flag, Number
 from jaxrl.algorithms.segments import clean, token_ratio, token_stats
 
 # Published constants (released code); alpha 0.5 is recommended for 1.5B models, sigma_base 1, 2 or 3.
-MASPO_DEFAULTS = {
-    "sigma_base": 1.0,
-    "alpha": 0.3,
-    "beta_high": 0.03,
-    "beta_low": 0.03,
-    "sigma_high": 10.0,
-    "risk_low": 0.1,
-    "risk_high": 10.0,
-    "log_ratio_clamp": 20.0,
-    "differentiable_gate": False,
+MASPO = {
+    "sigma_base": Number(1.0, 0, above=True),
+    "alpha": Number(0.3),
+    "beta_high": Number(0.03),
+    "beta_low": Number(0.03),
+    "sigma_high": Number(10.0, 0, above=True),
+    "risk_low": Number(0.1, 0, above=True),
+    "risk_high": Number(10.0, 0, above=True),
+    "log_ratio_clamp": Number(20.0, 0, 80, above=True),
+    "differentiable_gate": Flag(False),
 }
 
 
@@ -46,7 +47,7 @@ def maspo_gate(ratio: jax.Array, old_logp: jax.Array, advantages: jax.Array, hyp
 def maspo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
     """-F rho A with F detached (as released), or differentiated too if hyper["differentiable_gate"].
 
-    All arrays [R, T]; constants: MASPO_DEFAULTS. Detached, the gradient is F rho A grad log pi and never reverses sign.
+    All arrays [R, T]; constants: MASPO. Detached, the gradient is F rho A grad log pi and never reverses sign.
     Differentiable, it is multiplied by 1 - rho (rho - 1) / sigma^2 in the gated region, which is negative for rho
     beyond (1 + sqrt(1 + 4 sigma^2)) / 2. Extra sums: gate (F) and gated (tokens with F < 1).
     """

@@ -11,21 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jaxrl.algorithms.hyper import resolve
+from jaxrl.algorithms.hyper import Choice, Integer, Method, Number, resolve
 
 # The fields of Group that hold one entry per completion.
 PER_COMPLETION = ("completions", "texts", "correct", "rewards", "valid", "outcomes")
-
-
-class Selection(NamedTuple):
-    """fn(groups, hyper), see above; defaults: its constants."""
-
-    fn: Callable
-    defaults: dict
 
 
 def _valid(group) -> np.ndarray:
@@ -77,8 +70,6 @@ def accuracy(groups, hyper):
     exact. A group that was sampled with a single completion is kept (it has no spread to judge); one
     without any graded completion is dropped. Reasons: all_correct, all_wrong, all_equal, ungraded.
     """
-    if hyper["metric"] not in ("correct", "rewards"):
-        raise ValueError(f"metric must be 'correct' or 'rewards', not {hyper['metric']!r}")
 
     def reason(group):
         values = np.asarray(getattr(group, hyper["metric"]))[_valid(group)]
@@ -102,15 +93,13 @@ def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]
     values = np.sort(np.asarray(values, np.float64))
     if quantile == "linear":
         return [float(np.percentile(values, 100 * a)) for a in fractions]
-    if quantile != "inf":
-        raise ValueError(f"quantile must be 'linear' or 'inf', not {quantile!r}")
     ranks = (math.ceil(a * len(values) - 1e-9) for a in fractions)  # 0.28 of 25 is 7, not the 8 of its rounding
     return [float(values[max(rank, 1) - 1]) for rank in ranks]
 
 
 def _by_statistic(groups, statistic: Callable, reason_for: Callable):
     """Accuracy filter, then drop by reason_for(the survivors' statistics) -> (statistic -> reason or None)."""
-    survivors, dropped = accuracy(groups, _ACCURACY)
+    survivors, dropped = accuracy(groups, {"metric": "correct"})
     if not survivors:
         return [], dropped
     reason = reason_for([statistic(g) for g in survivors])
@@ -126,8 +115,6 @@ def _outside(low: float, high: float, top: float, between: str, above: str) -> C
 def _two_ends(groups, statistic: Callable, hyper, between: str, above: str):
     """LSPO's rule on a statistic: keep m <= Q(low) or Q(high) <= m <= Q(max), after the accuracy filter."""
     fractions = hyper["low"], hyper["high"], hyper["max"]
-    if not 0 <= fractions[0] <= fractions[1] <= fractions[2] <= 1:
-        raise ValueError("need 0 <= low <= high <= max <= 1, not {}, {}, {}".format(*fractions))
 
     def reason_for(values):
         return _outside(*thresholds(values, fractions, hyper["quantile"]), between, above)
@@ -195,8 +182,6 @@ def lspo_value(groups, hyper):
     released expression evaluates to), or "range", top = min + max_fraction (max - min), which it seems to
     have meant. Reasons: middle, longest.
     """
-    if hyper["upper"] not in ("released", "range"):
-        raise ValueError(f"upper must be 'released' or 'range', not {hyper['upper']!r}")
 
     def reason_for(lengths):
         least, most = min(lengths), max(lengths)
@@ -244,8 +229,6 @@ def max_variance_subset(rewards, keep: int) -> np.ndarray:
 
 def _reduce(groups, choose: Callable, keep: int):
     """Cut each group with more than `keep` graded completions to those that choose(group, graded indices) names."""
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
     kept, removed = [], 0
     for group in groups:
         graded = np.flatnonzero(_valid(group))
@@ -275,8 +258,6 @@ def gfpo(groups, hyper):
     hyper: metric, "length" or "efficiency" (reward / length). The rest gets no gradient and advantages are normalised
     over the kept ones, which is what removing the rest does. Ties go by order. Reason: unselected_completions.
     """
-    if hyper["metric"] not in ("length", "efficiency"):
-        raise ValueError(f"metric must be 'length' or 'efficiency', not {hyper['metric']!r}")
 
     def choose(group, graded):
         lengths = np.asarray(group.lengths, np.float64)[graded]
@@ -288,21 +269,26 @@ def gfpo(groups, hyper):
     return _reduce(groups, choose, hyper["keep"])
 
 
-_ACCURACY = {"metric": "correct"}
-_LSPO = {"low": 0.30, "high": 0.65, "max": 0.95, "quantile": "linear"}
+_ENDS = {"low": Number(0.30, 0, 1), "high": Number(0.65, 0, 1)}
+_QUANTILE = {"quantile": Choice("linear", ("linear", "inf"))}
+_LSPO = {**_ENDS, "max": Number(0.95, 0, 1), **_QUANTILE}
+_ONE_END = {"fraction": Number(0.6, 0, 1), **_QUANTILE}
+_VALUE = {"low": Number(0.3, 0, 1), "high": Number(0.7, 0, 1), "max": Number(0.98, 0, 1)}
+_VALUE |= {"upper": Choice("released", ("released", "range"))}
+_RISING = [("low", "high", "max")]
 
-SELECTIONS: dict[str, Selection] = {
-    "none": Selection(none, {}),
-    "accuracy": Selection(accuracy, _ACCURACY),
-    "lspo": Selection(lspo, _LSPO),
-    "lspo_middle": Selection(lspo_middle, {"low": 0.30, "high": 0.65, "quantile": "linear"}),
-    "lspo_shortest": Selection(lspo_shortest, {"fraction": 0.6, "quantile": "linear"}),
-    "lspo_longest": Selection(lspo_longest, {"fraction": 0.6, "quantile": "linear"}),
-    "lspo_value": Selection(lspo_value, {"low": 0.3, "high": 0.7, "max": 0.98, "upper": "released"}),
-    "lspo_accuracy": Selection(lspo_accuracy, _LSPO),
-    "overlong": Selection(overlong, {"max_truncated": 1.0}),
-    "pods": Selection(pods, {"keep": 16}),
-    "gfpo": Selection(gfpo, {"keep": 8, "metric": "length"}),
+SELECTIONS: dict[str, Method] = {
+    "none": Method(none),
+    "accuracy": Method(accuracy, {"metric": Choice("correct", ("correct", "rewards"))}),
+    "lspo": Method(lspo, _LSPO, ordered=_RISING),
+    "lspo_middle": Method(lspo_middle, {**_ENDS, **_QUANTILE}, ordered=[("low", "high")]),
+    "lspo_shortest": Method(lspo_shortest, _ONE_END),
+    "lspo_longest": Method(lspo_longest, _ONE_END),
+    "lspo_value": Method(lspo_value, _VALUE, ordered=_RISING),
+    "lspo_accuracy": Method(lspo_accuracy, _LSPO, ordered=_RISING),
+    "overlong": Method(overlong, {"max_truncated": Number(1.0, 0, 1)}),
+    "pods": Method(pods, {"keep": Integer(16, 1)}),
+    "gfpo": Method(gfpo, {"keep": Integer(8, 1), "metric": Choice("length", ("length", "efficiency"))}),
 }
 
 

@@ -70,9 +70,9 @@ def test_lcpo_constants_and_mixed_prompts():
     assert _reward("lcpo_max", [1], [1], 1, modes="max")[0] == 0.5
     with pytest.raises(ValueError, match="lcpo_max scores both"):
         _reward("lcpo_exact", [1], [5], 10, modes="max")
-    with pytest.raises(ValueError, match="combine must be"):
+    with pytest.raises(ValueError, match="combine='plus' must be one of multiply, add"):
         _reward("lcpo_max", [1], [5], 10, combine="plus")
-    with pytest.raises(ValueError, match="form must be"):
+    with pytest.raises(ValueError, match="form='cubic' must be one of linear, sigmoid"):
         _reward("lcpo_max", [1], [5], 10, form="cubic")
 
 

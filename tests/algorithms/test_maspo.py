@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.algorithms.maspo import MASPO_DEFAULTS, maspo_gate, maspo_loss
+from jaxrl.algorithms.losses import LOSSES
+from jaxrl.algorithms.maspo import maspo_gate, maspo_loss
 
 # rho, pi_old, A, sigma, F, F * rho for alpha .3, beta .03, sigma_base 1, all clamps on; sigma None where
 # ungated.
@@ -27,7 +28,7 @@ def _gate(rho, pi_old, advantage, **constants):
     """(F, sigma, gated) in float64."""
     with jax.enable_x64(True):
         args = (jnp.asarray(x, jnp.float64) for x in (rho, np.log(pi_old), advantage))
-        return tuple(np.asarray(x) for x in maspo_gate(*args, {**MASPO_DEFAULTS, **constants}))
+        return tuple(np.asarray(x) for x in maspo_gate(*args, {**LOSSES["maspo"].defaults, **constants}))
 
 
 def _loss_and_slope(rho, pi_old, advantage, **constants):
@@ -42,7 +43,7 @@ def _loss_and_slope(rho, pi_old, advantage, **constants):
 
         def total(x):
             loss = maspo_loss(
-                x[None], old[None], adv[None], ones[None], ones[None], {**MASPO_DEFAULTS, **constants}
+                x[None], old[None], adv[None], ones[None], ones[None], {**LOSSES["maspo"].defaults, **constants}
             )[0]
             return jnp.sum(loss), loss[0]
 

@@ -85,8 +85,8 @@ def test_the_two_quantiles_differ_on_small_batches():
     assert thresholds(np.arange(1, 26), (0.28, 0.56), "inf") == [7.0, 14.0]  # though 0.28 x 25 is 7.000000000000001
     assert _names(select(_mixed(values_int := [10, 20, 30, 40]), "lspo")[0]) == [0, 2]
     assert _names(select(_mixed(values_int), "lspo", {"lspo": {"quantile": "inf"}})[0]) == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="quantile must be 'linear' or 'inf'"):
-        thresholds(values, (0.3,), "nearest")
+    with pytest.raises(ValueError, match="quantile='nearest' must be one of linear, inf"):
+        select([], "lspo", {"lspo": {"quantile": "nearest"}})
 
 
 @pytest.mark.parametrize("name", LSPO_LIKE)
@@ -163,7 +163,7 @@ def test_chains_run_from_left_to_right():
             select(groups, bad)
     with pytest.raises(ValueError, match="unknown constant 'hi' of selection 'lspo'; valid: high, low, max"):
         select(groups, "lspo", {"lspo": {"hi": 0.6}})
-    with pytest.raises(ValueError, match="low <= high <= max"):
+    with pytest.raises(ValueError, match="low=0.3 must not be above high=0.2"):
         select(groups, "lspo", {"lspo": {"high": 0.2}})
 
 
@@ -219,7 +219,7 @@ def test_pods_and_gfpo_reduce_groups():
     for name in ("pods", "gfpo"):
         kept, dropped = select([group], name, {name: {"keep": 4}})
         assert kept[0] is group and dropped == {}
-        with pytest.raises(ValueError, match="keep must be at least 1"):
+        with pytest.raises(ValueError, match="keep=0 must be an integer of at least 1"):
             select([group], name, {name: {"keep": 0}})
 
 
