@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
+from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
@@ -130,6 +131,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         placement=placement,
         weights=s.weights,
         cache=s.cache,
+        allowed=decodable(tok, decoder.vocab_size),
     )
 
 

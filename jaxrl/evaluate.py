@@ -37,6 +37,7 @@ from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
 from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
+from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
@@ -167,8 +168,6 @@ def evaluate_sets(
             jobs.append((data, problems, [data.encode(p) for p in problems], limit, budget))
     context = config.max_position_embeddings
     longest = max((len(p) for job in jobs for p in job[2] if 0 < len(p) < context), default=1)
-    if mode == "forced":  # the answer is asked for with the thinking in the prompt
-        longest += max((job[3] for job in jobs if job[4]), default=0)
     replicas = placement.row_multiple if placement else 1
     sampler = Engine(
         config,
@@ -178,6 +177,7 @@ def evaluate_sets(
         slots=-(-flags["slots"] // replicas) * replicas,
         dtype=jnp.dtype(flags["dtype"]),
         placement=placement,
+        allowed=decodable(tokenizer, config.vocab_size),
     )
     layout = sampler.layout(params)
     results = []

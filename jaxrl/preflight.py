@@ -104,7 +104,8 @@ def _learner_programs(config, learner: Learner, mesh, state, reference: float) -
 
 
 def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[Program]:
-    sampler = build.sampler(config, decoder, types.SimpleNamespace(eos_ids=(0, 1)), mesh)
+    tokenizer = types.SimpleNamespace(eos_ids=(0, 1), vocab_size=decoder.vocab_size, unused_ids=())
+    sampler = build.sampler(config, decoder, tokenizer, mesh)
     placement, run = sampler.placement, sampler.programs
     slots, chunk, width = sampler.slots, sampler.chunk, sampler.cache.windows[-1]
     on_host = NamedSharding(placement.mesh, P())
