@@ -22,7 +22,7 @@ import numpy as np
 from jaxrl import build, preflight
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Engine, Request, SamplingParams
-from jaxrl.runtime import cli, tpu_compiler
+from jaxrl.runtime import cli, compilers
 from jaxrl.runtime.config import parse_config
 from models.config import from_hf
 from models.weights import load_params
@@ -59,10 +59,10 @@ def traffic(flag: str) -> None:
     for weights, cache in FORMS:
         config = parse_config(["", f"--config={flag}"])
         config.model.path, config.sampling.weights, config.sampling.cache = "", weights, cache
-        devices, chip = tpu_compiler.slice_devices(config.topology)
-        decoder, mesh = build.decoder_config(config), preflight.make_mesh(config, devices)
+        target = compilers.target(config.topology)
+        decoder, mesh = build.decoder_config(config), build.mesh(config, target.devices)
         program = next(p for p in preflight.programs(config, decoder, mesh) if p.name == "decode")
-        row = preflight.check(program, chip)
+        row = preflight.check(program, target.chip)
         embedding = 0 if decoder.tie_embeddings else 2 * decoder.vocab_size * decoder.hidden_size  # a few rows are read
         least = row.compiled.arguments - embedding / config.sampling.tensor
         figures = (row.compiled.counts.bytes / program.trips / 1e9, least / 1e9, row.needed / preflight.GIB)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.errors import UserError
+from jaxrl.learner.learner import needs_reference
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
 from jaxrl.rollout.requests import decodable
@@ -38,9 +39,10 @@ def start_backend(config) -> None:
         cli.use_compilation_cache()
 
 
-def mesh(config):
-    """The device mesh of config.mesh over all devices."""
-    return meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh(config, devices=None):
+    """The device mesh of config.mesh over `devices`, default all of them."""
+    m = config.mesh
+    return meshes.make_mesh(m.data, m.fsdp, m.tensor, devices, m.slices)
 
 
 def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
@@ -189,12 +191,12 @@ def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, st
 
 
 def reference(config, run: RunDir, learner, params):
-    """Parameters of the frozen reference model (those at step 0), or None if the config has no KL term.
+    """Parameters of the frozen reference model (those at step 0), or None if nothing in the config needs it.
 
     They are kept in run_dir/reference, so that a resumed run compares with the same model. params: of a new run,
     copied; None reads them back. Raises UserError if they are not there.
     """
-    if not config.algorithm.kl_coef:
+    if not needs_reference(config):
         return None
     with Checkpointer(run.root / "reference", keep_last=1) as store:
         if params is not None:
@@ -203,7 +205,8 @@ def reference(config, run: RunDir, learner, params):
             return copy
         found = store.restore({"params": learner.abstract_state().params})
         if found is None:
-            raise UserError(f"{run.root}/reference is missing: config.algorithm.kl_coef was 0 when this run began")
+            raise UserError(f"{run.root}/reference is missing: this run began without a reference model "
+                            "(config.algorithm.kl_coef=0)")
         return found.arrays["params"]
 
 

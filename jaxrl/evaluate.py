@@ -7,7 +7,9 @@
 ("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over lengths: asked for in the prompt (--budget_mode=exact
 or max), enforced from outside by s1's budget forcing (forced), or only compared with (none).
 --reward=module:function grades with a function of yours. --distributed joins the processes of several hosts.
-A killed evaluation continues when the same command is given again.
+--server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
+time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
+grader or the reward function's file are others by then, it says so instead.
 
 Written to --out: result.json, table.md, and every completion under completions/.
 """
@@ -22,19 +24,29 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl import build
+from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number
 from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
-from jaxrl.evaluation.lengths import MODES, forced_generate, generation_cap, length_metrics, sweep_metrics
+from jaxrl.evaluation.identity import model_identity
+from jaxrl.evaluation.lengths import (
+    MODES,
+    forced_generate,
+    generation_cap,
+    length_metrics,
+    length_profile,
+    sweep_metrics,
+)
 from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
-from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
+from jaxrl.evaluation.server import Server, ask
+from jaxrl.evaluation.tables import accuracy_table, length_table, profile_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
 from jaxrl.rollout.requests import decodable
@@ -46,13 +58,16 @@ from jaxrl.runtime.rundir import atomic_write
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task
+from jaxrl.types import Problem
 
 FLAGS = dict(
-    model=str, data=str, out=str, samples=1, limit=0, max_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0,
-    min_p=0.0, seed=0, template="", data_dir="", split="", problem_field="", answer_field="", id_field="",
-    skip_bad_rows=False, reward="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
-    waits=0, answer_tokens=0, end_thinking="</think>",
-    distributed=False, batch=0, slots=64, tensor=1, dtype="float32", grader_workers=2, grader_timeout=5.0,
+    model=str, data=str, out=str, server="", **cli.SAMPLING_FLAGS, samples=Integer(1, 1), limit=Integer(0),
+    max_new_tokens=Integer(0), seed=Integer(0), template=Choice("", ("", "plain", "boxed", "chat")), data_dir="",
+    split="", problem_field="", answer_field="", id_field="", skip_bad_rows=Flag(False), reward="", budgets="",
+    budget_mode=Choice("exact", MODES), soft_tolerance=Integer(500), step=Integer(-1, -1), all_checkpoints=Flag(False),
+    waits=Integer(0), answer_tokens=Integer(0), end_thinking="</think>", distributed=Flag(False), batch=Integer(0),
+    slots=Integer(64, 1), tensor=Integer(1, 1), grader_workers=Integer(2, 1),
+    grader_timeout=Number(5.0, 0, above=True),
 )  # fmt: skip
 
 
@@ -84,11 +99,24 @@ def main(argv: list[str]) -> None:
     """The command line above; returns nothing, writes --out. Raises UserError for flags that cannot be used."""
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     _check(flags)
+    out = pathlib.Path(flags["out"])
+    (out / "completions").mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        limits = (flags["grader_workers"], flags["grader_timeout"])
+        grader = stack.enter_context(Grader(*limits))
+        reward = stack.enter_context(UserReward(flags["reward"], *limits)) if flags["reward"] else None
+        evaluate = evaluate_served if flags["server"] else evaluate_checkpoints
+        results, info = evaluate(flags, out, grader, reward)
+    if distributed.is_main():
+        print(write_results(out, results, info, flags))
+        print(f"written to {out}")
+
+
+def evaluate_checkpoints(flags: dict, out: pathlib.Path, grader: Grader, reward: UserReward | None):
+    """(one summary a job, what was evaluated) of --model, a Hugging Face or run directory."""
     cli.use_compilation_cache()
     if flags["distributed"]:
         distributed.initialize()
-    out = pathlib.Path(flags["out"])
-    (out / "completions").mkdir(parents=True, exist_ok=True)
     steps: list[int | None] = checkpoint_steps(flags["model"])[-1:] or [None]
     if flags["step"] >= 0:
         steps = [flags["step"]]
@@ -100,42 +128,50 @@ def main(argv: list[str]) -> None:
     mesh = meshes.make_mesh(1, -1, 1) if jax.device_count() > 1 else None
     shardings = (lambda config: build.param_shardings(config, mesh)[1]) if mesh else None
     results, info = [], {}
-    with contextlib.ExitStack() as stack:
-        limits = (flags["grader_workers"], flags["grader_timeout"])
-        grader = stack.enter_context(Grader(*limits))
-        reward = stack.enter_context(UserReward(flags["reward"], *limits)) if flags["reward"] else None
-        for step in steps:
-            config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]), shardings, step)
-            sets = load_sets(flags["data"], tokenizer, flags, grader, reward)
-            info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name}
-            placement = place(config, mesh, flags["tensor"]) if mesh else None
-            results += evaluate_sets(config, params, tokenizer, sets, step, flags, out, placement)
-    if distributed.is_main():
-        print(write_results(out, results, info, flags))
-        print(f"written to {out}")
+    for step in steps:
+        config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]), shardings, step)
+        sets = load_sets(flags["data"], tokenizer, flags, grader, reward)
+        jobs = plan(sets, flags, config.max_position_embeddings, step, lambda data, p: data.encode(p))
+        identity = model_identity(flags["model"], step)
+        info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name, **identity}
+        placement = place(config, mesh, flags["tensor"]) if mesh else None
+        answer = sampled(config, params, tokenizer, jobs, flags, placement)
+        results += [run(job, answer, identity, flags, out) for job in jobs]
+    return results, info
+
+
+def evaluate_served(flags: dict, out: pathlib.Path, grader: Grader, reward: UserReward | None):
+    """(one summary a job, what was evaluated) of --model as --server calls it."""
+    sets = load_sets(flags["data"], None, flags | {"template": flags["template"] or "chat"}, grader, reward)
+    jobs = plan(sets, flags, sys.maxsize, None, lambda data, p: data.text(p))
+    identity = {"server": flags["server"], "served": flags["model"]}
+    key = os.environ.get("OPENAI_API_KEY", "")
+    with Server(flags["server"], flags["model"], key=key, concurrency=flags["slots"]) as server:
+        settings = {k: flags[k] for k, off in (("temperature", None), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
+                    if flags[k] != off}  # fmt: skip
+
+        def answer(job: Job, part: Sequence[int]) -> Records:
+            asked = ([job.problems[i] for i in part], [job.prompts[i] for i in part])
+            options = dict(samples=flags["samples"], seed=flags["seed"], max_tokens=job.limit)
+            return ask(server, *asked, job.data.grade, settings=settings, vote=job.data.vote, **options)
+
+        return [run(job, answer, identity, flags, out) for job in jobs], identity
 
 
 def _check(flags: dict) -> None:
     if flags["positional"]:
         raise UserError(f"unexpected argument {flags['positional'][0]!r}; settings are --name=value")
-    if flags["budget_mode"] not in MODES:
-        raise UserError(f"--budget_mode={flags['budget_mode']!r}: choose one of {', '.join(MODES)}")
-    if flags["dtype"] not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype={flags['dtype']!r}: choose float32 or bfloat16")
-    lows = dict.fromkeys(("limit", "max_new_tokens", "batch", "waits", "answer_tokens", "seed"), 0)
-    lows |= dict.fromkeys(("samples", "slots", "tensor", "grader_workers"), 1)
-    for name, low in lows.items():
-        if flags[name] < low:
-            raise UserError(f"--{name}={flags[name]} must be at least {low}")
-    _sampling(flags)
+    if flags["server"]:
+        unfit = {"step": -1, "all_checkpoints": False, "distributed": False}
+        if changed := [name for name, default in unfit.items() if flags[name] != default]:
+            raise UserError(f"--{changed[0]} is about checkpoints and cannot be used with --server")
+        if flags["budgets"] and flags["budget_mode"] == "forced":
+            raise UserError("--budget_mode=forced: a server's answers cannot be cut and continued; choose exact or max")
     _budgets(flags)
 
 
 def _sampling(flags: dict) -> SamplingParams:
-    try:
-        return SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
-    except ValueError as e:
-        raise UserError(f"--{e}") from None
+    return SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
 
 
 def _budgets(flags: dict) -> list[int]:
@@ -150,11 +186,35 @@ def _budgets(flags: dict) -> list[int]:
     return budgets
 
 
-def evaluate_sets(
-    config, params, tokenizer, sets: Sequence[EvalSet], step, flags, out, placement=None
-) -> list[dict]:
-    """Every set, at every budget if there are any: one summary each. params: as load_model returns them."""
-    mode, jobs = flags["budget_mode"], []  # (set, problems, prompts, limit, budget)
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One data set at one budget. prompts: what `answer` takes for each problem: token ids, text or messages. limit:
+    response tokens. budget: None for none. mode: of the budget. step: of the checkpoint, None if there is none."""
+
+    data: EvalSet
+    problems: list[Problem]
+    prompts: list[Any]
+    limit: int
+    budget: int | None
+    mode: str
+    step: int | None
+
+    @property
+    def name(self) -> str:
+        """As in the tables."""
+        at = f" @ {self.budget}" if self.budget else ""
+        return self.data.name + at + ("" if self.step is None else f" step {self.step}")
+
+    @property
+    def file(self) -> str:
+        """Of its completions. Left alone, a model answers alike whatever its lengths are compared with."""
+        name = dataclasses.replace(self, budget=None).name if self.mode == "none" else self.name
+        return "".join(c if c.isalnum() or c in "._-" else "_" for c in name) + ".jsonl"
+
+
+def plan(sets: Sequence[EvalSet], flags: dict, context: int, step: int | None, prompt: Callable) -> list[Job]:
+    """Every set at every budget, if there are any. prompt(set, problem): what is sent. context: the model's tokens."""
+    mode, jobs = flags["budget_mode"], []
     asked = mode if mode in ("exact", "max") else "none"
     for data in sets:
         for budget in _budgets(flags) or [None]:
@@ -164,82 +224,89 @@ def evaluate_sets(
             limit = flags["max_new_tokens"] or data.max_tokens
             if budget is not None and mode != "none":
                 limit = generation_cap(budget, mode, flags["max_new_tokens"])
-            limit = min(limit, config.max_position_embeddings)
-            jobs.append((data, problems, [data.encode(p) for p in problems], limit, budget))
-    context = config.max_position_embeddings
-    longest = max((len(p) for job in jobs for p in job[2] if 0 < len(p) < context), default=1)
+            prompts = [prompt(data, p) for p in problems]
+            jobs.append(Job(data, problems, prompts, min(limit, context), budget, mode, step))
+    return jobs
+
+
+def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placement=None) -> Callable:
+    """answer(job, indices of its problems) -> records, drawn by a sampler that fits all jobs.
+
+    params: as load_model returns them.
+    """
+    longest = max((len(p) for job in jobs for p in job.prompts if len(p) < config.max_position_embeddings), default=1)
     replicas = placement.row_multiple if placement else 1
     sampler = Engine(
         config,
         tokenizer.eos_ids,
-        max_prompt=longest,
-        max_tokens=max(job[3] for job in jobs),
+        max_prompt=max(longest, 1),
+        max_tokens=max(job.limit for job in jobs),
         slots=-(-flags["slots"] // replicas) * replicas,
         dtype=jnp.dtype(flags["dtype"]),
         placement=placement,
         allowed=decodable(tokenizer, config.vocab_size),
     )
     layout = sampler.layout(params)
-    results = []
-    for data, problems, prompts, limit, budget in jobs:
-        suffix = "" if step is None else f" step {step}"
-        name = data.name + (f" @ {budget}" if budget else "") + suffix
-        # left alone, a model answers alike whatever its lengths are compared with
-        own = name if mode != "none" else data.name + suffix
-        store = Store(out / "completions" / f"{_slug(own)}.jsonl", _settings(flags, limit, budget, data))
+
+    def answer(job: Job, part: Sequence[int]) -> Records:
         force = None
-        if budget and mode == "forced":
-            answer = flags["answer_tokens"] or data.answer_tokens
-            force = forced_generate(sampler, budget, data.delimiters(), answer, flags["waits"])
-        unreadable = sum(not prompt for prompt in prompts)
-        if unreadable and distributed.is_main():
-            note = "hold text that the model has no tokens for; they count as answered wrongly"
-            print(f"{name}: {unreadable} of {len(prompts)} prompts {note}", file=sys.stderr)
-        run_set(store, name, data, problems, prompts, limit, sampler, layout, tokenizer, flags, force)
-        records = [store.records[p.id] | {"budget": p.budget} for p in problems]
-        row = {"name": name, "data": data.name, "step": step, "budget": budget, "max_tokens": limit}
-        row |= {"template": data.template, "grader": data.grader_version}
-        row |= {"mode": mode if budget else problems[0].mode, **summarize(records)}
-        results.append(row | length_metrics(records, flags["soft_tolerance"]))
-    return results
+        if job.budget and job.mode == "forced":
+            length = flags["answer_tokens"] or job.data.answer_tokens
+            force = forced_generate(sampler, job.budget, job.data.delimiters(), length, flags["waits"])
+        return evaluate_problems(
+            sampler,
+            layout,
+            tokenizer,
+            [job.problems[i] for i in part],
+            [job.prompts[i] for i in part],
+            job.data.grade,
+            samples=flags["samples"],
+            sampling=_sampling(flags),
+            seed=flags["seed"] % 2**32,
+            max_tokens=job.limit,
+            vote=job.data.vote,
+            generate=force,
+            room=job.limit if force else 1,
+        )
+
+    return answer
 
 
-def run_set(store, name, data, problems, prompts, limit, sampler, params, tokenizer, flags, force=None) -> None:
-    """Samples and grades what the store does not hold yet, some problems at a time. force: see forced_generate."""
-    texts = [tokenizer.decode(prompt) for prompt in prompts]
+def run(job: Job, answer: Callable, identity: dict, flags: dict, out: pathlib.Path) -> dict:
+    """Samples and grades what the job's file does not hold yet, some problems at a time; returns its summary.
+
+    answer(job, indices) -> records. identity: digests of what answers, see evaluation.identity.
+    """
+    store = Store(out / "completions" / job.file, _settings(job, identity, flags))
+    unreadable = sum(not prompt for prompt in job.prompts)
+    if unreadable and distributed.is_main():
+        note = "hold text that the model has no tokens for; they count as answered wrongly"
+        print(f"{job.name}: {unreadable} of {len(job.prompts)} prompts {note}", file=sys.stderr)
+    texts = [job.data.shown(prompt) for prompt in job.prompts]
     done = {key: (r["prompt"], r["answer"]) for key, r in store.records.items()}  # of another text: asked again
-    todo = [i for i, p in enumerate(problems) if done.get(p.id) != (texts[i], p.answer)]
-    todo.sort(key=lambda i: len(prompts[i]))  # prompts of one prefill bucket together
+    todo = [i for i, p in enumerate(job.problems) if done.get(p.id) != (texts[i], p.answer)]
+    todo.sort(key=lambda i: len(job.prompts[i]))  # prompts of one prefill bucket together
     size = flags["batch"] or max(1, math.ceil(4 * flags["slots"] / flags["samples"]))
     begin, tokens = time.perf_counter(), 0
     for first in range(0, len(todo), size):
         part = todo[first : first + size]
-        records = evaluate_problems(
-            sampler,
-            params,
-            tokenizer,
-            [problems[i] for i in part],
-            [prompts[i] for i in part],
-            data.grade,
-            samples=flags["samples"],
-            sampling=_sampling(flags),
-            seed=flags["seed"] % 2**32,
-            max_tokens=limit,
-            vote=data.vote,
-            generate=force,
-            room=limit if force else 1,
-        )
+        records = answer(job, part)
         for i, record in zip(part, records, strict=True):
             record["prompt"] = texts[i]
         store.append(records)
         tokens += sum(s["tokens"] for r in records for s in r["samples"])
-        rate = tokens / (time.perf_counter() - begin)
-        count = len(problems) - len(todo) + first + len(part)
-        graded = [s["correct"] for r in store.records.values() for s in r["samples"] if s["valid"]]
-        right = 100 * sum(graded) / max(len(graded), 1)
         if distributed.is_main():
-            said = f"{name}: {count}/{len(problems)} problems, accuracy {right:.1f} %, {rate:,.0f} tokens/s"
-            print(said, file=sys.stderr)
+            rate = tokens / (time.perf_counter() - begin)
+            graded = [s["correct"] for r in store.records.values() for s in r["samples"] if s["valid"]]
+            count = len(job.problems) - len(todo) + first + len(part)
+            right = 100 * sum(graded) / max(len(graded), 1)
+            said = f"{count}/{len(job.problems)} problems, accuracy {right:.1f} %, {rate:,.0f} tokens/s"
+            print(f"{job.name}: {said}", file=sys.stderr)
+    records = [store.records[p.id] | {"budget": p.budget} for p in job.problems]
+    row = {"name": job.name, "data": job.data.name, "step": job.step, "budget": job.budget, "max_tokens": job.limit}
+    row |= {"template": job.data.template, "grader": job.data.grader_version}
+    row |= {"mode": job.mode if job.budget else job.problems[0].mode, **summarize(records)}
+    return row | length_metrics(records, flags["soft_tolerance"]) | length_profile(records)
 
 
 class Store:
@@ -288,19 +355,13 @@ class Store:
                 os.fsync(f.fileno())
 
 
-def _settings(flags: dict, limit: int, budget: int | None, data: EvalSet) -> dict:
-    """Everything that a completion or its grade depends on."""
-    forced = flags["budget_mode"] == "forced" and budget
-    keys = ("waits", "answer_tokens", "end_thinking") if forced else ()
+def _settings(job: Job, identity: dict, flags: dict) -> dict:
+    """Everything that a completion or its grade depends on, beside the problem's own text and answer."""
+    keys = ("waits", "answer_tokens", "end_thinking") if job.mode == "forced" and job.budget else ()
     keys += ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype")
-    model = str(pathlib.Path(flags["model"]).resolve())
-    mode = flags["budget_mode"] if budget else None
-    own = dict(data=data.spec, template=data.template, grader=data.grader_version, limit=limit, mode=mode)
-    return {"model": model, **own, **{k: flags[k] for k in keys}}
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    data = job.data
+    own = dict(data=data.spec, template=data.template, grader=data.grader_version, limit=job.limit)
+    return {**identity, **own, "mode": job.mode if job.budget else None, **{k: flags[k] for k in keys}}
 
 
 def write_results(out: pathlib.Path, results: list[dict], info: dict, flags: dict) -> str:
@@ -312,6 +373,8 @@ def write_results(out: pathlib.Path, results: list[dict], info: dict, flags: dic
             swept.setdefault(key, []).append(row)
     sweeps = {name: sweep_metrics(rows) for name, rows in swept.items()}
     report = accuracy_table(results)
+    if profiled := [r for r in results if "by_length" in r]:
+        report += "\n" + profile_table(profiled)
     if budgeted := [r for r in results if "mean_error" in r]:
         report += "\n" + length_table(budgeted)
     if sweeps:

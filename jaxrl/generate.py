@@ -14,12 +14,13 @@ import itertools
 import sys
 import time
 
+from jaxrl.algorithms.hyper import Flag, Integer
 from jaxrl.errors import UserError
 from jaxrl.runtime import cli
 
 DEFAULTS = dict(
-    model=str, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, samples=1, chat=True,
-    dtype="float32", prompt_logprobs=False,
+    model=str, **cli.SAMPLING_FLAGS, max_new_tokens=Integer(256, 1), seed=0, samples=Integer(1, 1), chat=Flag(True),
+    prompt_logprobs=Flag(False),
 )  # fmt: skip
 
 
@@ -34,15 +35,7 @@ def main(argv: list[str]) -> int:
     from jaxrl.rollout.requests import decodable
     from jaxrl.runtime.model_source import load_model
 
-    if flags["dtype"] not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype={flags['dtype']!r}: float32 or bfloat16")
-    try:
-        sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
-    except ValueError as e:
-        raise UserError(f"--{e}") from None
-    for name in ("max_new_tokens", "samples"):
-        if flags[name] < 1:
-            raise UserError(f"--{name}={flags[name]}: must be at least 1")
+    sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     cli.use_compilation_cache()
     config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]))
     prompt = encode(tokenizer, flags["positional"][0], flags["chat"])
@@ -74,12 +67,12 @@ def encode(tokenizer, text: str, chat: bool):
     """int32 [p] prompt ids: the chat template's, or the plain text's after BOS. Raises UserError if empty."""
     import numpy as np
 
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else None
-    if ids is None:
-        try:
+    try:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else None
+        if ids is None:
             ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
-        except ValueError as e:
-            raise UserError(str(e)) from None
+    except ValueError as e:  # text that a toy vocabulary has no tokens for, or a broken chat template
+        raise UserError(str(e)) from None
     if not ids:
         raise UserError("the prompt is empty, and the tokenizer has no BOS to start from")
     return np.array(ids, np.int32)

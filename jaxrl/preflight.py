@@ -1,16 +1,20 @@
-"""Does this run fit that slice, and how fast can it be? Answered by the TPU compiler, without a TPU.
+"""Does this run fit those chips, and how fast can it be? Answered by their compiler, without such a chip.
 
     python -m jaxrl.preflight --config=configs/pods/lspo_qwen25_math_7b.py [--topology=v5p:2x2x2] [--config.KEY=VALUE]
+    python -m jaxrl.preflight --config=configs/gpus/lspo_qwen25_math_7b.py --topology=2xh100:8     # two hosts of eight
 
-Compiles the programs that training runs, from shapes alone (no weights, no data), for the chips of the slice
-(default: config.topology). Memory is the compiler's own buffer assignment plus what else lives on the chip in that
-phase: during rollouts the learner's state, during scoring its optimizer moments.
+Compiles the programs that training runs, from shapes alone (no weights, no data), for a TPU slice, several slices,
+or GPU hosts (default: config.topology). Memory is the compiler's own buffer assignment plus what else lives on the
+chip in that phase: during rollouts the learner's state, during scoring its optimizer moments. Of a GPU's memory a run
+takes a share at its start; what cuDNN works in is not known to the compiler and not counted.
 
-The table's time is the compiler's cycle estimate of every operation times how often it runs, with hand-written
-kernels at half of the peak, which have none, and collectives at link speed: those that the compiler made
-asynchronous hide behind the rest, the others do not. Measured against single operations the compiler's estimate is
-within 15 % for large matrix products and about twice too slow for pure copies. The roofline is what the chip could
-do at best: FLOPs at peak, or reading all arguments once (once per token in decoding), whichever is longer.
+The table's time is, for TPU, the compiler's cycle estimate of every operation times how often it runs, with
+hand-written kernels at half of the peak, which have none, and collectives at link speed, between slices at the
+network's: those that the compiler made asynchronous hide behind the rest, the others do not. Measured against single
+operations the compiler's estimate is within 15 % for large matrix products and about twice too slow for pure copies.
+A GPU's compiler estimates nothing: jaxrl/runtime/roofline.py says what is assumed of its kernels. The roofline is what
+the chip could do at best: FLOPs at peak, or reading all arguments once (once per token in decoding), whichever is
+longer.
 
 Exit code 0 if everything fits, 1 if not (with the largest buffers and settings that would make it fit), 2 for
 an error in the input.
@@ -32,18 +36,17 @@ from jax.sharding import PartitionSpec as P
 from jaxrl import build
 from jaxrl.batch import most_rows, row_lengths
 from jaxrl.errors import UserError
-from jaxrl.learner.learner import Learner
+from jaxrl.learner.learner import Learner, needs_reference
 from jaxrl.learner.state import HOST
 from jaxrl.learner.update import abstract_batch
 from jaxrl.rollout.cache import bucket
 from jaxrl.rollout.kernels import Rows, SamplingArrays
-from jaxrl.runtime import cli, hardware, tpu_compiler
+from jaxrl.runtime import cli, compilers, hardware, roofline
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import get, parse_config, validate
 
 GIB = hardware.GIB
 SAMPLING = ("layout", "prefill", "move layer", "decode")
-KERNEL_SHARE = 0.5  # of the peak, that attention kernels are taken to reach
 
 
 class Program(NamedTuple):
@@ -64,7 +67,7 @@ class Row(NamedTuple):
     """A program's line of the table. seconds: None where it does not fit, so that there is no estimate."""
 
     program: Program
-    compiled: tpu_compiler.Compiled
+    compiled: compilers.Compiled
     needed: float
     fits: bool
     seconds: float | None
@@ -78,7 +81,7 @@ def programs(config, decoder, mesh) -> list[Program]:
     """The programs of a run on `mesh`, as training would build them."""
     learner = Learner(config, decoder, mesh)
     state = learner.abstract_state()
-    reference = _bytes(state.params) if config.algorithm.kl_coef else 0
+    reference = _bytes(state.params) if needs_reference(config) else 0
     lives = _bytes(state) + reference
     return [
         *_sampler_programs(config, decoder, mesh, state.params, lives),
@@ -95,7 +98,7 @@ def _learner_programs(config, learner: Learner, mesh, state, reference: float) -
     most = -(-most_rows(config, math.ceil(sequences)) // rows)
     batch = abstract_batch(mesh, (most, rows, row), rows // shards * row)
     updates, work = b.updates * b.epochs, micro * rows * row
-    scores = updates * ((not learner.objective.on_policy) + bool(config.algorithm.kl_coef))
+    scores = updates * ((not learner.objective.on_policy) + needs_reference(config))
     if scores:
         lower = lambda: learner.programs.score.lower(state.params, batch)  # noqa: E731
         resident = _bytes(state) - _bytes(state.params) + reference
@@ -187,17 +190,14 @@ def _bytes(tree) -> float:
 # ---------------------------------------------------------------------------------------------------- the answer
 
 
-def check(program: Program, chip: hardware.Chip) -> Row:
-    """Compile one program and compare it with the chip."""
-    compiled = tpu_compiler.compile_program(program.lower(), program.trips)
-    counts, needed = compiled.counts, compiled.needed + program.resident
-    flops = counts.flops + counts.kernel_flops
-    roofline = max(flops / chip.flops, compiled.arguments * program.passes / chip.bandwidth)
-    seconds = None
-    if compiled.fits:
-        compute = counts.cycles / chip.clock + counts.kernel_flops / (KERNEL_SHARE * chip.flops)
-        seconds = max(compute + counts.blocking_bytes / chip.link, counts.collective_bytes / chip.link)
-    return Row(program, compiled, needed, compiled.fits and needed <= chip.hbm, seconds, roofline)
+def check(program: Program, chip: hardware.Chip, slices: tuple[int, ...] = ()) -> Row:
+    """Compile one program and compare it with the chip. slices: see `slices_of`."""
+    inside = program.name in SAMPLING[1:]  # each host on its own
+    compiled = compilers.compile_program(program.lower(), program.trips, () if inside else slices)
+    needed = compiled.needed + program.resident
+    seconds = roofline.seconds(compiled.counts, chip) if compiled.fits else None
+    best = roofline.best(compiled.counts, chip, compiled.arguments * program.passes)
+    return Row(program, compiled, needed, compiled.fits and needed <= chip.hbm, seconds, best)
 
 
 def line(row: Row, chip: hardware.Chip) -> str:
@@ -213,16 +213,24 @@ def line(row: Row, chip: hardware.Chip) -> str:
     )
 
 
-def traffic(row: Row) -> str:
+def traffic(row: Row, chip: hardware.Chip) -> str:
     """The collectives of one program by kind."""
     found = sorted(row.compiled.counts.collectives.items())
     kinds = [f"{kind} {times:,.0f} ({payload / 1e9:.3g} GB)" for kind, (times, payload) in found]
-    return f"  {row.program.name:<11}{', '.join(kinds) or 'none'}"
+    far = row.compiled.counts.far
+    network = f"; {far / 1e9:.3g} GB of them to other {'hosts' if not chip.clock else 'slices'}" if far else ""
+    return f"  {row.program.name:<11}{', '.join(kinds) or 'none'}{network}"
 
 
 HEADER = (
     f"{'program':<11}{'GiB per chip':>18}{'':<3}{'TFLOP':>9}{'time s':>9}{'roof s':>9}{'share':>6}"
     f"{'collect.':>9}{'GB':>9}{'tokens/s':>12}"
+)
+
+ASSUMED = (
+    f"memory: {hardware.GPU_MEMORY:.0%} of the card's, as a run takes it; cuDNN's workspace is not counted. "
+    f"times: assumed, no compiler's estimate; matrix products at {roofline.PRODUCT_SHARE:.0%} of the peak, attention "
+    f"kernels at {roofline.KERNEL_SHARE:.0%}, memory at {roofline.MEMORY_SHARE:.0%}"
 )
 
 
@@ -243,24 +251,23 @@ def summary(rows: list[Row], config, mesh) -> str:
     )
 
 
-def suggest(name: str, config, chip: hardware.Chip, devices, decoder) -> str:
+def suggest(name: str, config, target: compilers.Target, decoder) -> str:
     """Settings, tried one after another until the program fits."""
     changed, flags = copy.deepcopy(config), []
-    for key, value in _remedies(name, config, len(devices)):
+    for key, value in _remedies(name, config):
         flags = [f for f in flags if not f.startswith(f"--config.{key}=")] + [f"--config.{key}={value}"]
         parent, _, leaf = key.rpartition(".")
         get(changed, parent)[leaf] = value
         try:
-            mesh = make_mesh(changed, devices)
-            program = next(p for p in programs(changed, decoder, mesh) if p.name == name)
+            program = next(p for p in programs(changed, decoder, build.mesh(changed, target.devices)) if p.name == name)
         except UserError:
             continue  # this value does not divide
-        if program.resident <= chip.hbm and (row := check(program, chip)).fits:
+        if program.resident <= target.chip.hbm and (row := check(program, target.chip)).fits:
             return f"{name} fits ({row.needed / GIB:.2f} GiB) with {' '.join(flags)}"
     return f"no setting makes {name} fit; take more chips, or chips with more memory"
 
 
-def _remedies(name: str, config, chips: int) -> Iterator[tuple[str, Any]]:
+def _remedies(name: str, config) -> Iterator[tuple[str, Any]]:
     """(key, value) to try, the cheapest first; each is kept when the next is tried."""
     if name in ("update", "score"):
         if config.model.remat != "full":
@@ -286,38 +293,57 @@ def _remedies(name: str, config, chips: int) -> Iterator[tuple[str, Any]]:
         yield "optimizer.offload", True
 
 
-def make_mesh(config, devices):
-    """The training mesh of config.mesh over the slice's devices."""
-    return meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+def slices_of(mesh) -> tuple[int, ...]:
+    """Of each device, in the mesh's order: the TPU slice, or the host of a GPU; what is between them is the network."""
+    return tuple(getattr(d, "slice_index", None) or 0 if d.platform == "tpu" else d.process_index
+                 for d in mesh.devices.flat)
+
+
+def find_target(config, topology: str) -> compilers.Target:
+    """The target of `topology`. Raises UserError where the config's slots, which are each host's, were chosen for a
+    slice with another number of hosts."""
+    target = compilers.target(topology)
+    if target.hosts > 1 and config.topology and config.topology != topology:
+        hosts = compilers.target(config.topology).hosts
+        if hosts != target.hosts:
+            raise UserError(
+                f"config.sampling.slots={config.sampling.slots} is what each of {hosts} host(s) of "
+                f"config.topology={config.topology} samples at once, but {topology} has {target.hosts} hosts: set "
+                f"--config.sampling.slots for one of them, and --config.topology={topology}"
+            )
+    return target
 
 
 def preflight(config, topology: str, out=print) -> bool:
     """Compile, print the table, and say what to change; True if everything fits.
 
-    Raises UserError for a configuration that cannot run, a missing libtpu, an unknown topology or a mesh that
+    Raises UserError for a configuration that cannot run, a missing compiler, an unknown topology or a mesh that
     does not match its chips.
     """
     if config.model.shape.hidden_size:  # the weights are on the workers, not here
         config.model.path = ""
     validate(config)
     if not topology:
-        raise UserError("no slice: pass --topology=v5e:4x4, or set config.topology")
-    devices, chip = tpu_compiler.slice_devices(topology)
-    mesh = make_mesh(config, devices)
+        raise UserError("no slice: pass --topology=v5e:4x4 or --topology=h100:8, or set config.topology")
+    target = find_target(config, topology)
+    chip, mesh = target.chip, build.mesh(config, target.devices)
     decoder = build.decoder_config(config, build.tokenizer(config) if config.model.tokenizer else None)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     out(f"{build.describe(config, decoder, mesh)}")
-    out(f"{topology}: {len(devices)} chips {chip.name}, mesh {sizes}; FLOPs, times and bytes are per chip and call")
+    out(f"{topology}: {mesh.size} x {chip.name} on {target.hosts} host(s), mesh {sizes}; FLOPs, times and bytes are "
+        "per chip and call")
     out(HEADER)
     rows, refused = [], sampling_refused(mesh, chip)
     for program in programs(config, decoder, mesh):
         if refused and program.name in SAMPLING:
             continue
-        rows.append(check(program, chip))
+        rows.append(check(program, chip, slices_of(mesh)))
         out(line(rows[-1], chip))
     out("collectives of one call, a chip:")
     for row in rows:
-        out(traffic(row))
+        out(traffic(row, chip))
+    if not chip.clock:
+        out(ASSUMED)
     failed = [r for r in rows if not r.fits]
     if refused:
         out(refused)
@@ -329,7 +355,7 @@ def preflight(config, topology: str, out=print) -> bool:
             " of them hold what it does not use itself. Its largest buffers:")
         for size, what in row.compiled.buffers[:6]:
             out(f"  {size / GIB:8.2f} GiB  {what}")
-        out(suggest(name, config, chip, devices, decoder))
+        out(suggest(name, config, target, decoder))
     return not failed and not refused
 
 

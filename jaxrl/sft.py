@@ -8,6 +8,7 @@ The same learner as RL, with the loss -log pi and advantage 1 on every token. `j
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.tasks import dial
 from jaxrl.tasks.data import load_problems
 from jaxrl.tasks.templates import encode_prompt
+from jaxrl.types import Problem
 from models.weights import save_params
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt tokens, response tokens
@@ -59,16 +61,29 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
 
         return phase("full", s.full_steps), phase("sloppy", s.steps - s.full_steps)
     loaded = load_problems(config.sft.data, skip_bad_rows=config.task.skip_bad_rows)
-    rows = []
+    rows, rng = [], np.random.default_rng([config.seed, 9])
     for problem in loaded.problems:
         if "solution" not in problem.info:
             raise UserError(f"config.sft.data={config.sft.data}: problem {problem.id!r} has no field 'solution'")
-        prompt = encode_prompt(problem, tokenizer, config.task.template)
-        rows.append((prompt, tokenizer.encode(problem.info["solution"]) + eos))
+        response = tokenizer.encode(problem.info["solution"]) + eos
+        problem = _asked_for(problem, len(response), rng)
+        rows.append((encode_prompt(problem, tokenizer, config.task.template), response))
     fits = [r for r in rows if len(r[0]) <= config.sampling.max_prompt and len(r[1]) <= config.sampling.max_tokens]
     if not fits:
         raise UserError(f"config.sft.data={config.sft.data}: no demonstration fits sampling.max_prompt/max_tokens")
     return fits, fits
+
+
+def _asked_for(problem: Problem, length: int, rng: np.random.Generator) -> Problem:
+    """The problem of a demonstration, its response named in the prompt with about its length, half of the time.
+
+    Only for rows that carry a budget mode (field "mode"). RL with a length reward learns obedience from such sloppy
+    examples; without any, lengths first collapse to the mean of what is asked.
+    """
+    mode = problem.info.get("mode", "none")
+    if mode == "none" or rng.random() < 0.5:
+        return problem
+    return dataclasses.replace(problem, budget=max(1, round(length * rng.uniform(0.75, 1.33))), mode=mode)
 
 
 def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
@@ -116,6 +131,8 @@ def warm_start(config, decoder, mesh, params, tokenizer, note=print):
             loss = combine(jax.device_get(records))["loss"]
             note(f"warm start {i}/{s.steps}  loss {loss:.3f} nats/token")
             records = []
+    if skipped := int(state.skipped):
+        note(f"warm start: {skipped} of {s.steps} updates were not finite and not applied")
     return state.params
 
 

@@ -15,7 +15,7 @@ import pytest
 from jaxrl import build, preflight
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
-from jaxrl.runtime import hardware, tpu_compiler
+from jaxrl.runtime import compilers, hardware
 from jaxrl.runtime.config import base_config, parse_config, validate
 from models.decoder import abstract_params
 
@@ -61,8 +61,7 @@ def small():
 # --------------------------------------------------------------------------------------------- asked wrongly
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v9x:4x4", "4x4", "v5e:4by4", "h100:8"])
-@libtpu
+@pytest.mark.parametrize("topology", ["v5e", "v9x:4x4", "4x4", "v5e:4by4", "h100:2x4", "h9000:8", "0xh100:8"])
 def test_topology_that_is_none(topology):
     with pytest.raises(UserError, match="v5e:4x4, v5p:2x2x2 or v6e:4x4"):
         preflight.preflight(small(), topology)
@@ -152,7 +151,7 @@ def test_command_line_errors_are_one_line():
 
 
 def slice_mesh(config, topology):
-    return preflight.make_mesh(config, tpu_compiler.slice_devices(topology)[0])
+    return build.mesh(config, compilers.target(topology).devices)
 
 
 def test_every_pod_config_is_listed_here():

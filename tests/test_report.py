@@ -251,4 +251,4 @@ def test_smooth_and_t_interval():
     values = np.array([0.0, 3.0, 0.0, 3.0, 0.0])
     assert smooth(values, 3).tolist() == [0.0, 1.0, 2.0, 1.0, 1.5]  # a steep start is not flattened
     assert t_half_width(np.ones((1, 4))).tolist() == [0, 0, 0, 0]
-    assert t_half_width(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(2.776 * np.sqrt(2.5 / 5))
+    assert t_half_width(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(2.7764451 * np.sqrt(2.5 / 5), rel=1e-6)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxrl.algorithms.segments import compute_dtype, sequence_sum
+from jaxrl.algorithms.inputs import compute_dtype
+from jaxrl.algorithms.segments import sequence_sum
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 

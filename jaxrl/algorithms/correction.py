@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.algorithms.hyper import Flag, Method, Number
-from jaxrl.algorithms.segments import Tokens, clean, sequence_mean, sequence_sum
+from jaxrl.algorithms.inputs import LossInputs, guarded
+from jaxrl.algorithms.segments import sequence_mean, sequence_sum
 
 
-def _tokens(old_logp, sampler_logp, response_mask) -> Tokens:
-    return clean(jax.lax.stop_gradient(old_logp), sampler_logp, jnp.zeros_like(old_logp), response_mask)
+def _log_weight(tokens: LossInputs):
+    return tokens.old_logp - tokens.sampler_logp
 
 
 def _weight(log_weight, hyper):
@@ -31,46 +32,46 @@ def _finish(tokens, weights, changed):
     return weights, stats
 
 
-def none(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+def none(inputs: LossInputs, hyper):
     """Weight 1 for every response token."""
-    tokens = _tokens(old_logp, sampler_logp, response_mask)
+    tokens = guarded(inputs)
     return _finish(tokens, tokens.mask, jnp.zeros_like(tokens.mask))
 
 
-def token_tis(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+def token_tis(inputs: LossInputs, hyper):
     """Token truncated importance sampling: min(w_t, cap)."""
-    tokens = _tokens(old_logp, sampler_logp, response_mask)
-    weight = _weight(tokens.log_ratio, hyper)
+    tokens = guarded(inputs)
+    weight = _weight(_log_weight(tokens), hyper)
     return _finish(tokens, jnp.minimum(weight, hyper["cap"]), weight > hyper["cap"])
 
 
-def sequence_tis(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+def sequence_tis(inputs: LossInputs, hyper):
     """Sequence truncated importance sampling: min(prod_t w_t, cap) on every token of the sequence."""
-    tokens = _tokens(old_logp, sampler_logp, response_mask)
-    weight = _weight(sequence_sum(tokens.log_ratio, sequence_ids), hyper)
+    tokens = guarded(inputs)
+    weight = _weight(sequence_sum(_log_weight(tokens), tokens.segment_ids), hyper)
     return _finish(tokens, jnp.minimum(weight, hyper["cap"]), weight > hyper["cap"])
 
 
-def sequence_mask(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+def sequence_mask(inputs: LossInputs, hyper):
     """Masked importance sampling: prod_t w_t inside [low, high], else 0, on every token of the sequence."""
-    tokens = _tokens(old_logp, sampler_logp, response_mask)
-    weight = _weight(sequence_sum(tokens.log_ratio, sequence_ids), hyper)
+    tokens = guarded(inputs)
+    weight = _weight(sequence_sum(_log_weight(tokens), tokens.segment_ids), hyper)
     outside = (weight < hyper["low"]) | (weight > hyper["high"])
     return _finish(tokens, jnp.where(outside, 0, weight), outside)
 
 
-def geometric_mask(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+def geometric_mask(inputs: LossInputs, hyper):
     """Geometric rejection: weight 1, but 0 for sequences with exp(mean_t log w_t) outside [low, high]."""
-    tokens = _tokens(old_logp, sampler_logp, response_mask)
-    weight = _weight(sequence_mean(tokens.log_ratio, tokens.mask, sequence_ids), hyper)
+    tokens = guarded(inputs)
+    weight = _weight(sequence_mean(_log_weight(tokens), tokens.mask, tokens.segment_ids), hyper)
     outside = (weight < hyper["low"]) | (weight > hyper["high"])
     return _finish(tokens, jnp.where(outside, 0, jnp.ones_like(weight)), outside)
 
 
-def icepop(old_logp, sampler_logp, response_mask, sequence_ids, hyper):
+def icepop(inputs: LossInputs, hyper):
     """IcePop (Ring-1T, 2510.18855): w_t inside [low, high], else 0, token by token."""
-    tokens = _tokens(old_logp, sampler_logp, response_mask)
-    weight = _weight(tokens.log_ratio, hyper)
+    tokens = guarded(inputs)
+    weight = _weight(_log_weight(tokens), hyper)
     outside = (weight < hyper["low"]) | (weight > hyper["high"])
     return _finish(tokens, jnp.where(outside, 0, weight), outside)
 
@@ -84,8 +85,8 @@ def _between(low: float, high: float) -> dict:
     return {"low": Number(low), "high": Number(high), **_GUARDED}
 
 
-# fn(old_logp, sampler_logp, response_mask, sequence_ids, hyper) -> (weights [R, T], sums over response
-# tokens: weight, weight_changed (truncated or zeroed), weight_zero). Shapes and packing as for losses.
+# fn(inputs, hyper) -> (weights [R, T], sums over response tokens: weight, weight_changed (truncated or zeroed),
+# weight_zero); of the inputs (LossInputs) they see old_logp, sampler_logp, mask and segment_ids.
 # Every entry has "drop_rejected": see `effective_mask`.
 CORRECTIONS: dict[str, Method] = {
     "none": Method(none, _DROP),
@@ -106,10 +107,10 @@ def effective_mask(response_mask: jax.Array, weights: jax.Array, hyper: dict) ->
     return response_mask * (weights > 0) if hyper["drop_rejected"] else response_mask
 
 
-def mismatch_stats(old_logp: jax.Array, sampler_logp: jax.Array, response_mask: jax.Array) -> dict[str, jax.Array]:
-    """How far sampler and learner disagree, all [R, T]: {"logprob_diff": sum over response tokens of |difference|,
+def mismatch_stats(inputs: LossInputs) -> dict[str, jax.Array]:
+    """How far sampler and learner disagree: {"logprob_diff": sum over response tokens of |difference|,
     "logprob_diff_max": the largest (combine micro-batches by maximum, not by sum)}, in nats.
     """
-    tokens = _tokens(old_logp, sampler_logp, response_mask)
-    difference = jnp.abs(tokens.log_ratio) * tokens.mask
+    tokens = guarded(inputs)
+    difference = jnp.abs(_log_weight(tokens)) * tokens.mask
     return {"logprob_diff": jnp.sum(difference), "logprob_diff_max": jnp.max(difference, initial=0.0)}

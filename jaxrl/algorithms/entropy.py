@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxrl.algorithms.segments import compute_dtype
+from jaxrl.algorithms.inputs import compute_dtype
 
 
 def entropy_bonus(entropy: jax.Array, coefficient: float | jax.Array) -> jax.Array:

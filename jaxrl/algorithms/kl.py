@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxrl.algorithms.segments import LOGP_FLOOR, compute_dtype
+from jaxrl.algorithms.inputs import LOGP_FLOOR, compute_dtype
 
 KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")
 

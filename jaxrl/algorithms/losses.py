@@ -1,14 +1,10 @@
 """The table of policy losses. Adding one is a function and a line here.
 
-A loss is `fn(logp, old_logp, advantages, response_mask, sequence_ids, hyper) -> (token_loss, stats)`, all arrays [R,
-T]: logp (with gradient) and old_logp are natural-log probabilities of the sampled tokens, advantages one number per
-token, response_mask 0/1, sequence_ids contiguous runs within a row. token_loss [R, T] is to be MINIMISED after
-`aggregate`. It is computed in float32 (float64 for float64 input) whatever the input dtype, is finite for any input but
-NaN, and depends on no masked position. stats are sums over response tokens (`segments.token_stats`), so micro-batches
-add up: divide by the global token count at the end. hyper must be complete: see `hyper.resolve`.
-
-`aggregation` is the method's own default. `prepare` (BAPO) has the arguments of fn, is called once with a
-no-grad score of the whole mini-batch, and returns the hyper to use for its micro-batches.
+A loss is `fn(inputs, hyper) -> (token_loss, stats)`; inputs: algorithms.inputs.LossInputs, all arrays [R, T].
+token_loss [R, T] is to be MINIMISED after `aggregate`. It is computed in float32 (float64 for float64 input) whatever
+the input dtype, is finite for any input but NaN, and depends on no masked position (see `guarded`). stats are sums over
+response tokens (`token_stats`), so micro-batches add up: divide by the global token count at the end. hyper must be
+complete: see `hyper.resolve`.
 """
 
 from __future__ import annotations
@@ -25,12 +21,16 @@ from jaxrl.algorithms.maspo import MASPO, maspo_loss
 
 @dataclasses.dataclass(frozen=True)
 class Loss(Method):
-    """A policy loss: fn as described above, its constants and aggregation, and `prepare` where bounds depend on the
-    whole mini-batch.
+    """A policy loss: fn as described above, its constants, and
+
+    aggregation: the method's own. prepare: for constants that depend on the whole mini-batch: fn(inputs, hyper) ->
+    hyper, called once with a no-grad score of all its rows, before its micro-batches. needs: what must be computed for
+    it beyond the usual: ("ref_logp",) scores the reference model.
     """
 
     aggregation: str = "token-mean"
     prepare: Callable | None = None
+    needs: tuple[str, ...] = ()
 
 
 def _clip(low: float, high: float, dual: float = 0.0) -> dict:

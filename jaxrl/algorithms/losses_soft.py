@@ -5,16 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxrl.algorithms.segments import clean, token_ratio, token_stats
+from jaxrl.algorithms.inputs import LossInputs, guarded, token_ratio, token_stats
 
 
-def cispo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
+def cispo_loss(inputs: LossInputs, hyper):
     """CISPO (2506.13585 eq. 4-5): -sg(clip(rho, 1 - low, 1 + high)) A log pi. No token loses its gradient.
 
-    All arrays [R, T]. hyper: clip_low, clip_high, log_ratio_clamp, and cap: if above 0 the weight is min(rho, cap)
+    hyper: clip_low, clip_high, log_ratio_clamp, and cap: if above 0 the weight is min(rho, cap)
     instead (ScaleRL 2510.13786 and TRL: 5.0). clip_low, clip_high count the tokens whose weight is changed.
     """
-    tokens = clean(logp, old_logp, advantages, response_mask)
+    tokens = guarded(inputs)
     ratio = token_ratio(tokens, hyper)
     capped = jnp.asarray(hyper["cap"]) > 0
     low = jnp.where(capped, 0.0, 1 - hyper["clip_low"]).astype(ratio.dtype)
@@ -23,20 +23,20 @@ def cispo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
     return -weight * tokens.advantages * tokens.logp, token_stats(tokens, ratio, ratio < low, ratio > high)
 
 
-def sapo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
+def sapo_loss(inputs: LossInputs, hyper):
     """SAPO (2511.20347): -A f(rho), f = sigmoid(tau (rho - 1)) 4 / tau, tau by the sign of A.
 
-    All arrays [R, T]. hyper: tau_pos (A > 0), tau_neg (A <= 0), log_ratio_clamp. Extra sum gate: 4 p (1 -
+    hyper: tau_pos (A > 0), tau_neg (A <= 0), log_ratio_clamp. Extra sum gate: 4 p (1 -
     p) with p = sigmoid(tau (rho - 1)), the factor by which the gradient of rho A is damped.
     """
-    tokens = clean(logp, old_logp, advantages, response_mask)
+    tokens = guarded(inputs)
     ratio = token_ratio(tokens, hyper)
     tau = jnp.where(tokens.advantages > 0, hyper["tau_pos"], hyper["tau_neg"]).astype(ratio.dtype)
     p = jax.nn.sigmoid(tau * (ratio - 1))
     return -tokens.advantages * p * 4 / tau, token_stats(tokens, ratio, gate=4 * p * (1 - p))
 
 
-def gpg_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
-    """GPG (2504.02546): -A log pi, the plain policy gradient; pair it with the gpg advantage. All [R, T]."""
-    tokens = clean(logp, old_logp, advantages, response_mask)
+def gpg_loss(inputs: LossInputs, hyper):
+    """GPG (2504.02546): -A log pi, the plain policy gradient; pair it with the gpg advantage."""
+    tokens = guarded(inputs)
     return -tokens.advantages * tokens.logp, token_stats(tokens, token_ratio(tokens, hyper))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.algorithms.hyper import Flag, Number
-from jaxrl.algorithms.segments import clean, token_ratio, token_stats
+from jaxrl.algorithms.inputs import LossInputs, guarded, token_ratio, token_stats
 
 # Published constants (released code); alpha 0.5 is recommended for 1.5B models, sigma_base 1, 2 or 3.
 MASPO = {
@@ -44,14 +44,14 @@ def maspo_gate(ratio: jax.Array, old_logp: jax.Array, advantages: jax.Array, hyp
     return jnp.exp(-0.5 * scaled**2), sigma, gated
 
 
-def maspo_loss(logp, old_logp, advantages, response_mask, sequence_ids, hyper):
+def maspo_loss(inputs: LossInputs, hyper):
     """-F rho A with F detached (as released), or differentiated too if hyper["differentiable_gate"].
 
-    All arrays [R, T]; constants: MASPO. Detached, the gradient is F rho A grad log pi and never reverses sign.
+    Constants: MASPO. Detached, the gradient is F rho A grad log pi and never reverses sign.
     Differentiable, it is multiplied by 1 - rho (rho - 1) / sigma^2 in the gated region, which is negative for rho
     beyond (1 + sqrt(1 + 4 sigma^2)) / 2. Extra sums: gate (F) and gated (tokens with F < 1).
     """
-    tokens = clean(logp, old_logp, advantages, response_mask)
+    tokens = guarded(inputs)
     ratio = token_ratio(tokens, hyper)
     gate, _, gated = maspo_gate(ratio, tokens.old_logp, tokens.advantages, hyper)
     if not hyper["differentiable_gate"]:

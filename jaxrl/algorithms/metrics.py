@@ -7,6 +7,7 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import scipy.stats
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -47,27 +48,24 @@ def maj_at_k(
     return float(np.mean(right / np.maximum(winners.sum(axis=1), 1)))
 
 
-def wilson_interval(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a proportion (default 95 %); (0, 1) for n = 0. Trials must be independent."""
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion; (0, 1) for n = 0. Trials must be independent."""
     if n == 0:
         return 0.0, 1.0
-    p = successes / n
-    centre = p + z**2 / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    scale = 1 + z**2 / n
-    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+    interval = scipy.stats.binomtest(round(successes), n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def bootstrap_interval(values, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, resampling problems. Deterministic in seed.
+def bootstrap_interval(values, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean, resampling problems. Deterministic in seed.
 
     values: [problems], each the mean over its samples (samples of one problem are not independent, so the
     problem is the unit). A single value gives (value, value). Raises ValueError if there are none.
     """
     values = np.asarray(values, np.float64)
-    if not len(values):
-        raise ValueError("bootstrap_interval needs at least one value")
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    if len(values) < 2:
+        if not len(values):
+            raise ValueError("bootstrap_interval needs at least one value")
+        return float(values[0]), float(values[0])
+    found = scipy.stats.bootstrap((values,), np.mean, n_resamples=draws, method="percentile", rng=seed)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

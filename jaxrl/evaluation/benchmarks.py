@@ -6,9 +6,10 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxrl.errors import UserError
+from jaxrl.evaluation.identity import reward_identity
 from jaxrl.rollout.budget_forcing import Delimiters
 from jaxrl.runtime.model_source import is_run
 from jaxrl.tasks import dial
@@ -19,7 +20,7 @@ from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.readers import SUFFIXES
 from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Grade
-from jaxrl.tasks.templates import TEMPLATES, encode_prompt
+from jaxrl.tasks.templates import TEMPLATES, encode_prompt, messages, prompt_text
 from jaxrl.types import Problem
 
 log = logging.getLogger(__name__)
@@ -28,13 +29,16 @@ MAX_TOKENS = 8192  # L1's limit; the model's context may end earlier
 
 
 class EvalSet(NamedTuple):
-    """Problems ready to be asked. spec: as given. encode, grade: as in Task. vote: the answer in a normal
-    form, or None. max_tokens: response limit when none is given. delimiters, answer_tokens: for budget forcing."""
+    """Problems ready to be asked. spec: as given. encode, grade: as in Task. text: the prompt as text, or as messages
+    for a chat template. shown: a prompt, in either form, as text. vote: the answer in a normal form, or None.
+    max_tokens: response limit when none is given. delimiters, answer_tokens: for budget forcing."""
 
     spec: str
     name: str
     problems: list[Problem]
     encode: Callable[[Problem], list[int]]
+    text: Callable[[Problem], str | list[dict]]
+    shown: Callable[[Any], str]
     grade: Callable[[Sequence[Problem], Sequence[str]], list[Grade]]
     vote: Callable[[Problem, str], Hashable | None]
     template: str
@@ -67,6 +71,8 @@ def load_dial(spec: str, tokenizer, limit: int) -> EvalSet:
         name=spec,
         problems=problems,
         encode=lambda problem: tokenizer.encode(dial.prompt_text(problem)),
+        text=dial.prompt_text,
+        shown=lambda prompt: _shown(prompt, tokenizer),
         grade=_grade_dial,
         vote=lambda problem, text: text.split("=>")[-1].strip() if "=>" in text else None,
         template="dial",
@@ -111,14 +117,24 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
         name=next((file.removesuffix(end) for end in SUFFIXES if file.endswith(end)), file),
         problems=loaded.problems,
         encode=lambda problem: _encode(problem, tokenizer, template),
+        text=lambda problem: messages(problem) if template == "chat" else prompt_text(problem, template),
+        shown=lambda prompt: _shown(prompt, tokenizer),
         grade=lambda problems, texts: grade_text(problems, texts, grader, reward),
         vote=_vote,
         template=template,
-        grader_version=f"{GRADER_VERSION} {reward.spec}" if reward else GRADER_VERSION,
+        grader_version=f"{GRADER_VERSION} {reward_identity(reward.spec)}" if reward else GRADER_VERSION,
         max_tokens=MAX_TOKENS,
         delimiters=lambda: Delimiters(*(tuple(tokenizer.encode(s)) for s in (flags["end_thinking"], *S1_PIECES))),
         answer_tokens=64,
     )
+
+
+def _shown(prompt: str | list, tokenizer) -> str:
+    """A prompt as text: as it is, messages as JSON, token ids decoded."""
+    if isinstance(prompt, str):
+        return prompt
+    chat = any(isinstance(part, dict) for part in prompt)
+    return json.dumps(prompt, ensure_ascii=False) if chat else tokenizer.decode(prompt)
 
 
 def _encode(problem: Problem, tokenizer, template: str) -> list[int]:

@@ -74,45 +74,50 @@ def evaluate_problems(
         for problem, prompt, limit, fit in zip(problems, prompts, limits, fits, strict=True)
         if fit
     ]
-    drawn = generate(params, requests, seed=seed, step=EVALUATION_STEP, sampling=sampling)
-    asked = [problem for problem, fit in zip(problems, fits, strict=True) if fit for _ in range(samples)]
-    texts = [tokenizer.decode(completion.tokens) for group in drawn for completion in group]
-    rows = [
-        {
-            "text": text,
-            "tokens": completion.length,
-            "finish": completion.finish,
-            "outcome": graded.outcome,
-            "correct": float(graded.correct),
-            "valid": bool(graded.valid),
-            "vote": "correct" if graded.correct else _vote(vote, problem, text),
-        }
-        for problem, text, completion, graded in zip(
-            asked, texts, [c for group in drawn for c in group], grade(asked, texts), strict=True
-        )
-    ]
+    drawn = iter(generate(params, requests, seed=seed, step=EVALUATION_STEP, sampling=sampling))
     # A prompt without room for an answer, or in no words the model knows, is answered wrongly, not left out: that
     # would flatter.
-    unanswered = {"text": "", "tokens": 0, "outcome": "unparsed", "correct": 0.0, "valid": True, "vote": None}
-    source = iter(rows)
-    records = [
+    groups = [
+        [{"text": tokenizer.decode(c.tokens), "tokens": c.length, "finish": c.finish} for c in next(drawn)]
+        if fit
+        else [{"text": None, "tokens": 0, "finish": "no room" if len(prompt) else "no words"}] * samples
+        for prompt, fit in zip(prompts, fits, strict=True)
+    ]
+    records = graded_records(problems, [len(prompt) for prompt in prompts], groups, grade, vote)
+    if jax.process_count() == 1:
+        return records
+    shares = distributed.allgather(records)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(count)]
+
+
+def graded_records(
+    problems: Sequence[Problem], prompt_tokens: Sequence[int], groups: Sequence[list[dict]], grade: Callable,
+    vote: Callable | None,
+) -> Records:  # fmt: skip
+    """Records of sampled answers. groups: the samples of each problem, {"text", "tokens", "finish"}; text None is an
+    answer that could not be asked for. grade, vote: as in evaluate_problems."""
+    asked = [(p, s["text"]) for p, group in zip(problems, groups, strict=True) for s in group if s["text"] is not None]
+    grades = iter(grade([p for p, _ in asked], [text for _, text in asked]))
+
+    def graded(problem: Problem, sample: dict) -> dict:
+        if sample["text"] is None:
+            return {**sample, "text": "", "outcome": "unparsed", "correct": 0.0, "valid": True, "vote": None}
+        found = next(grades)
+        voted = "correct" if found.correct else _vote(vote, problem, sample["text"])
+        outcome = {"outcome": found.outcome, "correct": float(found.correct), "valid": bool(found.valid)}
+        return {**{k: sample[k] for k in ("text", "tokens", "finish")}, **outcome, "vote": voted}
+
+    return [
         {
             "id": problem.id,
             "answer": problem.answer,
             "budget": problem.budget,
             "mode": problem.mode,
-            "prompt_tokens": len(prompt),
-            "samples": [
-                next(source) if fit else unanswered | {"finish": "no room" if len(prompt) else "no words"}
-                for _ in range(samples)
-            ],
+            "prompt_tokens": size,
+            "samples": [graded(problem, sample) for sample in group],
         }
-        for problem, prompt, fit in zip(problems, prompts, fits, strict=True)
+        for problem, size, group in zip(problems, prompt_tokens, groups, strict=True)
     ]
-    if jax.process_count() == 1:
-        return records
-    shares = distributed.allgather(records)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(count)]
 
 
 def _vote(vote, problem: Problem, text: str) -> str | None:

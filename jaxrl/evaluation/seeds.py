@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.stats
 
 from jaxrl.evaluation.lengths import sweep_metrics
 from jaxrl.evaluation.tables import markdown
-from jaxrl.reporting.runs import t_half_width
 
 PER_BUDGET = ("accuracy", "mean_tokens", "mean_error", "mean_deviation", "rmse", "hard_violation", "soft_violation")
 SUMMARY = {  # column: (key of evaluation.lengths.sweep_metrics, or of a row and then averaged over budgets, factor)
@@ -21,6 +21,14 @@ SUMMARY = {  # column: (key of evaluation.lengths.sweep_metrics, or of a row and
     "Scaling, per token": ("scaling", 0.1),  # stored per 1000 tokens
     "Performance": ("performance", 100),
 }
+
+
+def t_half_width(values: np.ndarray) -> np.ndarray:
+    """[..] half-widths of the 95 % t interval of the mean over axis 0 of values [n, ..]; 0 for n = 1."""
+    n = len(values)
+    if n < 2:
+        return np.zeros(values.shape[1:])
+    return scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values)
 
 
 def mean_and_half(values: Sequence[float]) -> list[float]:

@@ -54,6 +54,11 @@ def optimizer(config):
     )
 
 
+def needs_reference(config) -> bool:
+    """Whether a run keeps a frozen reference model: for a KL term in loss or reward, or because the loss needs it."""
+    return bool(config.algorithm.kl_coef) or objective(config).scores_reference
+
+
 class Learner:
     """Builds the programs of a configuration once and runs them on the mini-batches of each step."""
 
@@ -100,25 +105,28 @@ class Learner:
         """Apply one optimizer update per mini-batch, in order.
 
         Unless the step has exactly one update, old log-probs are scored before the first of them. reference:
-        parameters of the frozen reference model, when the objective has a KL term.
+        parameters of the frozen reference model, when the objective scores it.
 
         Returns:
           (state, metrics): means over the updates, maxima for names ending in /max, a sum for "nonfinite"; if that
           is not 0, "nonfinite/updates" lists the numbers of the updates that were skipped.
         """
-        placed = [place_batch(b, self.mesh) for b in batches]
-        if not self.objective.on_policy:
-            placed = [b.replace(old_logprobs=self.programs.score(state.params, b)[0]) for b in placed]
-        if self.objective.kl_coef:
-            placed = [b.replace(ref_logprobs=self.programs.score(reference, b)[0]) for b in placed]
-        records = []
-        for batch in placed:
+        scored, records = [self._scored(state, batch, reference) for batch in batches], []
+        for batch, scores in zip(batches, scored, strict=True):
+            placed = place_batch(batch, self.mesh).replace(**scores)
+            jax.block_until_ready(records[-1:])  # so that at most two mini-batches lie on the devices
             with compiles.program("update", batch.tokens.shape):
-                state, metrics = self.programs.update(state, batch)
+                state, metrics = self.programs.update(state, placed)
             records.append(metrics)
         records = jax.device_get(records)
         skipped = [i for i, record in enumerate(records) if record["nonfinite"]]
         return state, combine(records) | ({"nonfinite/updates": skipped} if skipped else {})
+
+    def _scored(self, state: TrainState, batch: PackedBatch, reference) -> dict[str, Any]:
+        """The log-probs that must be known before the first update: fields of PackedBatch, on the devices."""
+        models = {} if self.objective.on_policy else {"old_logprobs": state.weights}
+        models |= {"ref_logprobs": reference} if self.objective.scores_reference else {}
+        return {name: self.score(params, batch) for name, params in models.items()}
 
 
 def combine(records: list[dict]) -> dict[str, float]:

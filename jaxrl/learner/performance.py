@@ -37,7 +37,7 @@ def performance(batches: list[tuple[PackedBatch, Packing]], learner, seconds: fl
     devices = list(learner.mesh.devices.flat)
     chip = hardware.chip(devices[0].device_kind)
     if chip is not None:
-        passes = 3 + (not learner.objective.on_policy) + bool(learner.objective.kl_coef)
+        passes = 3 + (not learner.objective.on_policy) + learner.objective.scores_reference
         flops = passes * sum(needed_flops(learner.decoder, b) for b, _ in batches)
         out["perf/mfu"] = flops / (seconds * len(devices) * chip.flops)
     return out | hardware.peak_memory(devices)

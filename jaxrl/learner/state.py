@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -16,6 +16,7 @@ from jaxrl.errors import UserError
 from jaxrl.runtime.mesh import logical_rules, replicated, shardings
 from models.config import DecoderConfig
 from models.decoder import abstract_params, init_params
+from models.table import BIAS, NORM, kinds
 
 SCHEDULES = ("constant", "cosine", "linear")
 HOST = "pinned_host"  # the memory that a device can copy from and to by itself
@@ -23,14 +24,28 @@ HOST = "pinned_host"  # the memory that a device can copy from and to by itself
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 [], optimizer updates applied. params: the master copy. opt_state: optax's. skipped: int32 [],
-    updates not applied because loss or gradient were not finite. skipped_in_a_row: int32 [], of these the latest."""
+    """step: int32 [], optimizer updates applied. params: the master copy of the trainable parameters. opt_state:
+    optax's. skipped: int32 [], updates not applied because something was not finite. skipped_in_a_row: int32 [], of
+    these the latest. frozen: the parameters that no update changes; none in full training."""
 
     step: Any
     params: Any
     opt_state: Any
     skipped: Any
     skipped_in_a_row: Any
+    frozen: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def weights(self):
+        """All parameters of the model as one tree."""
+        return merge(self.frozen, self.params)
+
+
+def merge(a, b):
+    """Two trees of nested dicts as one; where both have a leaf, b's."""
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return b
+    return {**a, **{k: merge(a[k], v) if k in a else v for k, v in b.items()}}
 
 
 class Optimizer(NamedTuple):
@@ -91,11 +106,7 @@ def _schedule(peak, warmup, kind, total):
 def decays(params):
     """Tree of bools: whether weight decay applies; norm scales and biases are left alone."""
 
-    def one(path, _):
-        name = jax.tree_util.keystr(path)
-        return "norm" not in name and "bias" not in name
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree.map(lambda kind: kind not in (NORM, BIAS), kinds(params))
 
 
 def _adam_stored_as(adam, dtype) -> optax.GradientTransformation:

@@ -10,7 +10,7 @@
 
 Micro-batches are folded one after another and their float32 gradients added up; since every denominator is
 global, the sum is the gradient of the whole mini-batch however it was cut. Then one clipped AdamW step, or
-none at all if loss or gradient are not finite.
+none at all if loss, gradient or the step's result are not finite.
 
 `build_programs` makes the two programs (update, score) for a model, a mesh and an objective. They lower from
 abstract arguments (`abstract_state`, `abstract_batch`), so that `preflight` can compile them without data.
@@ -34,9 +34,10 @@ from jax.sharding import PartitionSpec as P
 from jaxrl.algorithms.aggregation import aggregate
 from jaxrl.algorithms.correction import CORRECTIONS, effective_mask, mismatch_stats
 from jaxrl.algorithms.entropy import entropy_advantages, entropy_bonus
-from jaxrl.algorithms.hyper import resolve
+from jaxrl.algorithms.hyper import Method, resolve
+from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.kl import kl_estimate
-from jaxrl.algorithms.losses import LOSSES
+from jaxrl.algorithms.losses import LOSSES, Loss
 from jaxrl.algorithms.segments import count_sequences
 from jaxrl.learner.logprobs import HeadSettings, response_logprobs
 from jaxrl.learner.packing import PackedBatch
@@ -45,14 +46,16 @@ from jaxrl.learner.state import (
     TrainState,
     abstract_state,
     add_updates,
+    merge,
     on_device,
     on_host,
     sharding_of,
 )
-from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, shardings, use
+from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
-from models.decoder import Decoder, abstract_params
+from models.decoder import Decoder
+from models.table import NORM, kinds
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
              "sampler_logprobs", "ref_logprobs", "stale")
@@ -82,13 +85,46 @@ class Objective:
     correction: str = "none"
     correction_hyper: Mapping = dataclasses.field(default_factory=dict, hash=False)
 
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the reference model's log-probs are needed: for the KL term, or because the loss says so."""
+        return bool(self.kl_coef) or "ref_logp" in LOSSES[self.loss].needs
+
 
 class Programs(NamedTuple):
     """update(state, batch) -> (state, metrics); state is donated. score(params, batch) -> (logp, entropy), float32
-    [M, R, T], no gradient. Both are jitted. metrics: dict of float32 scalars (see `_metrics`)."""
+    [M, R, T], no gradient; params: as `state.weights`. Both are jitted. metrics: dict of float32 scalars (see
+    `_metrics`)."""
 
     update: Callable
     score: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the programs are made of; all static. dtype: compute dtype. rules: logical axis -> mesh axis. gradients:
+    shardings of the trainable parameters' gradients."""
+
+    objective: Objective
+    loss: Loss
+    loss_hyper: Mapping
+    correction: Method
+    correction_hyper: Mapping
+    optimizer: Optimizer
+    model: Decoder
+    head: HeadSettings
+    mesh: Mesh
+    rules: Mapping
+    gradients: Any
+    dtype: Any
+
+
+class Whole(NamedTuple):
+    """What a micro-batch has to know of its mini-batch: the loss's constants and the denominators."""
+
+    hyper: Mapping
+    num_tokens: Any
+    num_sequences: Any
 
 
 @functools.lru_cache(maxsize=8)  # runs after each other in one process share what is traced and compiled
@@ -113,9 +149,7 @@ def build_programs(
         CORRECTIONS, "correction", objective.correction, objective.correction_hyper)
     platform = mesh.devices.flat[0].platform
     attention = default_implementation(platform) if attention == "auto" else attention
-    model = Decoder(config, dtype=dtype, remat=remat, attention=attention)
     rules = logical_rules(mesh, config.num_kv_heads, config.vocab_size, sequence_parallel)
-    param_shardings = shardings(mesh, abstract_params(config)[1], rules)
     head = HeadSettings(
         temperature=objective.temperature,
         tied=config.tie_embeddings,
@@ -124,122 +158,176 @@ def build_programs(
         mesh=mesh,
         shard_vocab=rules["vocab"] is not None,
     )
-    aggregation = objective.aggregation or loss.aggregation
-
-    def forward(params, micro: PackedBatch):
-        """(logp, entropy) [R, T] of a micro-batch."""
-        with use(mesh, rules):
-            hidden, _ = model.apply({"params": params}, micro.tokens, micro.positions, micro.segment_ids)
-        matrix = params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]
-        return response_logprobs(hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, head)
-
-    def old_logprobs(batch: PackedBatch, now):
-        """Log-probs of the policy that drew each token; now: those of the current one, used if there is one update."""
-        scored = lax.stop_gradient(now) if objective.on_policy else batch.old_logprobs
-        return jnp.where(batch.stale > 0, batch.sampler_logprobs, scored)
-
-    def micro_loss(params, micro: PackedBatch, hyper, num_tokens, num_sequences):
-        """(share of the mini-batch's loss, (sums, maxima) of statistics) of one micro-batch."""
-        mask, ids = micro.response_mask, micro.segment_ids
-        logp, entropy = forward(params, micro)
-        old = old_logprobs(micro, logp)
-        advantages = micro.advantages
-        if objective.entropy_advantage is not None:
-            advantages = entropy_advantages(advantages, entropy, *objective.entropy_advantage) * mask
-        token_loss, sums = loss.fn(logp, old, advantages, mask, ids, hyper)
-        weights, weight_sums = correction.fn(old, micro.sampler_logprobs, mask, ids, correction_hyper)
-        if objective.correction != "none":
-            token_loss = token_loss * weights
-            sums |= {f"correction/{k}": v for k, v in weight_sums.items()}
-        if objective.kl_coef:
-            kl = kl_estimate(logp, micro.ref_logprobs, objective.kl_kind) * mask
-            token_loss += objective.kl_coef * kl
-            sums["kl"] = lax.stop_gradient(jnp.sum(kl))
-        if objective.entropy_coef:
-            token_loss += entropy_bonus(entropy, objective.entropy_coef)
-        kept = effective_mask(mask, weights, correction_hyper)
-        total = aggregate(token_loss, kept, ids, aggregation, num_tokens, num_sequences, objective.norm_length)
-        mismatch = mismatch_stats(old, micro.sampler_logprobs, mask)
-        sums |= {"entropy": lax.stop_gradient(jnp.sum(entropy * mask)), "logprob_diff": mismatch["logprob_diff"]}
-        log_ratio = lax.stop_gradient(logp - old) * mask
-        return total, (sums, {"logprob_diff/max": mismatch["logprob_diff_max"], "log_ratio": jnp.max(log_ratio)})
-
-    def score(params, batch: PackedBatch):
-        params = _cast(params, dtype)
-
-        def one(i, out):
-            pair = forward(params, _micro(batch, i))
-            return tuple(lax.dynamic_update_index_in_dim(o, x, i, 0) for o, x in zip(out, pair, strict=True))
-
-        zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
-        return lax.fori_loop(0, batch.num_micro, one, (zeros, zeros))
-
-    def update(state: TrainState, batch: PackedBatch):
-        hyper, num_tokens, num_sequences = loss_hyper, batch.num_tokens, batch.num_sequences
-        drops = correction_hyper["drop_rejected"]
-        if loss.prepare is not None or (drops and objective.on_policy):
-            now = score(state.params, batch)[0]
-        else:
-            now = batch.old_logprobs
-        rows = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731  the whole mini-batch as rows
-        mask, ids = rows(batch.response_mask), rows(batch.segment_ids)
-        if loss.prepare is not None:
-            old = old_logprobs(batch, now)
-            hyper = loss.prepare(rows(now), rows(old), rows(batch.advantages), mask, ids, hyper)
-        if drops:  # rejected tokens leave the denominators, which are those of the whole mini-batch
-            old = old_logprobs(batch, now)
-            weights, _ = correction.fn(rows(old), rows(batch.sampler_logprobs), mask, ids, correction_hyper)
-            kept = effective_mask(mask, weights, correction_hyper)
-            num_tokens, num_sequences = jnp.sum(kept), count_sequences(kept, ids)
-
-        params = _cast(state.params, dtype)
-        gradient = jax.value_and_grad(micro_loss, has_aux=True)
-        arguments = (hyper, num_tokens, num_sequences)
-        # hyper is closed over: MASPO's differentiable_gate chooses a formula and must stay a Python bool.
-        shapes = jax.eval_shape(lambda p, b: gradient(p, b, *arguments), params, _micro(batch, 0))
-        (_, (sums, maxima)), _ = shapes
-
-        def one(i, carry):
-            total, grads, sums, maxima = carry
-            (value, (s, m)), g = gradient(params, _micro(batch, i), *arguments)
-            grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, g)
-            grads = lax.with_sharding_constraint(grads, param_shardings)
-            return total + value, grads, jax.tree.map(jnp.add, sums, s), jax.tree.map(jnp.maximum, maxima, m)
-
-        grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        grads = lax.with_sharding_constraint(grads, param_shardings)
-        lowest = jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), maxima)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
-        start = (jnp.zeros((), jnp.float32), grads, zeros, lowest)
-        total, grads, sums, maxima = lax.fori_loop(0, batch.num_micro, one, start)
-
-        grad_norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-        metrics = _metrics(total, grad_norm, sums, maxima, batch.num_tokens, optimizer.schedule(state.step), ok)
-        state = state.replace(opt_state=on_device(state.opt_state, resting.opt_state))
-        state = _apply(state, grads, optimizer, ok)
-        return state.replace(opt_state=on_host(state.opt_state, resting.opt_state)), metrics
-
     # Results lie exactly as the inputs do, so that no second call compiles again.
     resting = sharding_of(abstract_state(config, optimizer, mesh, rules))
+    model = Decoder(config, dtype=dtype, remat=remat, attention=attention)
+    parts = Parts(objective, loss, loss_hyper, correction, correction_hyper, optimizer, model, head, mesh, rules,
+                  resting.params, dtype)
     return Programs(
-        update=jax.jit(update, donate_argnums=0, out_shardings=(resting, replicated(mesh))),
-        score=jax.jit(score, out_shardings=NamedSharding(mesh, P(None, BATCH))),
+        update=jax.jit(functools.partial(_update, parts, resting.opt_state), donate_argnums=0,
+                       out_shardings=(resting, replicated(mesh))),
+        score=jax.jit(functools.partial(_score, parts), out_shardings=NamedSharding(mesh, P(None, BATCH))),
     )
 
 
-def _apply(state: TrainState, grads, optimizer: Optimizer, ok) -> TrainState:
-    """The state after one optimizer step, or the same state with the skip counted where not ok."""
+# --- the two programs ---------------------------------------------------------------------------------------------
+
+
+def _score(parts: Parts, params, batch: PackedBatch):
+    params = _cast(params, parts.dtype)
+
+    def one(i, out):
+        pair = _forward(parts, params, _micro(batch, i))
+        return tuple(lax.dynamic_update_index_in_dim(o, x, i, 0) for o, x in zip(out, pair, strict=True))
+
+    zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
+    return lax.fori_loop(0, batch.num_micro, one, (zeros, zeros))
+
+
+def _update(parts: Parts, moments_rest, state: TrainState, batch: PackedBatch):
+    """moments_rest: shardings of the optimizer's state between updates."""
+    total, grads, sums, maxima = _gradient(parts, state, batch, _whole(parts, state, batch))
+    grad_norm, lr = optax.tree.norm(grads), parts.optimizer.schedule(state.step)
+    state = state.replace(opt_state=on_device(state.opt_state, moments_rest))
+    state, ok = _apply(state, grads, parts.optimizer, jnp.isfinite(total) & jnp.isfinite(grad_norm))
+    metrics = _metrics(total, grad_norm, sums, maxima, batch.num_tokens, lr, ok)
+    return state.replace(opt_state=on_host(state.opt_state, moments_rest)), metrics
+
+
+def _whole(parts: Parts, state: TrainState, batch: PackedBatch) -> Whole:
+    """The constants of a loss that depend on the whole mini-batch, and the denominators without rejected tokens."""
+    loss, on_policy, drops = parts.loss, parts.objective.on_policy, parts.correction_hyper["drop_rejected"]
+    hyper, num_tokens, num_sequences = parts.loss_hyper, batch.num_tokens, batch.num_sequences
+    if loss.prepare is None and not drops:
+        return Whole(hyper, num_tokens, num_sequences)
+    now, entropy = batch.old_logprobs, None
+    if loss.prepare is not None or on_policy:
+        now, entropy = _score(parts, state.weights, batch)
+    rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), _inputs(parts, batch, now, entropy))
+    if loss.prepare is not None:
+        hyper = loss.prepare(rows, hyper)
+    if drops:
+        weights, _ = parts.correction.fn(rows, parts.correction_hyper)
+        kept = effective_mask(rows.mask, weights, parts.correction_hyper)
+        num_tokens, num_sequences = jnp.sum(kept), count_sequences(kept, rows.segment_ids)
+    return Whole(hyper, num_tokens, num_sequences)
+
+
+def _gradient(parts: Parts, state: TrainState, batch: PackedBatch, whole: Whole):
+    """(loss, gradient of the trainable parameters in float32, sums, maxima) of the mini-batch, folded over its
+    micro-batches."""
+    params, frozen = _cast(state.params, parts.dtype), _cast(state.frozen, parts.dtype)
+
+    def share(params, micro):
+        return _micro_loss(parts, merge(frozen, params), micro, whole)
+
+    gradient = jax.value_and_grad(share, has_aux=True)
+    (_, (sums, maxima)), _ = jax.eval_shape(gradient, params, _micro(batch, 0))
+
+    def one(i, carry):
+        total, grads, sums, maxima = carry
+        (value, (s, m)), g = gradient(params, _micro(batch, i))
+        grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, g)
+        grads = lax.with_sharding_constraint(grads, parts.gradients)
+        return total + value, grads, jax.tree.map(jnp.add, sums, s), jax.tree.map(jnp.maximum, maxima, m)
+
+    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    grads = lax.with_sharding_constraint(grads, parts.gradients)
+    lowest = jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), maxima)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
+    start = (jnp.zeros((), jnp.float32), grads, zeros, lowest)
+    return lax.fori_loop(0, batch.num_micro, one, start)
+
+
+# --- one micro-batch ----------------------------------------------------------------------------------------------
+
+
+def _micro_loss(parts: Parts, params, micro: PackedBatch, whole: Whole):
+    """(share of the mini-batch's loss, (sums, maxima) of statistics) of one micro-batch."""
+    objective = parts.objective
+    inputs = _inputs(parts, micro, *_forward(parts, params, micro))
+    mask, entropy = inputs.mask, inputs.entropy
+    token_loss, sums = parts.loss.fn(inputs, whole.hyper)
+    weights, weight_sums = parts.correction.fn(inputs, parts.correction_hyper)
+    if objective.correction != "none":
+        token_loss = token_loss * weights
+        sums |= {f"correction/{k}": v for k, v in weight_sums.items()}
+    if objective.kl_coef:
+        kl = kl_estimate(inputs.logp, inputs.ref_logp, objective.kl_kind) * mask
+        token_loss += objective.kl_coef * kl
+        sums["kl"] = lax.stop_gradient(jnp.sum(kl))
+    if objective.entropy_coef:
+        token_loss += entropy_bonus(entropy, objective.entropy_coef)
+    kept = effective_mask(mask, weights, parts.correction_hyper)
+    total = aggregate(token_loss, kept, inputs.segment_ids, objective.aggregation or parts.loss.aggregation,
+                      whole.num_tokens, whole.num_sequences, objective.norm_length)
+    mismatch = mismatch_stats(inputs)
+    sums |= {"entropy": lax.stop_gradient(jnp.sum(entropy * mask)), "logprob_diff": mismatch["logprob_diff"]}
+    log_ratio = lax.stop_gradient(inputs.log_ratio) * mask
+    return total, (sums, {"logprob_diff/max": mismatch["logprob_diff_max"], "log_ratio": jnp.max(log_ratio)})
+
+
+def _forward(parts: Parts, params, micro: PackedBatch):
+    """(logp, entropy) [R, T] of a micro-batch."""
+    with use(parts.mesh, parts.rules):
+        hidden, _ = parts.model.apply({"params": params}, micro.tokens, micro.positions, micro.segment_ids)
+    matrix = params["embed"]["embedding"] if parts.head.tied else params["lm_head"]["kernel"]
+    return response_logprobs(hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, parts.head)
+
+
+def _inputs(parts: Parts, batch: PackedBatch, logp, entropy) -> LossInputs:
+    """What the loss sees of a batch [..., R, T], given the current policy's log-probs and entropies there."""
+    objective = parts.objective
+    scored = lax.stop_gradient(logp) if objective.on_policy else batch.old_logprobs
+    advantages = batch.advantages
+    if objective.entropy_advantage is not None and entropy is not None:
+        advantages = entropy_advantages(advantages, entropy, *objective.entropy_advantage) * batch.response_mask
+    return LossInputs(
+        logp=logp,
+        old_logp=jnp.where(batch.stale > 0, batch.sampler_logprobs, scored),
+        advantages=advantages,
+        mask=batch.response_mask,
+        segment_ids=batch.segment_ids,
+        sampler_logp=batch.sampler_logprobs,
+        entropy=entropy,
+        ref_logp=batch.ref_logprobs if objective.scores_reference else None,
+    )
+
+
+def _micro(batch: PackedBatch, i) -> PackedBatch:
+    """Micro-batch i: the same record with [R, T] arrays."""
+    return batch.replace(**{k: lax.dynamic_index_in_dim(getattr(batch, k), i, 0, keepdims=False) for k in PER_TOKEN})
+
+
+def _cast(params, dtype):
+    """Parameters in the compute dtype, once per program and before any gather over the mesh; norms stay."""
+
+    return jax.tree.map(lambda kind, x: x if kind == NORM else x.astype(dtype), kinds(params), params)
+
+
+# --- after the gradient -------------------------------------------------------------------------------------------
+
+
+def _apply(state: TrainState, grads, optimizer: Optimizer, ok) -> tuple[TrainState, Any]:
+    """(the state after one optimizer step, True); or (the same state with the skip counted, False) where not ok, or
+    where the step itself is not finite: a learning rate of NaN, 0 / 0, or a moment beyond the number format."""
     updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
     params = add_updates(state.params, updates, state.step)
+    ok &= _all_finite((params, opt_state))
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731
-    return TrainState(
+    return state.replace(
         step=state.step + ok,
         params=keep(params, state.params),
         opt_state=keep(opt_state, state.opt_state),
         skipped=state.skipped + ~ok,
         skipped_in_a_row=jnp.where(ok, 0, state.skipped_in_a_row + 1),
-    )
+    ), ok
+
+
+def _all_finite(tree):
+    """bool []: no NaN and no infinity anywhere."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in floats])
 
 
 def _metrics(loss, grad_norm, sums, maxima, num_tokens, lr, ok):
@@ -252,20 +340,6 @@ def _metrics(loss, grad_norm, sums, maxima, num_tokens, lr, ok):
     out |= {"loss": loss, "grad_norm": grad_norm, "lr": lr, "nonfinite": 1 - ok.astype(jnp.float32)}
     out |= {"logprob_diff/max": maxima["logprob_diff/max"], "ratio/max": jnp.exp(maxima["log_ratio"])}
     return {k: jnp.asarray(v, jnp.float32) for k, v in out.items()}
-
-
-def _micro(batch: PackedBatch, i) -> PackedBatch:
-    """Micro-batch i: the same record with [R, T] arrays."""
-    return batch.replace(**{k: lax.dynamic_index_in_dim(getattr(batch, k), i, 0, keepdims=False) for k in PER_TOKEN})
-
-
-def _cast(params, dtype):
-    """Parameters in the compute dtype, once per program and before any gather over the mesh; norms stay."""
-
-    def one(path, x):
-        return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 # --- batches on the mesh ------------------------------------------------------------------------------------------

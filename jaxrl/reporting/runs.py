@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from jaxrl.errors import UserError
+from jaxrl.evaluation.seeds import t_half_width
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.metrics import read_metrics
 
 # Settings that do not make a run another method.
 _METHOD = ("algorithm.loss", "algorithm.advantage", "algorithm.selection", "length.reward")
 _NOT_METHOD = ("run_dir", "seed", "resume", "log.", "watchdog.", "checkpoint.", "compilation_cache", "eval.")
-# 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom; then the normal's.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +66,6 @@ class Setting:
         if not len(steps):
             return np.zeros(0), np.zeros(0), np.zeros(0)
         return np.array(steps), values.mean(axis=0), t_half_width(values)
-
-
-def t_half_width(values: np.ndarray) -> np.ndarray:
-    """[..] half-widths of the 95 % t interval of the mean over axis 0 of values [n, ..]; 0 for n = 1."""
-    n = len(values)
-    if n < 2:
-        return np.zeros(values.shape[1:])
-    t = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.4 / (n - 1)
-    return t * values.std(axis=0, ddof=1) / math.sqrt(n)
 
 
 def _is_number(value: Any) -> bool:

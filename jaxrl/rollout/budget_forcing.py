@@ -107,7 +107,7 @@ def generate_forced(
       ValueError: no end_thinking, `ignore` without wait tokens, budgets below 1, or above the sampler's max_tokens
         together with the delimiters.
     """
-    _check(delimiters, max_thinking, max_answer, ignore, engine.max_tokens)
+    _check(delimiters, max_thinking, max_answer, ignore, engine.max_tokens if requests else None)
     drafts: list[list[_Draft]] = []
     running: dict[tuple[int, int], _Draft] = {}  # by (ticket, sample)
     try:
@@ -132,7 +132,7 @@ def generate_forced(
     return [[draft.done for draft in group] for group in drafts]
 
 
-def _check(d: Delimiters, max_thinking: int, max_answer: int, ignore: int, max_tokens: int) -> None:
+def _check(d: Delimiters, max_thinking: int, max_answer: int, ignore: int, max_tokens: int | None) -> None:
     if not d.end_thinking or (ignore and not d.wait):
         raise ValueError("delimiters: end_thinking must not be empty, nor wait when ignore is above 0")
     if max_thinking < 1 or max_answer < 1 or ignore < 0:
@@ -140,7 +140,7 @@ def _check(d: Delimiters, max_thinking: int, max_answer: int, ignore: int, max_t
             f"max_thinking={max_thinking}, max_answer={max_answer}: at least 1; ignore={ignore}: at least 0"
         )
     closing = len(d.newline + d.end_thinking + d.final_answer)
-    if max_thinking + closing + max_answer > max_tokens:
+    if max_tokens is not None and max_thinking + closing + max_answer > max_tokens:
         raise ValueError(
             f"max_thinking={max_thinking}, {closing} closing tokens and max_answer={max_answer} are more than the "
             f"sampler's max_tokens={max_tokens}"

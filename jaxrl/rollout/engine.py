@@ -29,7 +29,7 @@ from jaxrl.rollout.requests import Event, Request, SamplingParams, Stats, check_
 from jaxrl.rollout.slots import Slots, sampling_arrays
 from jaxrl.types import Completion
 from models.config import DecoderConfig
-from models.decoder import sampling_layout
+from models.layout import sampling_layout
 
 REFILL = 0.125  # share of the slots that must be free before a decode call returns early to refill them
 
@@ -62,7 +62,7 @@ class Engine:
         dtype: compute dtype. window: granularity of the attended length.
       placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
       weights, cache: "same" as dtype, or "int8": matrices, keys and values of one byte an entry
-        (models.decoder.quantise).
+        (models.layout.quantise).
       allowed: bool [V], tokens that may be drawn, None for all (jaxrl.rollout.requests.decodable).
 
     Raises ValueError on sizes that do not fit each other.
@@ -98,8 +98,9 @@ class Engine:
         self.programs: SamplerPrograms = sampler_programs(spec)
         self.runner = Runner(self.programs, placement)
         self.cache: KVCache = DenseCache(self.runner, **sizes, multiple=multiple, window=window)
+        fused = placement.fused if placement else True
         self._layout = jax.jit(
-            lambda p: sampling_layout(p, config, dtype, spec.fused, spec.platform == "cpu", weights == "int8"),
+            lambda p: sampling_layout(p, config, dtype, fused, spec.platform == "cpu", weights == "int8"),
             out_shardings=placement.cast_where_they_lie(config) if placement else None,
         )
         self.stats = Stats()
@@ -428,5 +429,4 @@ class Engine:
 def _spec(config: DecoderConfig, dtype, chunk: int, placement: Placement | None, int8_cache: bool) -> ProgramSpec:
     if placement is None:
         return ProgramSpec(config, dtype, chunk, jax.default_backend(), int8_cache=int8_cache)
-    where = dict(platform=placement.platform, fused=placement.fused, sharding=placement.cache())
-    return ProgramSpec(config, dtype, chunk, **where, int8_cache=int8_cache)
+    return ProgramSpec(config, dtype, chunk, placement.platform, placement.cache(), int8_cache)

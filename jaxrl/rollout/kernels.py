@@ -62,21 +62,20 @@ class ProgramSpec:
     """What the programs of a sampler depend on; hashable.
 
     dtype: compute dtype. chunk: most decode steps of one call (the width of its output). platform: "cpu", "gpu" or
-    "tpu". fused: whether the parameters are (see models.decoder.sampling_layout). sharding: NamedSharding of the
-    [B, K, ...] arrays of the cache, or None. int8_cache: keys and values of one byte, with scales.
+    "tpu". sharding: NamedSharding of the [B, K, ...] arrays of the cache, or None. int8_cache: keys and values of one
+    byte, with scales.
     """
 
     config: DecoderConfig
     dtype: Any
     chunk: int
     platform: str
-    fused: bool = True
     sharding: Any = None
     int8_cache: bool = False
 
     @property
     def model(self) -> Decoder:
-        return Decoder(self.config, dtype=self.dtype, scan_layers=False, fused=self.fused)
+        return Decoder(self.config, dtype=self.dtype, scan_layers=False)
 
     @property
     def cache_dtype(self):

@@ -47,7 +47,7 @@ class SamplerPrograms(NamedTuple):
 
 @functools.lru_cache(maxsize=8)  # samplers after each other in one process share what is traced and compiled
 def sampler_programs(spec: ProgramSpec) -> SamplerPrograms:
-    """The programs for parameters in `models.decoder.sampling_layout`."""
+    """The programs for parameters in `models.layout.sampling_layout`."""
     options = None
     if spec.platform == "tpu":
         devices = jax.local_devices() if spec.sharding is None else spec.sharding.device_set

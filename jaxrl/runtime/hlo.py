@@ -1,8 +1,8 @@
-"""What a compiled program does, from its HLO text: matrix FLOPs, collectives, the compiler's cycle estimates.
+"""What a compiled program does, from its HLO text: matrix FLOPs, memory traffic, collectives, cycle estimates.
 
-`compiled.cost_analysis()` counts the body of a loop once, however often it runs, and its `optimal_seconds`
-can even be negative on TPU. Here every computation is counted as often as it is called: the trip count of a
-`while` is taken from the compiler's annotation, else from its condition (`i < constant`) and its body
+`compiled.cost_analysis()` counts the body of a loop once, however often it runs, its `optimal_seconds` can even be
+negative on TPU, and without a card it is empty on GPU. Here every computation is counted as often as it is called: the
+trip count of a `while` is taken from the compiler's annotation, else from its condition (`i < constant`) and its body
 (`i + step`), else from the caller (`loop_trips`: a decode loop ends when its rows do).
 """
 
@@ -21,7 +21,8 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _PLACED = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*\[[0-9,]*\])(\{[^}]*\})?")
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota")
+_CONTROL = ("while", "conditional", "call")
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", *_CONTROL)
 _SLICES = ("slice", "dynamic-slice", "gather")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -46,11 +47,15 @@ class Counts:
     flops: of matrix products (an elementwise operation is never what limits these programs). cycles: the
     compiler's own estimates where it gives one (TPU). collectives: kind -> [times run, payload bytes]; the
     payload is the larger side, so the bytes after an all-gather and before a reduce-scatter.
-    blocking_bytes: payload of the collectives that the compiler did not make asynchronous.
+    blocking: how often and with how many payload bytes the compiler did not make a collective asynchronous.
+    far, far_blocking: of the payload, the bytes that a chip sends to other slices (see `count`); they are in
+    `collectives`, but not in `blocking`.
     bytes: read from and written to main memory, tile padding aside. A slice counts as what it takes, an update in
     place as what it writes, and what lies in a TPU's vector memory not at all.
     kernels: name of a hand-written kernel -> times run. kernel_flops: theirs, as far as known here; the
     compiler has no cycle estimate for them. Not part of `flops`.
+    work: what runs one after another, collectives aside, as (times run, FLOPs in all, of them in hand-written kernels,
+    bytes in all).
     unknown_loops: names of loops whose count came from `loop_trips`.
     """
 
@@ -58,11 +63,13 @@ class Counts:
     cycles: float = 0.0
     bytes: float = 0.0
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    blocking_bytes: float = 0.0
+    blocking: tuple[float, float] = (0.0, 0.0)
+    far: float = 0.0
+    far_blocking: float = 0.0
     kernel_flops: float = 0.0
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    work: list[tuple[float, float, float, float]] = dataclasses.field(default_factory=list)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
-    channels: set[str] = dataclasses.field(default_factory=set)  # collectives seen inside fusions
 
     @property
     def collective_count(self) -> float:
@@ -73,12 +80,16 @@ class Counts:
         return sum(b for _, b in self.collectives.values())
 
 
-def count(text: str, loop_trips: float = 1) -> Counts:
-    """Counts of `compiled.as_text()`. loop_trips: iterations to assume where the text does not tell them."""
+def count(text: str, loop_trips: float = 1, slices: tuple[int, ...] = ()) -> Counts:
+    """Counts of `compiled.as_text()`.
+
+    loop_trips: iterations to assume where the text does not tell them. slices: the slice (or host of GPUs) of each
+    device in the mesh's order; a collective between several of them crosses the network. () is one slice.
+    """
     computations, entry = parse(text)
-    totals = Counts()
-    _walk(computations, entry, 1.0, loop_trips, totals, fused=False)
-    return totals
+    reader = _Reader(computations, loop_trips, slices)
+    reader.walk(entry, 1.0, fused=False)
+    return reader.totals
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -140,42 +151,113 @@ def shape_bytes(shape: str) -> float:
     return total
 
 
-def _walk(computations, name, times, loop_trips, totals: Counts, fused: bool):
-    body = computations[name]
-    for op in body.values():
-        kind = op.opcode.removesuffix("-start")
-        if op.opcode in ("dot", "convolution"):
-            flops = _dot_flops(op, body) if op.opcode == "dot" else _convolution_flops(op, body)
-            totals.flops += times * flops
-        elif kind in COLLECTIVES and not (fused and _seen(op, totals.channels)):
-            sides = [shape_bytes(body[o].shape) for o in op.operands if o in body]
-            arrays = [shape_bytes(f"{k}[{d}]") for k, d in _ARRAY.findall(op.shape)]
-            payload = max(sum(sides), sum(arrays) - (sum(sides) if op.opcode.endswith("-start") else 0))
-            entry = totals.collectives.setdefault(kind, [0.0, 0.0])
-            entry[0] += times
-            entry[1] += times * payload
-            totals.blocking_bytes += 0 if op.opcode.endswith("-start") or fused else times * payload
-        elif op.opcode == "custom-call":
-            target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
-            if target and target[1] == "tpu_custom_call":
-                totals.kernels[op.name.split(".")[0]] += times
-                totals.kernel_flops += times * _kernel_flops(op, body)
-        if not fused:
-            totals.bytes += times * _memory_bytes(computations, body, op)
-        if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', op.attributes)):
-            totals.cycles += times * int(cycles[1])
-        trips = 1.0
-        if op.opcode == "while":
-            trips = _trip_count(computations, body, op)
-            if trips is None:
-                trips = loop_trips
-                totals.unknown_loops.append(op.name)
+class _Reader:
+    """Walks the computations from the entry on and adds up what they do."""
+
+    def __init__(self, computations, loop_trips: float, slices: tuple[int, ...]):
+        self.computations, self.loop_trips, self.slices = computations, loop_trips, slices
+        self.totals = Counts()
+        self.channels: set[str] = set()  # collectives seen inside fusions
+
+    def walk(self, name: str, times: float, fused: bool) -> None:
+        """Add `times` runs of a computation. fused: inside a fusion, whose traffic and cycles are counted outside."""
+        totals, body = self.totals, self.computations[name]
+        for op in body.values():
+            flops, kernel_flops = totals.flops, totals.kernel_flops
+            kind = op.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self.collective(op, body, kind, times, fused)
+            elif op.opcode == "dot":
+                totals.flops += times * _dot_flops(op, body)
+            elif op.opcode == "convolution":
+                totals.flops += times * _convolution_flops(op, body)
+            elif op.opcode == "custom-call":
+                self.custom_call(op, body, times)
+            for called in self.called(op):
+                trips = self.trips(op, body) if op.opcode == "while" else 1.0
+                self.walk(called, times * trips, fused or op.opcode == "fusion")
+            if fused:
+                continue
+            traffic = times * _memory_bytes(self.computations, body, op)
+            totals.bytes += traffic
+            if cycles := re.search(r'"estimated_cycles":"(\d+)"', op.attributes):
+                totals.cycles += times * int(cycles[1])
+            if traffic and kind not in COLLECTIVES:
+                kernel_flops = totals.kernel_flops - kernel_flops
+                totals.work.append((times, totals.flops - flops + kernel_flops, kernel_flops, traffic))
+
+    def called(self, op: Instruction) -> list[str]:
+        """The computations that an instruction runs: of a conditional, the heaviest."""
         groups = _CALLED.findall(op.attributes)
         called = [name.strip(" %") for group in groups for name in group.strip("{}").split(",")]
-        if op.opcode == "conditional":
-            called = [max(called, key=lambda c: _weight(computations, c, loop_trips))]
-        for c in called:
-            _walk(computations, c, times * trips, loop_trips, totals, fused or op.opcode == "fusion")
+        return [max(called, key=self.weight)] if op.opcode == "conditional" else called
+
+    def weight(self, name: str) -> float:
+        other = _Reader(self.computations, self.loop_trips, ())
+        other.walk(name, 1.0, fused=False)
+        return other.totals.flops + other.totals.cycles + other.totals.collective_bytes
+
+    def collective(self, op: Instruction, body, kind: str, times: float, fused: bool) -> None:
+        channel = re.search(r"channel_id=(\d+)", op.attributes)
+        if fused and channel:  # TPU spreads one asynchronous collective over several fusions: count it once
+            if channel[1] in self.channels:
+                return
+            self.channels.add(channel[1])
+        started = op.opcode.endswith("-start")
+        sides = sum(shape_bytes(body[o].shape) for o in op.operands if o in body)
+        payload = max(sides, shape_bytes(op.shape) - (sides if started else 0))
+        entry = self.totals.collectives.setdefault(kind, [0.0, 0.0])
+        entry[0] += times
+        entry[1] += times * payload
+        far = times * payload * _far_share(op, self.slices)
+        self.totals.far += far
+        if not (started or fused) or '"is_sync":true' in op.attributes:
+            self.totals.far_blocking += far
+            number, blocking = self.totals.blocking
+            self.totals.blocking = number + times, blocking + (0 if far else times * payload)
+
+    def custom_call(self, op: Instruction, body, times: float) -> None:
+        target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
+        if target and re.match(r"tpu_custom_call|__cudnn\$fmha|__gpu\$xla.gpu.triton|mosaic_gpu", target[1]):
+            self.totals.kernels[op.name.split(".")[0]] += times
+            self.totals.kernel_flops += times * _kernel_flops(op, body, target[1])
+
+    def trips(self, op: Instruction, body) -> float:
+        if (trips := _trip_count(self.computations, body, op)) is None:
+            self.totals.unknown_loops.append(op.name)
+            return self.loop_trips
+        return trips
+
+
+def _far_share(op: Instruction, slices: tuple[int, ...]) -> float:
+    """Part of a collective's payload that one chip sends to other slices: none if its groups stay inside, else the
+    members on one slice share the sending."""
+    if len(set(slices)) < 2:
+        return 0.0
+    members = [collections.Counter(slices[i] for i in group) for group in _groups(op.attributes, len(slices))]
+    return max((1 / max(m.values()) for m in members if len(m) > 1), default=0.0)
+
+
+def _groups(attributes: str, devices: int) -> list:
+    """The groups of devices that exchange something, in the three ways in which HLO writes them; none is all."""
+    numbers = lambda text: [int(i) for i in re.findall(r"\d+", text)] if text else None  # noqa: E731
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))  # axes of a mesh, and those along which they exchange
+        along = re.findall(r"'(\w+)'", match[3])
+        order, axes = match[2] or f"[{devices}]", sorted(sizes, key=lambda name: name in along)
+        ids = _iota(order).reshape([int(n) for n in sizes.values()]).transpose([[*sizes].index(a) for a in axes])
+        return ids.reshape(-1, int(np.prod([int(sizes[a]) for a in along]))).tolist()
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return _iota(match[2]).reshape(numbers(match[1])).tolist()
+    match = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes)
+    return [numbers(group) for group in re.findall(r"\{([\d, ]+)\}", match[1])] if match else [range(devices)]
+
+
+def _iota(text: str):
+    """The array that `[4,2]T(1,0)` means: the numbers from 0 on in that shape, then transposed."""
+    dims, _, order = text.partition("T")
+    shape, order = ([int(i) for i in re.findall(r"\d+", part)] for part in (dims, order))
+    return np.arange(np.prod(shape)).reshape(shape).transpose(order or None)
 
 
 def _main_bytes(shape: str) -> float:
@@ -203,59 +285,47 @@ def _memory_bytes(computations, body, op: Instruction) -> float:
 
 def _fusion_bytes(inside, operands: list[str], shape: str) -> float:
     """Traffic of a fusion: an operand that is only sliced counts as the slices, one updated in place not at all."""
-    total, users = 0.0, collections.defaultdict(list)
+    users = collections.defaultdict(list)
     for op in inside.values():
         for at, name in enumerate(op.operands):
             users[name].append((at, op))
 
-    def source(op):
+    def read(name: str) -> float:
+        """Bytes taken of a value, infinite where any use takes it whole."""
+        total = 0.0
+        for at, user in users[name]:
+            if user.opcode == "bitcast":
+                total += read(user.name)
+            elif user.opcode in _SLICES and at == 0:
+                total += shape_bytes(user.shape)
+            elif user.opcode != "dynamic-update-slice" or at:
+                return float("inf")
+        return total
+
+    def written(name: str, array: str) -> float:
+        op = inside[name]
         while op.opcode == "bitcast" and op.operands:
             op = inside[op.operands[0]]
-        return op
+        return shape_bytes(inside[op.operands[1]].shape if op.opcode == "dynamic-update-slice" else array)
 
-    def uses(name):
-        for at, op in users[name]:
-            yield from uses(op.name) if op.opcode == "bitcast" else [(at, op)]
-
-    for op in inside.values():
-        if op.opcode == "parameter" and _main_bytes(operands[int(op.inside)]):
-            read = 0.0
-            for at, user in uses(op.name):
-                if user.opcode in _SLICES and at == 0:
-                    read += shape_bytes(user.shape)
-                elif user.opcode != "dynamic-update-slice" or at:
-                    read = float("inf")
-            total += min(read, _main_bytes(operands[int(op.inside)]))
-    root = source(next(op for op in inside.values() if op.root))
-    parts = [source(inside[o]) for o in root.operands] if root.opcode == "tuple" else [root]
-    for part, (array, layout) in zip(parts, _PLACED.findall(shape), strict=False):
-        update = part.opcode == "dynamic-update-slice"
-        total += 0.0 if "S(" in layout else shape_bytes(inside[part.operands[1]].shape if update else array)
-    return total
+    parameters = [op for op in inside.values() if op.opcode == "parameter"]
+    reads = sum(min(read(op.name), _main_bytes(operands[int(op.inside)])) for op in parameters)
+    root = next(op for op in inside.values() if op.root)
+    results = zip(root.operands if root.opcode == "tuple" else [root.name], _PLACED.findall(shape), strict=False)
+    return reads + sum(written(name, array) for name, (array, layout) in results if "S(" not in layout)
 
 
-def _kernel_flops(op: Instruction, body) -> float:
-    """Splash attention by its name and its operands q [..., T, H], k [..., S, H]: causal: half of T x S."""
-    match = re.match(r"splash\w*?_(fwd|dkv|dq)", op.name)
-    if not match:
-        return 0.0
-    products = {"fwd": 2, "dkv": 4, "dq": 3}[match[1]]
+def _kernel_flops(op: Instruction, body, target: str) -> float:
+    """Of an attention kernel, by its operands q and k; a causal one does half of its products, others are unknown."""
     floats = [_dims(body[o].shape) for o in op.operands if o in body and body[o].shape[0] in "bf"]
-    return products * np.prod(floats[0], dtype=np.float64) * floats[1][-2]
-
-
-def _seen(op: Instruction, channels: set[str]) -> bool:
-    """TPU spreads one asynchronous collective over several fusions with its channel: count it once."""
-    channel = re.search(r"channel_id=(\d+)", op.attributes)
-    known = channel is not None and channel[1] in channels
-    channels |= {channel[1]} if channel else set()
-    return known
-
-
-def _weight(computations, name, loop_trips) -> float:
-    totals = Counts()
-    _walk(computations, name, 1.0, loop_trips, totals, fused=False)
-    return totals.flops + totals.cycles + totals.collective_bytes
+    if match := re.match(r"splash\w*?_(fwd|dkv|dq)", op.name):  # q [..., T, H], k [..., S, H]
+        products = {"fwd": 2, "dkv": 4, "dq": 3}[match[1]]
+        return products * np.prod(floats[0], dtype=np.float64) * floats[1][-2]
+    if target.startswith("__cudnn$fmha"):  # q [B, T, N, H], k [B, S, K, H]
+        causal = re.search(r'"mask_type":\s*"\w*CAUSAL', op.attributes)
+        products = (5 if target.endswith("Backward") else 2) * (1 if causal else 2)
+        return products * np.prod(floats[0], dtype=np.float64) * floats[1][1]
+    return 0.0
 
 
 def _constant(body, name) -> int | None:
@@ -269,10 +339,22 @@ def _constant(body, name) -> int | None:
 
 
 def _trip_count(computations, caller, loop: Instruction) -> float | None:
+    """Iterations of a loop that the text tells: its annotation, or from start, step and limit of its counter."""
     if known := re.search(r'known_trip_count\D*?(\d+)', loop.attributes):
         return float(known[1])
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
-    body = computations[re.search(r"body=%?([\w.\-]+)", loop.attributes)[1]]
+    condition, body = (computations[re.search(rf"{part}=%?([\w.\-]+)", loop.attributes)[1]]
+                       for part in ("condition", "body"))
+    found = _counter(computations, condition)
+    if found is None:
+        return None
+    index, limit = found
+    init = caller.get(loop.operands[0]) if loop.operands else None
+    start = _constant(caller, init.operands[index]) if init is not None and init.opcode == "tuple" else None
+    return float(max(0, -(-(limit - (start or 0)) // (_step(body, index) or 1))))
+
+
+def _counter(computations, condition) -> tuple[int, int] | None:
+    """(place of the counter in the loop's state, limit) of a condition `counter < limit`, else None."""
     test = next(op for op in condition.values() if op.root)
     if test.opcode == "fusion":  # read the compare inside, with the fusion's operands for its parameters
         fused = computations[_CALLED.search(test.attributes)[1].strip("%")]
@@ -285,16 +367,17 @@ def _trip_count(computations, caller, loop: Instruction) -> float | None:
     counter, limit = condition.get(test.operands[0]), _constant(condition, test.operands[1])
     if limit is None or counter is None or counter.opcode != "get-tuple-element":
         return None
-    index = int(re.search(r"index=(\d+)", counter.attributes)[1])
+    return int(re.search(r"index=(\d+)", counter.attributes)[1]), limit
+
+
+def _step(body, index: int) -> int:
+    """What one iteration adds to the counter: the constants along its chain of additions."""
     result = next(op for op in body.values() if op.root)
-    step, op = 0, body.get(result.operands[index]) if result.opcode == "tuple" else None
+    op, step = body.get(result.operands[index]) if result.opcode == "tuple" else None, 0
     while op is not None and op.opcode in ("add", "copy"):
-        constants = [c for o in op.operands if (c := _constant(body, o)) is not None]
-        step += sum(constants)
+        step += sum(_constant(body, o) or 0 for o in op.operands)
         op = next((body[o] for o in op.operands if o in body and _constant(body, o) is None), None)
-    init = caller.get(loop.operands[0]) if loop.operands else None
-    start = _constant(caller, init.operands[index]) if init is not None and init.opcode == "tuple" else None
-    return float(max(0, -(-(limit - (start or 0)) // (step or 1))))
+    return step
 
 
 def _dot_flops(op: Instruction, body) -> float:

@@ -1,6 +1,7 @@
 """The device mesh and the one table that says how logical axes lie on it.
 
-    data    replicas: each holds all parameters of its fsdp x tensor block and sees its own rows
+    data    replicas: each holds all parameters of its fsdp x tensor block and sees its own rows. Over several slices
+            of TPU (or hosts of GPUs, mesh.slices) this axis alone crosses the network: gradients once an update
     fsdp    also splits rows; parameters, gradients and optimizer state are split over it and gathered per layer
     tensor  splits heads, MLP width and vocabulary inside a layer (and, as an option, tokens between layers)
 
@@ -14,6 +15,8 @@ import math
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,10 +42,14 @@ RULES = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slices: int = 1) -> Mesh:
     """A ("data", "fsdp", "tensor") mesh over `devices` (default: all of them); one size may be -1, "the rest".
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    slices: groups of devices that reach each other only over the network, such as slices of TPU or hosts of GPUs;
+    `data` is then `slices` times what lies inside of each.
+
+    Raises UserError when the sizes do not multiply to the number of devices, or the slices are not those of the
+    machine.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, count = [data, fsdp, tensor], len(devices)
@@ -53,8 +60,31 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     if count % known or (-1 not in sizes and count != known):
         raise UserError(f"{named}: the product must be {'a divisor of ' if -1 in sizes else ''}{count}, "
                         "the number of devices")
-    sizes = tuple(count // known if s == -1 else s for s in sizes)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    data, fsdp, tensor = (count // known if s == -1 else s for s in sizes)
+    axis_types = (AxisType.Auto,) * len(AXES)
+    if data % slices:
+        raise UserError(f"mesh.data={data} must be a multiple of mesh.slices={slices}: data alone crosses slices")
+    groups = split_slices(devices, slices)
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=axis_types, devices=devices)
+    inside = (data // slices, fsdp, tensor)
+    return Mesh(np.concatenate([mesh_utils.create_device_mesh(inside, g) for g in groups]), AXES,
+                axis_types=axis_types)
+
+
+def split_slices(devices, slices: int) -> list[list]:
+    """The devices of each of `slices` slices: as TPUs say it themselves, else neighbouring processes (hosts of GPUs),
+    else equal parts (one process of a CPU that stands for several).
+
+    Raises UserError if the TPUs are on another number of slices, or the devices do not divide.
+    """
+    own = {getattr(d, "slice_index", None) for d in devices} if devices[0].platform == "tpu" else {None}
+    if slices < 1 or (len(own) > 1 and len(own) != slices) or len(devices) % slices:
+        there = f"the {len(devices)} devices are on {len(own)} slice(s)" if own != {None} else f"{len(devices)} devices"
+        raise UserError(f"mesh.slices={slices}: {there}")
+    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
+    size = len(devices) // slices
+    return [ordered[i : i + size] for i in range(0, len(devices), size)]
 
 
 def logical_rules(mesh: Mesh, num_kv_heads: int | None = None, vocab_size: int | None = None,

@@ -1,4 +1,4 @@
-"""Updates that were skipped because loss or gradient were not finite: kept for a look, and not for ever.
+"""Updates that were skipped because loss, gradient or step were not finite: kept for a look, and not for ever.
 
 The update itself leaves the state as it was (jaxrl/learner/update.py). The training loop then stores the
 mini-batch here and, when too many in a row were skipped, goes back to the last checkpoint once and draws other
@@ -55,8 +55,8 @@ def must_roll_back(in_a_row: int, limit: int, rollbacks: int, step: int, run_dir
         return False
     if rollbacks:
         raise UserError(
-            f"step {step}: loss or gradient were not finite in {in_a_row} updates in a row, again after going "
-            f"back to a checkpoint; the mini-batches are in {pathlib.Path(run_dir) / 'nonfinite'}. Lower "
+            f"step {step}: loss, gradient or step were not finite in {in_a_row} updates in a row, again after "
+            f"going back to a checkpoint; the mini-batches are in {pathlib.Path(run_dir) / 'nonfinite'}. Lower "
             "config.optimizer.learning_rate, or set config.nonfinite.max_in_a_row=0 to skip such updates for ever"
         )
     return True

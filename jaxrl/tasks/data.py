@@ -5,6 +5,7 @@
     load_problems("verl.parquet")                                     verl's schema is recognised
     load_problems("math500", data_dir="data")                         data/math500.jsonl, else the hub
     load_problems("openai/gsm8k", split="test", config="main", fields={"problem": "question"})
+    load_problems("words:split=test:count=256")                       made here, see jaxrl/tasks/words.py
 
 Names: see NAMES. What becomes of a row, whatever its fields are called: jaxrl/tasks/rows.py.
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl.errors import UserError
+from jaxrl.tasks import words
 from jaxrl.tasks.readers import SUFFIXES, BadRow, read_rows
 from jaxrl.tasks.rows import FIELDS, problem_of
 from jaxrl.types import Problem
@@ -158,6 +160,8 @@ def check_prompt_lengths(
 
 def _open(spec: str, data_dir: str, split: str | None, config: str | None) -> tuple[str, Iterator[tuple[str, Any]]]:
     """(name for ids, rows with their places) of a data set."""
+    if spec.split(":")[0] == "words":
+        return "words", ((f"{spec}: row {i}", row) for i, row in enumerate(words.rows(spec)))
     path = pathlib.Path(spec)
     known = known_name(spec)
     if spec.endswith(SUFFIXES) or path.is_file():

@@ -10,6 +10,8 @@ from typing import Any
 
 from jaxrl.tasks import workers
 
+LARGEST = 3.4028234e38  # of float32, in which rewards are kept
+
 _function = None
 
 
@@ -35,8 +37,8 @@ def _handle(job: list[Any]) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"returned {'None' if value is None else type(value).__name__}, not a number")
     value = float(value)
-    if not math.isfinite(value):
-        raise ValueError(f"returned {value}")
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"returned {value}" + (", infinite in float32" if math.isfinite(value) else ""))
     return value
 
 

@@ -24,8 +24,8 @@ class UserReward:
 
     problem: the prompt text; info: the other fields of the data row and the problem's id. It runs in worker
     processes (module found from the current directory), `timeout` seconds of wall clock per call. A call
-    that raises, returns None, NaN, an infinity or no number, or does not return, fails: its completion is
-    masked, and the first of each batch is logged with the problem's id. A share of failed calls above
+    that raises, returns None, NaN, an infinity (also one in float32) or no number, or does not return, fails: its
+    completion is masked, and the first of each batch is logged with the problem's id. A share of failed calls above
     max_failures raises UserError. A context manager; usable from any thread.
     """
 

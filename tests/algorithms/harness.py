@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrl.algorithms.aggregation import AGGREGATIONS, aggregate
 from jaxrl.algorithms.hyper import resolve
+from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.types import Completion, Group, Problem
 
@@ -21,9 +22,11 @@ ROWS, WIDTH = 16, 64
 
 @functools.cache
 def _compiled(fn, static: tuple):
-    def value(logp, old_logp, advantages, mask, ids, numbers, pick, tokens, sequences, norm):
-        per_token, stats = fn(logp, old_logp, advantages, mask, ids, {**numbers, **dict(static)})
-        modes = jnp.stack([aggregate(per_token, mask, ids, m, tokens, sequences, norm) for m in AGGREGATIONS])
+    def value(logp, rest, numbers, pick, tokens, sequences, norm):
+        x = rest._replace(logp=logp)
+        per_token, stats = fn(x, {**numbers, **dict(static)})
+        counts = (tokens, sequences, norm)
+        modes = jnp.stack([aggregate(per_token, x.mask, x.segment_ids, m, *counts) for m in AGGREGATIONS])
         return jnp.sum(jnp.where(pick, modes, 0)), (per_token, stats)
 
     return jax.jit(jax.value_and_grad(value, has_aux=True))
@@ -49,20 +52,19 @@ def run_loss(name, batch, aggregation=None, overrides=None, counts=None, norm_le
     entry, hyper = resolve(LOSSES, "loss", name, overrides)
     with jax.enable_x64(dtype == np.float64):
         mask, ids = padded(batch["response_mask"].astype(np.int32)), padded(batch["sequence_ids"], -1)
-        floats = [
-            jnp.asarray(padded(batch[k], fill)).astype(dtype)
-            for k, fill in (("logp", -1.0), ("old_logp", -2.0), ("advantages", 3.0))
-        ]
+        fills = {"logp": -1.0, "old_logp": -2.0, "advantages": 3.0, "ref_logp": -3.0, "entropy": 0.5}
+        floats = {k: jnp.asarray(padded(batch[k], fill)).astype(dtype) for k, fill in fills.items() if k in batch}
+        inputs = LossInputs(**floats, mask=mask, segment_ids=ids)
         if counts is None:
             counts = count(batch)
         if entry.prepare is not None:
-            hyper = prepared(name, floats, mask, ids, hyper)
+            hyper = prepared(name, inputs, hyper)
         static = tuple((k, v) for k, v in hyper.items() if isinstance(v, bool | str))
         numbers = {k: v for k, v in hyper.items() if not isinstance(v, bool | str)}
         pick = np.array([m == (aggregation or entry.aggregation) for m in AGGREGATIONS])
         assert pick.sum() == 1, aggregation
         (loss, (per_token, stats)), grad = _compiled(entry.fn, static)(
-            *floats, mask, ids, numbers, pick, float(counts[0]), float(counts[1]), float(norm_length)
+            inputs.logp, inputs, numbers, pick, float(counts[0]), float(counts[1]), float(norm_length)
         )
         r, t = batch["logp"].shape
         assert not np.any(np.asarray(grad, np.float64)[r:]) and not np.any(
@@ -79,15 +81,15 @@ def run_loss(name, batch, aggregation=None, overrides=None, counts=None, norm_le
 
 @functools.cache
 def _prepare(name, static):
-    return jax.jit(lambda *args, numbers: LOSSES[name].prepare(*args, {**numbers, **dict(static)}))
+    return jax.jit(lambda inputs: LOSSES[name].prepare(inputs, dict(static)))
 
 
-def prepared(name, floats, mask, ids, hyper):
+def prepared(name, inputs, hyper):
     """hyper after the loss's `prepare`, its bounds as arrays (the schedule needs plain numbers, so not
     traced).
     """
     fn = _prepare(name, tuple(hyper.items()))
-    return {k: np.asarray(v)[()] for k, v in fn(*floats, mask, ids, numbers={}).items()}
+    return {k: np.asarray(v)[()] for k, v in fn(inputs).items()}
 
 
 def count(batch):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxrl.algorithms.correction import CORRECTIONS, effective_mask, mismatch_stats
 from jaxrl.algorithms.entropy import adapt_coefficient, entropy_advantages, entropy_bonus
 from jaxrl.algorithms.hyper import resolve
+from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.kl import KL_KINDS, kl_estimate
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -90,12 +91,17 @@ def test_kl_clamps_and_ratio_correction():
         kl_estimate(logp, ref, "k4")
 
 
+def _old_and_sampler(old, sampler, mask, ids=None):
+    """What corrections look at."""
+    return LossInputs(old, old, None, mask, ids, sampler_logp=sampler)
+
+
 def _weights(name, log_weight, ids=None, mask=None, **constants):
     entry, hyper = resolve(CORRECTIONS, "correction", name, constants)
     log_weight = jnp.asarray([log_weight], jnp.float32)
     ids = jnp.ones(log_weight.shape, jnp.int32) if ids is None else jnp.asarray([ids])
     mask = jnp.ones(log_weight.shape, jnp.int32) if mask is None else jnp.asarray([mask])
-    weights, stats = entry.fn(log_weight - 1, jnp.full_like(log_weight, -1.0), mask, ids, hyper)
+    weights, stats = entry.fn(_old_and_sampler(log_weight - 1, jnp.full_like(log_weight, -1.0), mask, ids), hyper)
     return np.asarray(weights[0]), {k: float(v) for k, v in stats.items()}
 
 
@@ -138,10 +144,10 @@ def test_corrections_carry_no_gradient_and_are_one_without_mismatch(name):
         jnp.ones((2, 3), jnp.int32),
         jnp.ones((2, 3), jnp.int32),
     )
-    weights, stats = entry.fn(logp, logp, mask, ids, entry.defaults)
+    weights, stats = entry.fn(_old_and_sampler(logp, logp, mask, ids), entry.defaults)
     np.testing.assert_array_equal(weights, 1)
     assert float(stats["weight_changed"]) == 0
-    total = lambda a, b: jnp.sum(entry.fn(a, b, mask, ids, entry.defaults)[0])  # noqa: E731
+    total = lambda a, b: jnp.sum(entry.fn(_old_and_sampler(a, b, mask, ids), entry.defaults)[0])  # noqa: E731
     grads = jax.grad(total, (0, 1))(logp, logp - 0.1)
     assert not np.any(grads[0]) and not np.any(grads[1])
 
@@ -153,9 +159,8 @@ def test_rejected_tokens_leave_the_denominator_only_if_asked():
 
 
 def test_mismatch_is_measured_on_response_tokens():
-    stats = mismatch_stats(
-        jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[-1.5, -1.0, np.nan]]), jnp.array([[1, 1, 0]])
-    )
+    old, sampler = jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[-1.5, -1.0, np.nan]])
+    stats = mismatch_stats(_old_and_sampler(old, sampler, jnp.array([[1, 1, 0]])))
     np.testing.assert_allclose([stats["logprob_diff"], stats["logprob_diff_max"]], [1.5, 1.0])
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl.algorithms.correction import CORRECTIONS
+from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.kl import KL_KINDS, kl_estimate
 from jaxrl.algorithms.losses import LOSSES
 from tests.algorithms.harness import run_loss
@@ -139,6 +140,7 @@ def test_corrections_at_extremes(name, dtype):
     logp, sampler = (jnp.asarray(x, dtype)[None] for x in np.array(PAIRS).T)
     mask, entry = jnp.ones(logp.shape, jnp.int32), CORRECTIONS[name]
     for ids in (jnp.ones(logp.shape, jnp.int32), jnp.arange(logp.shape[1])[None]):
-        weights, stats = entry.fn(logp, sampler, mask, ids, entry.defaults)
+        inputs = LossInputs(logp, logp, None, mask, ids, sampler_logp=sampler)
+        weights, stats = entry.fn(inputs, entry.defaults)
         assert np.all(np.isfinite(weights)) and np.all(np.asarray(weights) >= 0)
         assert all(np.isfinite(v) for v in stats.values())

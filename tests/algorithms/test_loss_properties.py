@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.algorithms.aggregation import AGGREGATIONS
+from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.segments import count_sequences, run_index, sequence_mean, sequence_sum
 from tests.algorithms.harness import ROWS, WIDTH, count, pack, random_sequences, run_loss
@@ -186,8 +187,8 @@ def test_vmap_over_batches(name):
     entry = LOSSES[name]
     order = ("logp", "old_logp", "advantages", "response_mask", "sequence_ids")
     with jax.enable_x64(True):
-        stacked = [jnp.asarray(np.stack([b[k] for b in batches])) for k in order]
-        together = jax.jit(jax.vmap(lambda *a: entry.fn(*a, entry.defaults)[0]))(*stacked)
+        stacked = LossInputs(*(jnp.asarray(np.stack([b[k] for b in batches])) for k in order))
+        together = jax.jit(jax.vmap(lambda x: entry.fn(x, entry.defaults)[0]))(stacked)
     fixed = {} if entry.prepare is None else {"low_step": 0.0, "high_step": 0.0}
     for batch, found in zip(batches, together, strict=True):
         mask = batch["response_mask"] == 1

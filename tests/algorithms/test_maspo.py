@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.maspo import maspo_gate, maspo_loss
 
@@ -42,9 +43,8 @@ def _loss_and_slope(rho, pi_old, advantage, **constants):
         )
 
         def total(x):
-            loss = maspo_loss(
-                x[None], old[None], adv[None], ones[None], ones[None], {**LOSSES["maspo"].defaults, **constants}
-            )[0]
+            inputs = LossInputs(x[None], old[None], adv[None], ones[None], ones[None])
+            loss = maspo_loss(inputs, {**LOSSES["maspo"].defaults, **constants})[0]
             return jnp.sum(loss), loss[0]
 
         (_, loss), slope = jax.value_and_grad(total, has_aux=True)(logp)

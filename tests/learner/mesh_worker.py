@@ -3,9 +3,9 @@ devices is fixed at start-up.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
 
-A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism. For each, OUT holds the gradient (SGD with
-rate 1: old minus new parameters), the metrics, and the collectives of the compiled program; a line tells how far
-loss and gradient are from those of the first mesh.
+A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "@2" puts it on two slices. For each, OUT
+holds the gradient (SGD with rate 1: old minus new parameters), the metrics, and the collectives of the compiled
+program; a line tells how far loss and gradient are from those of the first mesh.
 """
 
 import json
@@ -56,13 +56,15 @@ def main(out, *names):
     jax.config.update("jax_disable_most_optimizations", True)  # the same partitioning, compiled in half the time
     optimizer, record, first = Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1)), {}, None
     for name in names:
-        sizes = [int(n) for n in name.removesuffix("+sp").split(",")]
-        mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+        shape, _, slices = name.removesuffix("+sp").partition("@")
+        sizes, slices = [int(n) for n in shape.split(",")], int(slices or 1)
+        mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)], slices=slices)
         programs = build_programs(CONFIG, mesh, optimizer, OBJECTIVE, sequence_parallel=name.endswith("+sp"))
         state = init_state(CONFIG, optimizer, mesh, jax.random.key(0))
         before, data = jax.tree.map(np.array, state.params), place_batch(batch(), mesh)
         program = programs.update.lower(state, data).compile()
         found, counts = collectives(program.as_text())
+        far = hlo.count(program.as_text(), slices=tuple(i * slices // mesh.size for i in range(mesh.size))).far
         placed = [str(x.sharding.spec) for x in jax.tree.leaves(state)]
         state, metrics = program(state, data)
         assert placed == [str(x.sharding.spec) for x in jax.tree.leaves(state)], "the update moved the state"
@@ -77,7 +79,7 @@ def main(out, *names):
         print(f"{name}: loss {loss:.1e} apart, gradient {apart:.1e} of its norm; {moved}")
         shards = {jax.tree_util.keystr(p): list(x.addressable_shards[0].data.shape)
                   for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
-        record[name] = json.dumps(dict(metrics=metrics, found=found, counts=counts, shards=shards))
+        record[name] = json.dumps(dict(metrics=metrics, found=found, counts=counts, shards=shards, far=far))
     np.savez(out, **record)
 
 

@@ -1,9 +1,21 @@
 """From the configuration to the learner's objective and optimizer, and from the records of updates to one record."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxrl.learner.learner import combine, objective, optimizer
+from jaxrl.algorithms.hyper import Number
+from jaxrl.algorithms.inputs import guarded, token_ratio, token_stats
+from jaxrl.algorithms.losses import LOSSES, Loss
+from jaxrl.learner.learner import Learner, combine, needs_reference, objective, optimizer
+from jaxrl.learner.packing import pack
 from jaxrl.runtime.config import base_config
+from jaxrl.runtime.mesh import make_mesh
+from models.config import DecoderConfig
+from models.decoder import init_params
 
 
 @pytest.mark.parametrize(("updates", "epochs", "on_policy"), [(1, 1, True), (2, 1, False), (1, 2, False)])
@@ -41,3 +53,40 @@ def test_a_decaying_schedule_ends_with_the_last_update_of_the_run():
 def test_records_of_updates_become_means_maxima_and_a_count():
     records = [{"loss": 1.0, "ratio/max": 5.0, "nonfinite": 1.0}, {"loss": 2.0, "ratio/max": 3.0, "nonfinite": 1.0}]
     assert combine(records) == {"loss": 1.5, "ratio/max": 5.0, "nonfinite": 2.0} and combine([]) == {}
+
+
+def distance_loss(inputs, hyper):
+    """Looks at all a loss may look at."""
+    tokens = guarded(inputs)
+    reference, drift = ((tokens.logp - x) ** 2 for x in (tokens.ref_logp, tokens.old_logp))
+    sums = token_stats(tokens, token_ratio(tokens, hyper), reference=reference, drift=drift)
+    return jax.lax.stop_gradient(tokens.entropy) * (tokens.logp - tokens.ref_logp - 1) ** 2, sums
+
+
+def test_a_loss_gets_the_reference_it_asks_for_and_nothing_else_gets_one(monkeypatch):
+    """Over two steps of two updates: the reference is the model at the beginning of the run, old log-probs are those
+    at the beginning of the step, and a loss that does not say what it needs fails at once instead of seeing zeros."""
+    entry = Loss(distance_loss, {"log_ratio_clamp": Number(20.0)}, "token-mean", needs=("ref_logp",))
+    monkeypatch.setitem(LOSSES, "distance", entry)
+    config = base_config()
+    assert not needs_reference(config)
+    config.algorithm.loss, config.optimizer.learning_rate, config.batch.updates = "distance", 1e-2, 2
+    assert needs_reference(config)
+    decoder, mesh = DecoderConfig(11, 8, 12, 1, 2, 1, 4, model_type="llama"), make_mesh(devices=jax.devices()[:1])
+    learner, first = Learner(config, decoder, mesh), init_params(decoder, jax.random.key(0))
+    prompt, answers = np.array([1, 2]), [np.array([3, 4, 5]), np.array([6, 7])]
+    batch, _ = pack([prompt] * 2, answers, [1.0, -1.0], [np.full(len(a), -2.4) for a in answers], (8,), 8)
+    state, found, sums = learner.init(jax.tree.map(jnp.copy, first)), [], []
+    for _ in range(2):
+        scores = learner.score(state.weights, batch) - learner.score(first, batch)
+        found.append(float((scores**2).sum() / batch.num_tokens))
+        state, metrics = learner.update(state, [batch, batch], first)
+        sums.append(metrics)
+    assert found[0] == 0 < found[1] and all(m["policy/drift"] > 0 for m in sums)
+    # the mean over a step's two updates: where it began, and where the first update had moved it
+    assert sums[0]["policy/reference"] == pytest.approx(sums[0]["policy/drift"])
+    assert sums[1]["policy/reference"] > found[1] / 2
+    monkeypatch.setitem(LOSSES, "distance", dataclasses.replace(entry, needs=()))
+    config.algorithm.loss_hyper.distance.log_ratio_clamp = 19.0  # another objective, so other programs
+    with pytest.raises(TypeError):
+        Learner(config, decoder, mesh).programs.update.lower(state, batch)

@@ -34,10 +34,10 @@ def test_needed_flops_is_the_sum_over_matrices_and_tokens():
     assert needed_flops(CONFIG, data) == pytest.approx(want)
 
 
-def learner(kind, stats, on_policy=True, kl_coef=0.0):
+def learner(kind, stats, on_policy=True, scores_reference=False):
     device = types.SimpleNamespace(device_kind=kind, process_index=0, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(devices=np.array([device, device], object))
-    objective = types.SimpleNamespace(on_policy=on_policy, kl_coef=kl_coef)
+    objective = types.SimpleNamespace(on_policy=on_policy, scores_reference=scores_reference)
     return types.SimpleNamespace(decoder=CONFIG, mesh=mesh, objective=objective, compiles=3)
 
 
@@ -50,7 +50,7 @@ def test_utilisation_counts_scoring_passes_and_all_chips():
     assert got["perf/update_tokens_per_second"] == 2 * sum(map(sum, lengths)) / 0.5
     assert got["perf/padding_waste"] == pytest.approx(packing.waste) and got["perf/learner_compiles"] == 3
     assert (got["perf/hbm_peak_gib"], got["perf/hbm_peak_share"]) == (4, 0.25)
-    more = performance([(data, packing)], learner("TPU v5 lite", stats, on_policy=False, kl_coef=0.1), 0.5)
+    more = performance([(data, packing)], learner("TPU v5 lite", stats, on_policy=False, scores_reference=True), 0.5)
     assert more["perf/mfu"] == pytest.approx(5 * forward / (0.5 * 2 * 197e12))
 
 

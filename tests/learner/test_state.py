@@ -35,13 +35,19 @@ def numpy_adamw(params, grads, lr, b1=0.9, b2=0.999, eps=1e-8, decay=0.0, clip=0
 
 
 def run(optimizer, params, grads):
-    state = fresh_state(jax.tree.map(jnp.float32, params), optimizer)
+    names = {"matrix": "lm_head", "q_bias": "layers"}
+    tree = lambda d: {names[k]: {"attn": {k: jnp.float32(v)}} for k, v in d.items()}  # noqa: E731
+    state = fresh_state(tree(params), optimizer)
     params, opt_state = state.params, state.opt_state
     update = jax.jit(optimizer.transform.update)
     for g in grads:
-        updates, opt_state = update(jax.tree.map(jnp.float32, g), opt_state, params)
+        updates, opt_state = update(tree(g), opt_state, params)
         params = jax.tree.map(jnp.add, params, updates)
-    return params, opt_state
+
+    def flat(tree):
+        return {k: v for m in tree.values() for k, v in m["attn"].items()} if isinstance(tree, dict) else tree
+
+    return flat(params), jax.tree.map(flat, opt_state, is_leaf=lambda x: isinstance(x, dict))
 
 
 def example(steps, size=5, seed=0):
@@ -114,12 +120,30 @@ def test_steps_far_below_bfloat16s_resolution_still_move_the_parameters(dtype):
     optimizer = build_optimizer(1e-5)
     state = fresh_state({"matrix": jnp.full((64, 64), 0.02, dtype), "norm": jnp.full(64, 0.5, dtype)}, optimizer)
     before = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
-    step = jax.jit(lambda s: _apply(s, jax.tree.map(lambda x: jnp.ones(x.shape), s.params), optimizer, True))
+    step = jax.jit(lambda s: _apply(s, jax.tree.map(lambda x: jnp.ones(x.shape), s.params), optimizer, True)[0])
     for _ in range(200):
         state = step(state)
     for name, x in state.params.items():
         assert x.dtype == dtype
         assert (before[name] - np.asarray(x, np.float64)).mean() == pytest.approx(200e-5, rel=0.1), name
+
+
+@pytest.mark.parametrize("settings, gradient", [
+    (dict(learning_rate=float("nan")), 1.0),
+    (dict(learning_rate=1e-3, b2=1.0), 1.0),  # the bias correction of the second moment is 0 / 0
+    (dict(learning_rate=1e-3, eps=0.0), 0.0),  # 0 / 0
+    (dict(learning_rate=1e-3), 1e25),  # finite itself, but not its square
+    (dict(learning_rate=3e38), 1.0),
+], ids=["rate", "b2", "eps", "moment", "overflow"])
+def test_a_step_that_is_not_finite_is_not_taken(settings, gradient):
+    """Parameters and moments stay as they were, bit for bit, and the next good gradient finds them so."""
+    optimizer = build_optimizer(**settings)
+    state = fresh_state({"matrix": jnp.full((3, 2), -3e38), "q_bias": jnp.ones(2)}, optimizer)
+    grads = jax.tree.map(lambda x: jnp.full(x.shape, gradient), state.params)
+    after, ok = jax.jit(lambda s: _apply(s, grads, optimizer, jnp.bool_(True)))(state)
+    assert not ok and (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (0, 1, 1)
+    for a, b in zip(*(jax.tree.leaves((s.params, s.opt_state)) for s in (after, state)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_moments_keep_their_dtype_beside_bfloat16_parameters():

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl import build, preflight
 from jaxrl.errors import UserError
-from jaxrl.runtime import hlo, tpu_compiler
+from jaxrl.runtime import compilers, hlo
 from jaxrl.runtime.config import validate
 from tests.test_preflight import pod
 
@@ -33,13 +33,13 @@ def test_a_decode_step_reads_weights_and_cache_once(name, form, cache):
     config.sampling.weights = config.sampling.cache = form
     validate(config)
     try:
-        devices, _ = tpu_compiler.slice_devices(config.topology)
+        devices = compilers.target(config.topology).devices
     except UserError as e:
         pytest.skip(str(e))
     decoder = build.decoder_config(config)
-    mesh = preflight.make_mesh(config, devices)
+    mesh = build.mesh(config, devices)
     program = next(p for p in preflight.programs(config, decoder, mesh) if p.name == "decode")
-    compiled = tpu_compiler.compile_program(program.lower(), program.trips)
+    compiled = compilers.compile_program(program.lower(), program.trips)
     unread = 0 if decoder.tie_embeddings else 2 * decoder.vocab_size * decoder.hidden_size
     least = compiled.arguments - unread / config.sampling.tensor  # of the embedding it needs a few rows only
     step = compiled.counts.bytes / program.trips

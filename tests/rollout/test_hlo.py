@@ -12,8 +12,9 @@ from jaxrl.rollout import programs as rollout_programs
 from jaxrl.rollout.cache import idle_rows
 from jaxrl.rollout.kernels import ProgramSpec, SamplingArrays
 from jaxrl.rollout.programs import known_options, sampler_programs
-from jaxrl.runtime import tpu_compiler
-from models.decoder import abstract_params, sampling_layout
+from jaxrl.runtime import compilers
+from models.decoder import abstract_params
+from models.layout import sampling_layout
 from tests.rollout import tiny
 
 ROWS, WINDOW, STEPS = 8, 96, 16
@@ -35,7 +36,7 @@ def lower(platform: str, sharding=None):
 
 def tpu():
     """A chip to compile for."""
-    return tpu_compiler.slice_devices("v5e:2x2")[0][0]
+    return compilers.target("v5e:2x2").devices[0]
 
 
 def cache_copies(text: str, shapes) -> list[str]:

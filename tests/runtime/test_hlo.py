@@ -106,11 +106,41 @@ def test_tpu_text():
     # i = 0, 2, 4, 6: four iterations; a fusion's inside is part of its own estimate
     assert counts.cycles == 400
     assert counts.collectives == {"all-gather": [8, 4 * (16 + 32) * 8 * 2], "all-reduce": [4, 4 * 4 * 8 * 2]}
-    assert counts.blocking_bytes == 4 * 4 * 8 * 2 and counts.collective_count == 12
+    assert counts.blocking == (4, 4 * 4 * 8 * 2) and counts.collective_count == 12
     assert counts.kernels == {"splash_mqa_fwd": 1}
     assert counts.kernel_flops == 2 * (2 * 3 * 5 * 6 * 7) / 2
     # a batch dimension of 3 as a dilated window: each output meets exactly one input
     assert counts.flops == 2 * 3 * 5 * 6 * 7
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("replica_groups={{0,4},{1,5}}, use_global_device_ids=true", [[0, 4], [1, 5]]),
+        ("source_target_pairs={{0,1},{1,2}}", [[0, 1], [1, 2]]),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=1,'d'=2] {'b'}, x=1", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups={}, to_apply=%add", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_groups_of_a_collective(attributes, groups):
+    assert [sorted(g) for g in hlo._groups(attributes, 8)] == groups
+
+
+def test_what_crosses_slices_is_counted_once_a_chip():
+    """Four devices on two slices: groups inside, across, and all four, of which two share the sending."""
+    text = TPU.replace("all-reduce(%x), channel_id=2,", "all-reduce(%x), channel_id=2, replica_groups={},")
+    inside = text.replace("replica_groups={}", "replica_groups={{0,1},{2,3}}")
+    across = text.replace("replica_groups={}", "replica_groups={{0,2},{1,3}}")
+    payload, gathers = 4 * 4 * 8 * 2, 4 * (16 + 32) * 8 * 2 / 2  # those name no groups: all four
+    for form, share in ((inside, 0), (across, 1), (text, 0.5)):
+        counts = hlo.count(form, slices=(0, 0, 1, 1))
+        assert (counts.far, counts.far_blocking) == (gathers + share * payload, share * payload)
+        assert counts.blocking == (4, 0 if share else payload)
+    assert hlo.count(across).far == 0
 
 
 def test_shape_bytes():

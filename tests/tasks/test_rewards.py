@@ -97,6 +97,7 @@ def test_rewards_below_one_are_not_correct():
         ("none", "TypeError: returned None, not a number"),
         ("nan", "returned nan"),
         ("inf", "returned inf"),
+        ("1e39", "returned 1e+39, infinite in float32"),
         ("list", "TypeError: returned list"),
         ("text", "TypeError: returned str"),
         ("raise", "KeyError: 'missing thing'"),
