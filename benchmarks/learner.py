@@ -87,9 +87,10 @@ def run_update(flags):
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxrl.learner.packing import pack
+    from jaxrl.learner.packing import PackSettings, pack
     from jaxrl.learner.state import build_optimizer, init_state
     from jaxrl.learner.update import Objective, build_programs, place_batch
+    from jaxrl.rollouts import from_sequences
     from jaxrl.runtime.mesh import make_mesh
 
     config, rng = decoder_config(flags["model"]), np.random.default_rng(0)
@@ -101,9 +102,8 @@ def run_update(flags):
         for remat in flags["remat"].split(","):
             optimizer = build_optimizer(1e-5, grad_clip=1.0)
             programs = build_programs(config, mesh, optimizer, Objective(on_policy=True), remat=remat)
-            batch, packing = pack(
-                list(sequences[:, :PROMPT]), list(sequences[:, PROMPT:]), advantages,
-                [np.zeros(RESPONSE)] * BATCH, (PROMPT + RESPONSE,), micro_tokens)
+            rollouts = from_sequences(sequences[:, :PROMPT], sequences[:, PROMPT:])
+            batch, packing = pack(rollouts, advantages, PackSettings(PROMPT + RESPONSE, micro_tokens))
             held = [init_state(config, optimizer, mesh, jax.random.key(0))]
             batch = place_batch(batch, mesh)
             start = time.perf_counter()
@@ -212,21 +212,20 @@ def step_config(flags):
     return config
 
 
-def sampled_groups(sampler, params, prompts, seed: int):
-    """Groups of graded completions, as the collector would hand them on."""
+def sampled_rollouts(sampler, params, prompts, seed: int):
+    """Graded rollouts, as the collector would hand them on."""
     import numpy as np
 
+    from jaxrl import rollouts as records
     from jaxrl.rollout.engine import Request
-    from jaxrl.types import Group, Problem
+    from jaxrl.types import Problem
 
     requests = [Request(p, GROUP, RESPONSE, i) for i, p in enumerate(prompts)]
-    groups = []
-    for prompt, completions in zip(prompts, sampler.generate(params, requests, seed=seed), strict=True):
-        texts = [" ".join(map(str, c.tokens)) for c in completions]
-        rewards = np.array([reward(t) for t in texts], np.float32)
-        ones = np.ones(GROUP, bool)
-        groups.append(Group(Problem("", "", ""), prompt, completions, texts, rewards, rewards, ones, [""] * GROUP))
-    return groups
+    found = sum(sampler.generate(params, requests, seed=seed), [])
+    begun = records.begin(records.Prompt(Problem("", "", ""), p, GROUP, i) for i, p in enumerate(prompts))
+    rollouts = begun.extend(found, 0, RESPONSE)
+    rewards = np.array([reward(" ".join(map(str, c.tokens))) for c in found], np.float32)
+    return rollouts.replace(correct=rewards, reward=rewards, valid=np.ones(len(rewards), bool))
 
 
 def run_step(flags):
@@ -234,7 +233,7 @@ def run_step(flags):
     import jax
     import numpy as np
 
-    from jaxrl.batch import make_batches
+    from jaxrl.batch import fill_in, make_batches, with_advantages
     from jaxrl.learner.learner import Learner
     from jaxrl.rollout.engine import Engine
     from jaxrl.runtime.mesh import make_mesh
@@ -249,9 +248,10 @@ def run_step(flags):
     for step in range(flags["rounds"] + 1):
         prompts = rng.integers(2, decoder.vocab_size, (BATCH // GROUP, PROMPT)).astype(np.int32)
         begin = clock(flags)
-        groups = sampled_groups(sampler, sampler.layout(state.params), prompts, step)
+        rollouts = sampled_rollouts(sampler, sampler.layout(state.params), prompts, step)
         rollout.append(clock(flags) - begin)
-        state, metrics = learner.update(state, [b.data for b in make_batches(groups, config, step)])
+        batches = fill_in(make_batches(rollouts, config, step), with_advantages(rollouts, config))
+        state, metrics = learner.update(state, [b.data for b in batches])
         seconds.append(clock(flags) - begin)
         assert metrics["nonfinite"] == 0
     emit(engine="jaxrl", model=flags["model"], micro_tokens=flags["micro_tokens"], remat=flags["remat"],

@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl import build
-from jaxrl.batch import most_rows, row_lengths
+from jaxrl.batch import most_rows, row_length
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner, needs_reference
 from jaxrl.learner.state import HOST
@@ -91,7 +91,7 @@ def programs(config, decoder, mesh) -> list[Program]:
 
 def _learner_programs(config, learner: Learner, mesh, state, reference: float) -> Iterator[Program]:
     b, shards = config.batch, meshes.num_batch_shards(mesh)
-    row = max(row_lengths(config))
+    row = row_length(config)
     rows = max(1, b.micro_tokens // (row * shards)) * shards
     sequences = b.prompts * b.group_size / b.updates
     micro = max(1.0, sequences * mean_tokens(config) / (rows * row))
@@ -272,7 +272,7 @@ def _remedies(name: str, config) -> Iterator[tuple[str, Any]]:
     if name in ("update", "score"):
         if config.model.remat != "full":
             yield "model.remat", "full"
-        micro, least = config.batch.micro_tokens, max(row_lengths(config))
+        micro, least = config.batch.micro_tokens, row_length(config)
         while micro > least:
             micro = max(micro // 2, least)
             yield "batch.micro_tokens", micro

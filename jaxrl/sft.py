@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl import build
-from jaxrl.batch import most_rows, row_lengths
+from jaxrl.batch import pack_settings
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import combine
 from jaxrl.learner.packing import pack
 from jaxrl.learner.state import build_optimizer, init_state
 from jaxrl.learner.update import Objective, build_programs, place_batch
+from jaxrl.rollouts import from_sequences
 from jaxrl.runtime import cli
 from jaxrl.runtime.config import parse_config, validate
 from jaxrl.runtime.mesh import num_batch_shards
@@ -88,7 +89,7 @@ def _asked_for(problem: Problem, length: int, rng: np.random.Generator) -> Probl
 
 def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
     """config.sft.steps packed mini-batches: full_steps from the first phase, the rest from the second."""
-    s = config.sft
+    s, settings = config.sft, pack_settings(config, config.sft.batch, shards)
     for rows, steps, phase in zip(phases, (s.full_steps, s.steps - s.full_steps), (0, 1), strict=True):
         rng = np.random.default_rng([config.seed, 5, phase])
         passes = -(-steps * s.batch // max(len(rows), 1))
@@ -96,11 +97,7 @@ def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
         for i in range(steps):
             chosen = [rows[j] for j in order[i * s.batch : (i + 1) * s.batch]]
             prompts, responses = ([np.array(r[k], np.int32) for r in chosen] for k in (0, 1))
-            zeros = [np.zeros(len(r), np.float32) for r in responses]
-            yield pack(
-                prompts, responses, np.ones(len(chosen)), zeros, row_lengths(config), config.batch.micro_tokens,
-                shards, most_rows=most_rows(config, s.batch),
-            )[0]  # fmt: skip
+            yield pack(from_sequences(prompts, responses), np.ones(len(chosen)), settings)[0]
 
 
 def warm_start(config, decoder, mesh, params, tokenizer, note=print):

@@ -2,7 +2,7 @@
 
     python -m jaxrl.train --config=configs/quickstart.py --config.algorithm.loss=maspo
 
-One step: prompts -> completions -> grades -> selected groups -> advantages -> packed mini-batches -> updates.
+One step: prompts -> rollouts -> grades -> selection -> packed mini-batches, advantages -> updates.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import time
 
 from jaxrl import build, sft
-from jaxrl.batch import kl_in_reward, make_batches, sample_rows
+from jaxrl.batch import fill_in, make_batches, sample_rows, with_advantages, with_kl_penalty
 from jaxrl.collect import Collector, sampling_settings
 from jaxrl.errors import UserError
 from jaxrl.evaluate import evaluate_task
@@ -70,15 +70,16 @@ def train(config) -> int:
             return evaluate_task(config, sampler, sampler.layout(state.params), tokenizer, task)
 
         def save(state, step, record):
-            host = {"collector": collector.state(), "writer": writer.state() if main else {}, "rollbacks": rollbacks}
-            checkpoints.save(step, state, distributed.broadcast(host), metrics=record)
+            numbers, waiting = collector.state()
+            host = {"collector": numbers, "writer": writer.state() if main else {}, "rollbacks": rollbacks}
+            checkpoints.save(step, state, distributed.broadcast(host), metrics=record, blobs=waiting)
 
         if warning := mismatch_warning(config):
             console.note(warning)
         if found:
             console.note("\n".join([f"continuing {run.root} after step {step}", *changed]))
             state = found.arrays
-            collector.restore(host["collector"])
+            collector.restore(host["collector"], found.blobs)
             reference = build.reference(config, run, learner, None)
         else:
             console.note(f"{build.describe(config, decoder, mesh)}\nrun directory: {run.root}")
@@ -100,8 +101,10 @@ def train(config) -> int:
         while step < config.steps:
             begin = time.perf_counter()
             collected = collector.collect(sampler.layout(state.params), step)
-            groups = kl_in_reward(config, collected.chosen, learner, state.params, reference)
-            batches = make_batches(groups, config, step, num_batch_shards(mesh))
+            batches = make_batches(collected.chosen, config, step, num_batch_shards(mesh))
+            chosen = with_kl_penalty(collected.chosen, batches, config, learner, state.params, reference)
+            chosen = with_advantages(chosen, config)
+            batches = fill_in(batches, chosen)
             begin_update = time.perf_counter()
             state, learned = learner.update(state, [b.data for b in batches], reference)
             step += 1
@@ -118,7 +121,7 @@ def train(config) -> int:
                                         f"could be saved in {run.root} to go back to")
                     console.note(f"{in_a_row} updates in a row were not finite: back from step {step} to {found.step}")
                     state, step = found.arrays, found.step
-                    collector.restore(found.host["collector"])
+                    collector.restore(found.host["collector"], found.blobs)
                     collector.position = ahead  # on with other problems
                     writer.close()
                     writer = stack.enter_context(contextlib.closing(build.writer(config, run, found.host["writer"])))
@@ -137,7 +140,7 @@ def train(config) -> int:
             console.step({"step": step, **record})
             watchdog.beat(step, record)
             if main and config.log.samples:
-                run.write_samples(step, sample_rows(collected, groups, config, tokenizer, config.log.samples))
+                run.write_samples(step, sample_rows(collected, chosen, tokenizer, config.log.samples))
             # In the middle of skipped updates nothing is saved: that is not a state to go back to.
             in_trouble = in_a_row and config.nonfinite.max_in_a_row
             if last or ((stopping or step % config.checkpoint.every == 0) and not in_trouble):

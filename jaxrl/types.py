@@ -1,9 +1,4 @@
-"""The host-side records that flow through a training step, in the order they are made.
-
-    Problem -> Completion -> Group -> (selection) -> packed batch -> update
-
-All arrays here are NumPy; nothing in this file touches a device.
-"""
+"""What goes into the sampler and what comes out: a problem, a completion. Batches of them: `jaxrl.rollouts`."""
 
 from __future__ import annotations
 
@@ -40,7 +35,6 @@ class Completion:
         before top-k/top-p/min-p truncation.
     finish: "eos" (an EOS token was sampled), "length" (the token limit was reached), "stop" (a stop sequence) or
         "partial" (to be continued).
-    stale: so many tokens, from the first on, were drawn by older parameters than those that are trained next.
     sampled: bool [n], False where a token was forced by somebody else than the policy (a tool's result, budget
         forcing): its log-prob is 0 and it takes no gradient. None: all were drawn.
     """
@@ -48,7 +42,6 @@ class Completion:
     tokens: np.ndarray
     logprobs: np.ndarray
     finish: str
-    stale: int = 0
     sampled: np.ndarray | None = None
 
     @property
@@ -58,7 +51,7 @@ class Completion:
     def head(self, n: int) -> Completion:
         """The first n tokens, to be continued."""
         sampled = None if self.sampled is None else self.sampled[:n]
-        begun = dict(tokens=self.tokens[:n], logprobs=self.logprobs[:n], sampled=sampled, stale=min(self.stale, n))
+        begun = dict(tokens=self.tokens[:n], logprobs=self.logprobs[:n], sampled=sampled)
         return dataclasses.replace(self, finish="partial", **begun)
 
     def joined(self, rest: Completion) -> Completion:
@@ -74,33 +67,3 @@ class Completion:
         tokens = np.asarray(tokens, np.int32)
         zeros = np.zeros(len(tokens), np.float32)
         return self.joined(Completion(tokens, zeros, "partial", sampled=zeros > 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """A problem, its G completions and their grades: the unit that selection keeps or drops.
-
-    prompt_tokens: int32 [p]. completions: G of them. texts: their decoded texts.
-    correct: float32 [G], 0 or 1 (accuracy before any shaping). rewards: float32 [G], what advantages see.
-    valid: bool [G]; False where grading failed (timed out, crashed): such completions carry no gradient.
-    outcomes: G of "correct", "wrong", "unparsed", "timeout", "crashed".
-    """
-
-    problem: Problem
-    prompt_tokens: np.ndarray
-    completions: list[Completion]
-    texts: list[str]
-    correct: np.ndarray
-    rewards: np.ndarray
-    valid: np.ndarray
-    outcomes: list[str]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int32 [G]: response lengths in tokens, end-of-sequence token included."""
-        return np.array([c.length for c in self.completions], np.int32)
-
-    @property
-    def truncated(self) -> np.ndarray:
-        """bool [G]: responses that ran into the token limit."""
-        return np.array([c.finish == "length" for c in self.completions], bool)

@@ -144,8 +144,8 @@ def drain_one(engine, params):
 
 
 def test_heads_and_joins_keep_what_was_drawn():
-    c = Completion(np.arange(4, dtype=np.int32), -np.ones(4, np.float32), "eos", stale=3)
-    assert c.head(2).tokens.tolist() == [0, 1] and c.head(2).sampled is None and c.head(2).stale == 2
+    c = Completion(np.arange(4, dtype=np.int32), -np.ones(4, np.float32), "eos")
+    assert c.head(2).tokens.tolist() == [0, 1] and c.head(2).sampled is None
     both = c.head(2).joined(c)
     assert both.tokens.tolist() == [0, 1, 0, 1, 2, 3] and both.finish == "eos" and both.sampled is None
     forced = c.forced([9]).joined(c)
