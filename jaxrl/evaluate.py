@@ -6,7 +6,9 @@
 --data lists files (jsonl, jsonl.gz, parquet), names of benchmarks, or the embedded task with its settings
 ("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over lengths: asked for in the prompt (--budget_mode=exact
 or max), enforced from outside by s1's budget forcing (forced), or only compared with (none).
---reward=module:function grades with a function of yours. --distributed joins the processes of several hosts.
+--template=chat|boxed|plain, --system_prompt=TEXT and --enable_thinking=on|off (of chat templates that have the switch)
+are as a run was trained, unless given. --reward=module:function grades with a function of yours. --distributed joins
+the processes of several hosts.
 --server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
 time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
 grader or the reward function's file are others by then, it says so instead.
@@ -58,11 +60,13 @@ from jaxrl.runtime.rundir import atomic_write
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task
+from jaxrl.tasks.templates import THINKING
 from jaxrl.types import Problem
 
 FLAGS = dict(
     model=str, data=str, out=str, server="", **cli.SAMPLING_FLAGS, samples=Integer(1, 1), limit=Integer(0),
-    max_new_tokens=Integer(0), seed=Integer(0), template=Choice("", ("", "plain", "boxed", "chat")), data_dir="",
+    max_new_tokens=Integer(0), seed=Integer(0), template=Choice("", ("", "plain", "boxed", "chat")), **cli.CHAT_FLAGS,
+    data_dir="",
     split="", problem_field="", answer_field="", id_field="", skip_bad_rows=Flag(False), reward="", budgets="",
     budget_mode=Choice("exact", MODES), soft_tolerance=Integer(500), step=Integer(-1, -1), all_checkpoints=Flag(False),
     waits=Integer(0), answer_tokens=Integer(0), end_thinking="</think>", distributed=Flag(False), batch=Integer(0),
@@ -149,6 +153,8 @@ def evaluate_served(flags: dict, out: pathlib.Path, grader: Grader, reward: User
     with Server(flags["server"], flags["model"], key=key, concurrency=flags["slots"]) as server:
         settings = {k: flags[k] for k, off in (("temperature", None), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
                     if flags[k] != off}  # fmt: skip
+        if flags["enable_thinking"] in ("on", "off"):  # as vLLM and SGLang take it
+            settings["chat_template_kwargs"] = {"enable_thinking": THINKING[flags["enable_thinking"]]}
 
         def answer(job: Job, part: Sequence[int]) -> Records:
             asked = ([job.problems[i] for i in part], [job.prompts[i] for i in part])
