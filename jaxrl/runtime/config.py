@@ -133,6 +133,10 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         "most per micro-batch, padding included; a quarter if a mini-batch fills under four",
     ),
     "batch.row_tokens": (Integer(0), "packed row length; 0: the longest prompt plus response"),
+    "batch.share_prompts": (
+        Flag(False),
+        "responses to one prompt stand behind one copy of it in packed rows; pays where prompts are long",
+    ),
 
     "sampling.temperature": (Number(1.0, **_POSITIVE), ""),
     "sampling.top_k": (Integer(0), "0: off"),
