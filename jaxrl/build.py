@@ -17,6 +17,7 @@ from jaxrl.errors import UserError
 from jaxrl.learner.learner import needs_reference
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
+from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed, hardware
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
@@ -137,6 +138,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         placement=placement,
         weights=s.weights,
         cache=s.cache,
+        allowed=decodable(tok, decoder.vocab_size),
     )
 
 

@@ -30,7 +30,7 @@ from jaxrl.runtime.config import parse_config, validate
 from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.tasks import dial
 from jaxrl.tasks.data import load_problems
-from jaxrl.tasks.templates import encode_prompt
+from jaxrl.tasks.templates import encode_prompt, prompt_options
 from jaxrl.types import Problem
 from models.weights import save_params
 
@@ -61,14 +61,15 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
             return [(tokenizer.encode(prompt), tokenizer.encode(text) + eos) for prompt, text in rows]
 
         return phase("full", s.full_steps), phase("sloppy", s.steps - s.full_steps)
-    loaded = load_problems(config.sft.data, skip_bad_rows=config.task.skip_bad_rows)
+    t = config.task
+    loaded = load_problems(config.sft.data, skip_bad_rows=t.skip_bad_rows)
     rows, rng = [], np.random.default_rng([config.seed, 9])
     for problem in loaded.problems:
         if "solution" not in problem.info:
             raise UserError(f"config.sft.data={config.sft.data}: problem {problem.id!r} has no field 'solution'")
         response = tokenizer.encode(problem.info["solution"]) + eos
         problem = _asked_for(problem, len(response), rng)
-        rows.append((encode_prompt(problem, tokenizer, config.task.template), response))
+        rows.append((encode_prompt(problem, tokenizer, t.template, **prompt_options(t)), response))
     fits = [r for r in rows if len(r[0]) <= config.sampling.max_prompt and len(r[1]) <= config.sampling.max_tokens]
     if not fits:
         raise UserError(f"config.sft.data={config.sft.data}: no demonstration fits sampling.max_prompt/max_tokens")

@@ -190,7 +190,9 @@ def test_one_chip_is_compiled_for_as_a_tpu():
     """Not as the machine that compiles: a CPU samples with other matrices and another cache layout."""
     config = small()
     mesh = slice_mesh(config, "v5e:1x1")
-    sampler = build.sampler(config, build.decoder_config(config), types.SimpleNamespace(eos_ids=(0, 1)), mesh)
+    decoder = build.decoder_config(config)
+    tokenizer = types.SimpleNamespace(eos_ids=(0, 1), vocab_size=decoder.vocab_size, unused_ids=())
+    sampler = build.sampler(config, decoder, tokenizer, mesh)
     assert sampler.placement.platform == "tpu"
     config.model.shape.tie_embeddings = True  # a CPU would get an untied head
     found = {p.name: p for p in preflight.programs(config, build.decoder_config(config), mesh)}
