@@ -34,7 +34,6 @@ import jax.numpy as jnp
 
 from jaxrl import build
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number
-from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
 from jaxrl.evaluation.identity import model_identity
@@ -57,6 +56,7 @@ from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
 from jaxrl.runtime.rundir import atomic_write
+from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task

@@ -22,10 +22,11 @@ from jaxrl.algorithms.aggregation import AGGREGATIONS
 from jaxrl.algorithms.correction import CORRECTIONS
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
 from jaxrl.algorithms.kl import KL_KINDS
-from jaxrl.algorithms.length import BUDGET_SAMPLERS, LENGTH_REWARDS
+from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
+from jaxrl.tasks.budgets import BUDGET_SAMPLERS
 from jaxrl.tasks.data import DUPLICATES
 from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
 from jaxrl.tasks.templates import THINKING
@@ -132,6 +133,10 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         "most per micro-batch, padding included; a quarter if a mini-batch fills under four",
     ),
     "batch.row_tokens": (Integer(0), "packed row length; 0: the longest prompt plus response"),
+    "batch.share_prompts": (
+        Flag(False),
+        "responses to one prompt stand behind one copy of it in packed rows; pays where prompts are long",
+    ),
 
     "sampling.temperature": (Number(1.0, **_POSITIVE), ""),
     "sampling.top_k": (Integer(0), "0: off"),
