@@ -48,10 +48,10 @@ class Number:
         )
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
         high = f"below {self.high:g}" if self.below else f"at most {self.high:g}"
         parts = [low] * math.isfinite(self.low) + [high] * math.isfinite(self.high)
-        text = " ".join(["a number", " and ".join(parts)]) if parts else "a finite number"
+        text = f"a number {' and '.join(parts)}" if parts else "a finite number"
         return text if self.off is None else f"{text}, or {self.off:g}"
 
 

@@ -32,10 +32,10 @@ def checkpoint_steps(path: str | os.PathLike) -> list[int]:
     return sorted(step for step, _ in manifest.step_paths(pathlib.Path(path) / "checkpoints"))
 
 
-def task_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """The task section of a run's configuration; {} for a Hugging Face directory."""
+def run_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of a run, as a nested dict; {} for a Hugging Face directory."""
     config = pathlib.Path(path) / "config.json"
-    return json.loads(config.read_text())["task"] if is_run(path) and config.exists() else {}
+    return json.loads(config.read_text()) if is_run(path) and config.exists() else {}
 
 
 def load_model(
@@ -68,7 +68,7 @@ def load_model(
 
 
 def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
-    stored, _ = abstract_params(config, _stored_dtype(root, step))
+    stored, _ = abstract_params(config, stored_dtype(root, step))
     if shardings is not None:
         stored = jax.tree.map(
             lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), stored, shardings
@@ -80,7 +80,7 @@ def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, ste
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _stored_dtype(root: pathlib.Path, step: int | None):
+def stored_dtype(root: pathlib.Path, step: int | None):
     """The parameters' dtype in a checkpoint, so that a run need not tell how it was configured."""
     paths = dict(manifest.step_paths(root / "checkpoints"))
     for s in sorted(paths, reverse=True) if step is None else [step]:
