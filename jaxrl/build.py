@@ -16,7 +16,12 @@ from jaxrl.errors import UserError
 from jaxrl.learner.learner import needs_reference
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
+<<<<<<< HEAD
 from jaxrl.runtime import cli, distributed, hardware, storage
+=======
+from jaxrl.rollout.requests import decodable
+from jaxrl.runtime import cli, distributed, hardware
+>>>>>>> main
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.metrics import MetricsWriter
@@ -139,6 +144,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         placement=placement,
         weights=s.weights,
         cache=s.cache,
+        allowed=decodable(tok, decoder.vocab_size),
     )
 
 

@@ -11,13 +11,14 @@ import contextlib
 import time
 
 from jaxrl import build, sft
-from jaxrl.batch import fill_in, make_batches, sample_rows, with_advantages, with_kl_penalty
+from jaxrl.batch import fill_in, make_batches, with_advantages, with_kl_penalty
 from jaxrl.collect import Collector, sampling_settings
 from jaxrl.errors import UserError
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.performance import performance
 from jaxrl.rollout.requests import SamplingParams
+from jaxrl.rollout_metrics import sample_rows
 from jaxrl.runtime import cli, distributed, nonfinite
 from jaxrl.runtime.compiles import Compiles
 from jaxrl.runtime.config import mismatch_warning, parse_config, validate
@@ -70,12 +71,11 @@ def train(config) -> int:
             return evaluate_task(config, sampler, sampler.layout(state.params), tokenizer, task)
 
         def save(state, step, record):
-            numbers, waiting = collector.state()
-            host = {"collector": numbers, "writer": writer.state() if main else {}, "rollbacks": rollbacks}
+            host, waiting = collector.state()
+            host = {"collector": host, "writer": writer.state() if main else {}, "rollbacks": rollbacks}
             checkpoints.save(step, state, distributed.broadcast(host), metrics=record, blobs=waiting)
 
-        if warning := mismatch_warning(config):
-            console.note(warning)
+        console.note(mismatch_warning(config))
         if found:
             console.note("\n".join([f"continuing {run.root} after step {step}", *changed]))
             state = found.arrays
@@ -103,8 +103,7 @@ def train(config) -> int:
             collected = collector.collect(sampler.layout(state.params), step)
             batches = make_batches(collected.chosen, config, step, num_batch_shards(mesh))
             chosen = with_kl_penalty(collected.chosen, batches, config, learner, state.params, reference)
-            chosen = with_advantages(chosen, config)
-            batches = fill_in(batches, chosen)
+            batches = fill_in(batches, chosen := with_advantages(chosen, config))
             begin_update = time.perf_counter()
             state, learned = learner.update(state, [b.data for b in batches], reference)
             step += 1
