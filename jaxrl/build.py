@@ -16,12 +16,8 @@ from jaxrl.errors import UserError
 from jaxrl.learner.learner import needs_reference
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
-<<<<<<< HEAD
-from jaxrl.runtime import cli, distributed, hardware, storage
-=======
 from jaxrl.rollout.requests import decodable
-from jaxrl.runtime import cli, distributed, hardware
->>>>>>> main
+from jaxrl.runtime import cli, distributed, hardware, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.metrics import MetricsWriter

@@ -50,21 +50,13 @@ from jaxrl.evaluation.server import Server, ask
 from jaxrl.evaluation.tables import accuracy_table, length_table, profile_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
-<<<<<<< HEAD
+from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
 from jaxrl.runtime.storage import atomic_write
-=======
-from jaxrl.rollout.requests import decodable
-from jaxrl.runtime import cli, distributed
-from jaxrl.runtime import mesh as meshes
-from jaxrl.runtime.metrics import null_for_nan
-from jaxrl.runtime.model_source import checkpoint_steps, load_model
-from jaxrl.runtime.rundir import atomic_write
 from jaxrl.tasks.budgets import with_budget
->>>>>>> main
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task

@@ -47,17 +47,10 @@ def checkpoint_steps(path: str | os.PathLike) -> list[int]:
     return sorted(step for step, _ in manifest.step_paths(epath.Path(path) / "checkpoints"))
 
 
-<<<<<<< HEAD
-def task_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """The task section of a run's configuration; {} for a Hugging Face directory."""
-    config = epath.Path(path) / "config.json"
-    return json.loads(storage.read(config))["task"] if is_run(path) and storage.exists(config) else {}
-=======
 def run_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The configuration of a run, as a nested dict; {} for a Hugging Face directory."""
-    config = pathlib.Path(path) / "config.json"
-    return json.loads(config.read_text()) if is_run(path) and config.exists() else {}
->>>>>>> main
+    config = epath.Path(path) / "config.json"
+    return json.loads(storage.read(config)) if is_run(path) and storage.exists(config) else {}
 
 
 def load_model(
@@ -95,13 +88,8 @@ def load_model(
         raise
 
 
-<<<<<<< HEAD
 def _run_params(root: epath.Path, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
-    stored, _ = abstract_params(config, _stored_dtype(root, step))
-=======
-def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
     stored, _ = abstract_params(config, stored_dtype(root, step))
->>>>>>> main
     if shardings is not None:
         stored = jax.tree.map(
             lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), stored, shardings
@@ -113,11 +101,7 @@ def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, ste
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-<<<<<<< HEAD
-def _stored_dtype(root: epath.Path, step: int | None):
-=======
-def stored_dtype(root: pathlib.Path, step: int | None):
->>>>>>> main
+def stored_dtype(root: epath.Path, step: int | None):
     """The parameters' dtype in a checkpoint, so that a run need not tell how it was configured."""
     paths = dict(manifest.step_paths(root / "checkpoints"))
     for s in sorted(paths, reverse=True) if step is None else [step]:
