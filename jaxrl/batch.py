@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrl.algorithms.advantages import advantages
 from jaxrl.algorithms.kl import kl_estimate
-from jaxrl.collect import Collected
 from jaxrl.learner.packing import PackedBatch, Packing, PackSettings, pack
 from jaxrl.rollouts import Rollouts
 
@@ -37,7 +36,8 @@ def most_rows(config, sequences: int) -> int:
 
 def pack_settings(config, sequences: int, shards: int) -> PackSettings:
     """How mini-batches of at most so many sequences are packed. shards: data x fsdp of the mesh."""
-    return PackSettings(row_length(config), config.batch.micro_tokens, shards, most_rows(config, sequences))
+    sizes = (row_length(config), config.batch.micro_tokens, shards, most_rows(config, sequences))
+    return PackSettings(*sizes, share_prompts=config.batch.share_prompts)
 
 
 def make_batches(rollouts: Rollouts, config, step: int, shards: int = 1) -> list[MiniBatch]:
@@ -90,47 +90,3 @@ def fill_in(batches: list[MiniBatch], rollouts: Rollouts) -> list[MiniBatch]:
         values = packing.spread(rollouts.take(index).column("advantage"))
         out.append(MiniBatch(data.replace(advantages=values), packing, index))
     return out
-
-
-def sample_rows(collected: Collected, trained: Rollouts, tokenizer, most: int) -> list[dict[str, Any]]:
-    """What samples/step_*.jsonl shows of a step: all responses of the first `most` kept groups and as many dropped
-    ones, with their tokens, log-probs, rewards and advantages. "reason" says why selection dropped the response
-    ("lspo/middle"), or is empty.
-
-    trained: the step's rollouts with their advantages (the mean over the tokens is shown where there is one a token);
-    "advantage" is None for responses that are not trained on.
-    """
-    values = trained.column("advantage")
-    if len(values) != len(trained):
-        values = trained.token_sum(values) / trained.lengths
-    shown = zip(trained.identity, trained.valid, values, strict=True)
-    advantage = {who: round(float(a), 4) for who, valid, a in shown if valid}
-    kept = collected.sampled.group_any(collected.reason == "")
-    groups = [*np.flatnonzero(kept)[:most], *np.flatnonzero(~kept)[:most]]
-    reasons = collected.sampled.replace(columns={"reason": collected.reason})
-    r = reasons.take_groups(groups)
-    per_response = (r.split_tokens(), r.split_tokens(r.logprobs), r.split_tokens(r.version < collected.step))
-    rows = []
-    for i, (who, tokens, logprobs, stale) in enumerate(zip(r.identity, *per_response, strict=True)):
-        prompt = r.prompts[r.group[i]]
-        rows.append(
-            {
-                "id": prompt.problem.id,
-                "prompt": tokenizer.decode(prompt.tokens),
-                "answer": prompt.problem.answer,
-                "budget": prompt.problem.budget,
-                "text": tokenizer.decode(tokens),
-                "tokens": [tokenizer.decode([t], False) for t in tokens.tolist()],
-                "logprobs": [round(float(x), 4) for x in logprobs],
-                "advantage": advantage.get(who),
-                "reward": float(r.reward[i]),
-                "correct": float(r.correct[i]),
-                "outcome": r.outcome[i],
-                "length": len(tokens),
-                "finish": r.finish[i],
-                "stale": int(stale.sum()),
-                "selected": not r.columns["reason"][i],
-                "reason": r.columns["reason"][i],
-            }
-        )
-    return rows

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import grain
 import jax
@@ -18,33 +17,19 @@ import numpy as np
 
 from jaxrl import rollouts as records
 from jaxrl.algorithms.greso import greso_init, greso_keep, greso_update
-from jaxrl.algorithms.length import LengthInputs, length_rewards, sample_budgets
-from jaxrl.algorithms.selection import dropped, group_reasons, mean_accuracy, mean_length, select
+from jaxrl.algorithms.length import LengthInputs, length_rewards
+from jaxrl.algorithms.selection import mean_accuracy, mean_length, select
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.requests import Request
+from jaxrl.rollout_metrics import Collected, outcome_counts, sampled_metrics, selection_metrics
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
+from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Task
 from jaxrl.types import Problem
 
 STATE_VERSION = 2  # of Collector.state; 1 held groups as JSON
-
-
-@dataclasses.dataclass
-class Collected:
-    """One step's collection.
-
-    chosen: what to train on. sampled: everything that was finished in this step. reason: object [N] of `sampled`, why
-    selection dropped the response ("lspo/middle"), "" for kept ones. metrics: for the step's record. step: the version
-    of the parameters; older tokens are stale.
-    """
-
-    chosen: Rollouts
-    sampled: Rollouts
-    reason: np.ndarray
-    metrics: dict[str, Any]
-    step: int
 
 
 @dataclasses.dataclass
@@ -121,16 +106,11 @@ class Collector:
             reasons.append(reason)
         chosen, beyond = selected.split_groups(b.prompts)
         self.surplus = beyond if b.keep_surplus else records.begin([])
-        batch = Collected(
-            chosen=chosen,
-            sampled=records.concat(sampled),
-            reason=np.concatenate([np.zeros(0, object), *reasons]),
-            metrics={},
-            step=step,
-        )
-        self._check_failures(batch.sampled, step)
+        everything, reason = records.concat(sampled), np.concatenate([np.zeros(0, object), *reasons])
+        self._check_failures(everything, step)
         thrown_away = 0 if b.keep_surplus else len(beyond.tokens)
-        batch.metrics = {
+        batch = Collected(chosen, everything, reason, step)
+        metrics = {
             "time/rollout": costs.rollout,
             "time/grade": costs.grade,
             "perf/slot_utilisation": costs.tokens / max(costs.slot_steps, 1),
@@ -139,9 +119,9 @@ class Collector:
             "selection/surplus": self.surplus.num_groups,
             "selection/pending": self.pending.num_groups + self.ahead.num_groups,
             **selection_metrics(batch, thrown_away),
-            **(sampled_metrics(batch.sampled) if sampled and len(batch.sampled) else {}),
+            **(sampled_metrics(everything) if len(everything) else {}),
         }
-        return batch
+        return batch._replace(metrics=metrics)
 
     def _generate(self, params, step: int, costs: Costs) -> Rollouts:
         """Sample, grade and shape one generation batch: the groups that it finishes.
@@ -309,18 +289,6 @@ def sampling_settings(config) -> SamplingParams:
     return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p)
 
 
-def with_budget(problem: Problem, config, position: int) -> Problem:
-    """The problem with a length budget drawn for this position, if the config asks for one."""
-    mode = config.length.mode
-    if mode == "none" or problem.budget is not None:
-        return problem
-    rng = np.random.default_rng([config.seed, 7, position])
-    if mode == "both":
-        mode = ("exact", "max")[int(rng.integers(2))]
-    budget = int(sample_budgets(rng, 1, config.length.budgets, config.length.low, config.length.high)[0])
-    return dataclasses.replace(problem, budget=budget, mode=mode)
-
-
 def length_weight(config, step: int) -> float:
     """Weight of the length term at a step: config.length.weight, reached linearly in warmup_steps steps."""
     c = config.length
@@ -351,62 +319,3 @@ def shape_rewards(rollouts: Rollouts, config, weight: float = 1.0) -> Rollouts:
     shaped = r.correct.astype(np.float64)
     shaped[v] = length_rewards(name, inputs, dict(config.length.hyper[name]))
     return r.replace(reward=r.reward + (weight * (shaped - r.correct)).astype(np.float32))
-
-
-# ---- metrics
-
-
-def selection_metrics(batch: Collected, thrown_away: int) -> dict[str, Any]:
-    """What selection kept and dropped. thrown_away: tokens of selected groups beyond the batch, never trained on."""
-    sampled, kept = batch.sampled, batch.reason == ""
-    lengths, why = [round(n, 2) for n in mean_length(sampled).tolist()], group_reasons(sampled, batch.reason)
-    return {
-        "acceptance_rate": int(sampled.lengths[kept].sum() - thrown_away) / max(len(sampled.tokens), 1),
-        "selection/groups": batch.chosen.num_groups,
-        "selection/stale_tokens": int((batch.chosen.version < batch.step).sum()) / max(len(batch.chosen.tokens), 1),
-        "selection/kept_lengths": [n for n, reason in zip(lengths, why, strict=True) if not reason],
-        "selection/dropped_lengths": [n for n, reason in zip(lengths, why, strict=True) if reason],
-        "selection/dropped_reasons": [reason.rpartition("/")[2] for reason in why if reason],
-        **{f"selection/dropped/{reason}": n for reason, n in dropped(sampled, batch.reason).items()},
-    }
-
-
-def outcome_counts(rollouts: Rollouts) -> dict[str, int]:
-    """How often each grading outcome occurred."""
-    words, counts = np.unique(rollouts.outcome.astype(str), return_counts=True)
-    return dict(zip(words.tolist(), counts.tolist(), strict=True))
-
-
-def sampled_metrics(rollouts: Rollouts) -> dict[str, Any]:
-    """Metrics of everything that was sampled, before selection."""
-    rewards, lengths = rollouts.reward[rollouts.valid], rollouts.lengths
-    least, most = rollouts.group_range(rollouts.reward)
-    out = {
-        "reward/mean": float(rewards.mean()) if len(rewards) else 0.0,
-        "reward/std": float(rewards.std()) if len(rewards) else 0.0,
-        "accuracy": float(np.nanmean(mean_accuracy(rollouts))) if len(rewards) else 0.0,
-        "zero_std_fraction": 1.0 - float(np.mean(least < most)),
-        "response_length/mean": float(lengths.mean()),
-        "response_length/min": int(lengths.min()),
-        "response_length/max": int(lengths.max()),
-        "response_length/p10": float(np.percentile(lengths, 10)),
-        "response_length/p50": float(np.percentile(lengths, 50)),
-        "response_length/p90": float(np.percentile(lengths, 90)),
-        "truncated_fraction": float(np.mean(rollouts.truncated)),
-        "hist/length": length_histogram(lengths),
-        **{f"outcome/{k}": v for k, v in outcome_counts(rollouts).items()},
-    }
-    targets = rollouts.budgets
-    if targets.any():
-        has = targets > 0
-        deviation = np.abs(lengths[has] - targets[has]) / targets[has]
-        out["length/deviation"] = float(deviation.mean())
-        out["length/violations"] = float((lengths[has] > targets[has]).mean())
-    return out
-
-
-def length_histogram(lengths: np.ndarray, bins: int = 32) -> list[list[int]]:
-    """[[upper edge in tokens, count], ...] of at most `bins` bins of equal width."""
-    width = max(1, -(-int(lengths.max()) // bins))
-    index, counts = np.unique((lengths - 1) // width, return_counts=True)
-    return [[int((i + 1) * width), int(n)] for i, n in zip(index, counts, strict=True)]

@@ -35,7 +35,6 @@ import jax.numpy as jnp
 
 from jaxrl import build
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number
-from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
 from jaxrl.evaluation.identity import model_identity
@@ -52,12 +51,19 @@ from jaxrl.evaluation.server import Server, ask
 from jaxrl.evaluation.tables import accuracy_table, length_table, profile_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
-from jaxrl.runtime import cli, distributed
+from jaxrl.rollout.requests import decodable
+from jaxrl.runtime import cli, distributed, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
+<<<<<<< HEAD
 from jaxrl.runtime.model_source import checkpoint_steps, load_model, task_settings
 from jaxrl.runtime.rundir import atomic_write
 from jaxrl.tasks.answers import UNFINISHED
+=======
+from jaxrl.runtime.model_source import checkpoint_steps, load_model
+from jaxrl.runtime.storage import atomic_write
+from jaxrl.tasks.budgets import with_budget
+>>>>>>> main
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task
@@ -105,7 +111,8 @@ def main(argv: list[str]) -> None:
     """The command line above; returns nothing, writes --out. Raises UserError for flags that cannot be used."""
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     _check(flags)
-    out = pathlib.Path(flags["out"])
+    kept = storage.output(flags["out"], "--out")
+    out = kept.local
     (out / "completions").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         limits = (flags["grader_workers"], flags["grader_timeout"])
@@ -118,7 +125,9 @@ def main(argv: list[str]) -> None:
         results, info = evaluate(flags, out, grader, reward)
     if distributed.is_main():
         print(write_results(out, results, info, flags))
-        print(f"written to {out}")
+        with storage.user_errors("--out"):
+            kept.close()
+        print(f"written to {flags['out']}")
 
 
 def evaluate_checkpoints(flags: dict, out: pathlib.Path, grader: Grader, reward: UserReward | None):
@@ -246,8 +255,6 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
     params: as load_model returns them.
     """
     longest = max((len(p) for job in jobs for p in job.prompts if len(p) < config.max_position_embeddings), default=1)
-    if flags["budget_mode"] == "forced":  # the answer is asked for with the thinking in the prompt
-        longest += max((job.limit for job in jobs if job.budget), default=0)
     replicas = placement.row_multiple if placement else 1
     sampler = Engine(
         config,
@@ -257,6 +264,7 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
         slots=-(-flags["slots"] // replicas) * replicas,
         dtype=jnp.dtype(flags["dtype"]),
         placement=placement,
+        allowed=decodable(tokenizer, config.vocab_size),
     )
     layout = sampler.layout(params)
 

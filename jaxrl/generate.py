@@ -12,9 +12,7 @@ switch) are as a run was trained, unless given. Text goes to stdout, the rest to
 from __future__ import annotations
 
 import itertools
-import queue
 import sys
-import threading
 import time
 
 from jaxrl.algorithms.hyper import Flag, Integer
@@ -35,21 +33,23 @@ def main(argv: list[str]) -> int:
     import jax.numpy as jnp
 
     from jaxrl.rollout.engine import Engine, SamplingParams
-    from jaxrl.runtime.model_source import load_model, task_settings
+    from jaxrl.rollout.requests import decodable
+    from jaxrl.runtime.model_source import load_model, run_settings
     from jaxrl.tasks.templates import prompt_options
 
     sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     cli.use_compilation_cache()
     config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]))
     given = {key: flags[key] for key in cli.CHAT_FLAGS if flags[key]}
-    trained = task_settings(flags["model"]) if flags["chat"] else {}
+    trained = run_settings(flags["model"]).get("task", {}) if flags["chat"] else {}
     prompt = encode(tokenizer, flags["positional"][0], flags["chat"], **prompt_options(trained | given))
     room = config.max_position_embeddings - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model a context of {config.max_position_embeddings}")
     limit = min(flags["max_new_tokens"], room)
     sizes = dict(max_prompt=len(prompt), max_tokens=limit, slots=1, chunk=8)
-    sampler = Engine(config, tokenizer.eos_ids, **sizes, dtype=flags["dtype"])
+    sizes |= dict(dtype=flags["dtype"], allowed=decodable(tokenizer, config.vocab_size))
+    sampler = Engine(config, tokenizer.eos_ids, **sizes)
     params = sampler.layout(params)
     if flags["prompt_logprobs"]:
         (logprobs,) = sampler.prompt_logprobs(params, [prompt])
@@ -94,34 +94,23 @@ def stream(sampler, params, tokenizer, prompt, limit: int, sample: int, seed: in
     from jaxrl.rollout.engine import Request
     from models.tokenizers import stream_text
 
-    ids: queue.Queue = queue.Queue()
-    out: list = []
+    sampler.submit(Request(prompt, 1, limit, 0, first_sample=sample), seed=seed)
+    completion = None
 
-    def send(_, __, tokens):
-        for token in tokens:
-            ids.put(int(token))
+    def ids():
+        nonlocal completion
+        while completion is None:
+            for event in sampler.step(params, sampling):
+                completion = event.completion
+                yield from event.tokens.tolist()
 
-    def work():
-        request = Request(prompt, 1, limit, 0, first_sample=sample)
-        try:
-            [[completion]] = sampler.generate(params, [request], seed=seed, sampling=sampling, on_tokens=send)
-            out.append(completion)
-        except BaseException as e:  # handed to the thread that prints
-            out.append(e)
-        ids.put(None)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
     # a tokenizer may drop the space before the first token it sees, so it sees the prompt's last one too
     last = int(prompt[-1])
     skip = len(tokenizer.decode([last]))
-    for text in stream_text(tokenizer, itertools.chain([last], iter(ids.get, None))):
+    for text in stream_text(tokenizer, itertools.chain([last], ids())):
         print(text[skip:], end="", flush=True)
         skip = max(skip - len(text), 0)
-    worker.join()
-    if isinstance(out[0], BaseException):
-        raise out[0]
-    return out[0]
+    return completion
 
 
 if __name__ == "__main__":

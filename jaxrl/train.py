@@ -11,13 +11,14 @@ import contextlib
 import time
 
 from jaxrl import build, sft
-from jaxrl.batch import fill_in, make_batches, sample_rows, with_advantages, with_kl_penalty
+from jaxrl.batch import fill_in, make_batches, with_advantages, with_kl_penalty
 from jaxrl.collect import Collector, sampling_settings
 from jaxrl.errors import UserError
 from jaxrl.evaluate import evaluate_task
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.performance import performance
 from jaxrl.rollout.requests import SamplingParams
+from jaxrl.rollout_metrics import sample_rows
 from jaxrl.runtime import cli, distributed, nonfinite
 from jaxrl.runtime.compiles import Compiles
 from jaxrl.runtime.config import mismatch_warning, parse_config, validate
@@ -25,7 +26,7 @@ from jaxrl.runtime.console import Console, before_after
 from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.runtime.metrics import read_metrics
 from jaxrl.runtime.rundir import RunDir
-from jaxrl.runtime.signals import StopRequest
+from jaxrl.runtime.signals import EXIT_UNSAVED, StopRequest
 from jaxrl.tasks.data import digest
 from jaxrl.tasks.load import open_task
 
@@ -51,7 +52,7 @@ def train(config) -> int:
         # ---- the run directory: a new run, or the newest checkpoint of this one
         run = build.run_dir(config)
         if run.lock:
-            stack.callback(run.lock.release)
+            stack.callback(run.close)
         checkpoints = stack.enter_context(build.checkpointer(config, run))
         found = checkpoints.restore(learner.abstract_state())
         step, host = (found.step, found.host) if found else (0, {})
@@ -77,8 +78,7 @@ def train(config) -> int:
             host |= {"rollbacks": rollbacks, "data": data}
             checkpoints.save(step, state, distributed.broadcast(host), metrics=record, blobs=waiting)
 
-        if warning := mismatch_warning(config):
-            console.note(warning)
+        console.note(mismatch_warning(config))
         if found:
             others = [k for k, v in host.get("data", {}).items() if v != data[k]]
             changed += [f"config.{k}: its rows are others than before" for k in others]
@@ -108,8 +108,7 @@ def train(config) -> int:
             collected = collector.collect(sampler.layout(state.params), step)
             batches = make_batches(collected.chosen, config, step, num_batch_shards(mesh))
             chosen = with_kl_penalty(collected.chosen, batches, config, learner, state.params, reference)
-            chosen = with_advantages(chosen, config)
-            batches = fill_in(batches, chosen)
+            batches = fill_in(batches, chosen := with_advantages(chosen, config))
             begin_update = time.perf_counter()
             state, learned = learner.update(state, [b.data for b in batches], reference)
             step += 1
@@ -117,7 +116,7 @@ def train(config) -> int:
             if skipped := learned.get("nonfinite/updates"):
                 in_a_row = int(state.skipped_in_a_row)
                 if main:
-                    nonfinite.store_batches(run.root, step, {i: batches[i].data for i in skipped})
+                    nonfinite.store_batches(run.local, step, {i: batches[i].data for i in skipped})
                 if nonfinite.must_roll_back(in_a_row, config.nonfinite.max_in_a_row, rollbacks, step, run.root):
                     state, ahead, rollbacks = None, collector.position, rollbacks + 1  # frees the memory first
                     found = checkpoints.restore(learner.abstract_state())
@@ -150,6 +149,8 @@ def train(config) -> int:
             in_trouble = in_a_row and config.nonfinite.max_in_a_row
             if last or ((stopping or step % config.checkpoint.every == 0) and not in_trouble):
                 save(state, step, record)
+                if (last or stopping) and checkpoints.wait() != step:
+                    return EXIT_UNSAVED
             if stopping and not last:
                 return stop.exit_code
     if main:

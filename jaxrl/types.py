@@ -33,9 +33,10 @@ class Completion:
     tokens: int32 [n], the end-of-sequence token included when there was one.
     logprobs: float32 [n], log-probability of each token under the tempered sampling distribution
         before top-k/top-p/min-p truncation.
-    finish: "eos" (an end token was sampled), "length" (the token limit was reached), "stop" (a stop sequence) or
+    finish: "eos" (an EOS token was sampled), "length" (the token limit was reached), "stop" (a stop sequence) or
         "partial" (to be continued).
-    sampled: bool [n], False where a token was forced instead of drawn; None = all were drawn.
+    sampled: bool [n], False where a token was forced by somebody else than the policy (a tool's result, budget
+        forcing): its log-prob is 0 and it takes no gradient. None: all were drawn.
     """
 
     tokens: np.ndarray
@@ -46,3 +47,23 @@ class Completion:
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+    def head(self, n: int) -> Completion:
+        """The first n tokens, to be continued."""
+        sampled = None if self.sampled is None else self.sampled[:n]
+        begun = dict(tokens=self.tokens[:n], logprobs=self.logprobs[:n], sampled=sampled)
+        return dataclasses.replace(self, finish="partial", **begun)
+
+    def joined(self, rest: Completion) -> Completion:
+        """This and its continuation, which says how it ends."""
+        both, sampled = (self, rest), None
+        if any(c.sampled is not None for c in both):
+            sampled = np.concatenate([np.ones(c.length, bool) if c.sampled is None else c.sampled for c in both])
+        tokens, logprobs = (np.concatenate([getattr(c, name) for c in both]) for name in ("tokens", "logprobs"))
+        return dataclasses.replace(self, tokens=tokens, logprobs=logprobs, finish=rest.finish, sampled=sampled)
+
+    def forced(self, tokens) -> Completion:
+        """This with tokens appended that the policy did not draw, to be continued."""
+        tokens = np.asarray(tokens, np.int32)
+        zeros = np.zeros(len(tokens), np.float32)
+        return self.joined(Completion(tokens, zeros, "partial", sampled=zeros > 0))

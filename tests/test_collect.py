@@ -13,11 +13,13 @@ from jaxrl import rollouts as records
 from jaxrl.algorithms.hyper import Method
 from jaxrl.algorithms.length import LENGTH_REWARDS, LengthInputs
 from jaxrl.algorithms.selection import SELECTIONS
-from jaxrl.batch import make_batches, sample_rows, with_advantages
-from jaxrl.collect import Collector, shape_rewards, with_budget
+from jaxrl.batch import make_batches, with_advantages
+from jaxrl.collect import Collector, shape_rewards
 from jaxrl.errors import UserError
+from jaxrl.rollout_metrics import sample_rows
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime.config import base_config
+from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Grade, Task
 from jaxrl.types import Completion, Problem
 from tests.chaos import deterministic_view
@@ -104,7 +106,8 @@ def test_tops_up_until_full_and_reports_what_it_cost():
     order = [collector.task.train[int(collector.order[p])].id for p in range(8)]
     assert ids(got.chosen) == order[::2] and ids(got.sampled) == order
     assert got.reason.tolist() == ([""] * G + ["accuracy/all_correct"] * G) * 4
-    rows = sample_rows(got, with_advantages(got.chosen, collector.config), Tokenizer(), 1)
+    trained = with_advantages(got.chosen, collector.config)
+    rows = sample_rows(got, trained, Tokenizer(), 1)
     assert [(r["id"], r["selected"], r["reason"]) for r in rows[::G]] == [
         (order[0], True, ""), (order[1], False, "accuracy/all_correct")]  # fmt: skip
     m = got.metrics
@@ -368,9 +371,9 @@ def test_carrying_over_loses_no_response_and_changes_none(changes):
     assert set(ids(finished)) >= set(order[:newest])
 
 
-def stale(collected):
+def stale(collected, step):
     """Tokens of each response to train on that older parameters drew."""
-    return collected.chosen.token_sum(collected.chosen.version < collected.step).astype(int).tolist()
+    return collected.chosen.token_sum(collected.chosen.version < step).astype(int).tolist()
 
 
 def test_stale_tokens_are_those_of_earlier_steps():
@@ -380,19 +383,19 @@ def test_stale_tokens_are_those_of_earlier_steps():
     collector, sampler = make(lambda position, i: (RIGHT, lengths[i]), changes)
     steps = [collector.collect(None, s) for s in range(5)]
     assert [s.chosen.num_groups for s in steps] == [0, 0, 0, 1, 1]  # 12 tokens take four steps
-    assert stale(steps[3]) == [2, 3, 7, 9] and steps[3].chosen.lengths.tolist() == [2, 3, 7, 12]
+    assert stale(steps[3], 3) == [2, 3, 7, 9] and steps[3].chosen.lengths.tolist() == [2, 3, 7, 12]
     assert steps[3].chosen.version.tolist() == [0, 0] + [0] * 3 + [0] * 3 + [1] * 3 + [2] + [n // 3 for n in range(12)]
     assert steps[3].metrics["selection/stale_tokens"] == 21 / 24
     assert [[(r.key, r.step, r.first_sample, r.done, r.max_tokens) for r in rs if r.key == 0]
             for rs in sampler.requests[:4]] == [
         [(0, 0, 0, 0, 3)], [(0, 0, 2, 3, 3), (0, 0, 3, 3, 3)], [(0, 0, 2, 6, 3), (0, 0, 3, 6, 3)], [(0, 0, 3, 9, 3)],
     ]  # fmt: skip
-    assert 0 < stale(steps[4])[3] < 12
+    assert 0 < stale(steps[4], 4)[3] < 12
     # Surplus groups are stale as a whole, fresh ones not at all.
     collector, _ = make(changes={"batch.generation_prompts": 6, "batch.keep_surplus": True})
     for s, old in ((0, 0), (1, 2)):
         got = collector.collect(None, s)
-        assert stale(got) == got.chosen.lengths[: old * G].tolist() + [0] * (4 - old) * G
+        assert stale(got, s) == got.chosen.lengths[: old * G].tolist() + [0] * (4 - old) * G
 
 
 def test_prefetch_trains_on_the_same_groups():

@@ -190,7 +190,9 @@ def test_one_chip_is_compiled_for_as_a_tpu():
     """Not as the machine that compiles: a CPU samples with other matrices and another cache layout."""
     config = small()
     mesh = slice_mesh(config, "v5e:1x1")
-    sampler = build.sampler(config, build.decoder_config(config), types.SimpleNamespace(eos_ids=(0, 1)), mesh)
+    decoder = build.decoder_config(config)
+    tokenizer = types.SimpleNamespace(eos_ids=(0, 1), vocab_size=decoder.vocab_size, unused_ids=())
+    sampler = build.sampler(config, decoder, tokenizer, mesh)
     assert sampler.placement.platform == "tpu"
     config.model.shape.tie_embeddings = True  # a CPU would get an untied head
     found = {p.name: p for p in preflight.programs(config, build.decoder_config(config), mesh)}
@@ -385,9 +387,7 @@ def test_small_config_for_gpus_counts_what_the_mathematics_needs():
     forward = rows["score"].program.trips * 512 * hardware.model_flops_per_token(decoder, 512)
     assert score.flops + score.kernel_flops == pytest.approx(forward, rel=0.02)
     assert score.kernels["dot_product_attention_fwd"] == rows["score"].program.trips * 3
-    # float32 gradients cross once a micro-batch at most, parameters and tokens never
-    parameters = preflight._bytes(Learner(config, decoder, mesh).abstract_state().params)
-    assert 0.9 * parameters < rows["update"].compiled.counts.far < 1.1 * rows["update"].program.trips * parameters + 1e5
+    assert only_gradients_cross(rows["update"], Learner(config, decoder, mesh))
     assert rows["decode"].compiled.counts.far == 0
 
 
@@ -399,8 +399,13 @@ def test_two_slices_send_only_gradients_to_each_other():
     target = compilers.target("2xv5e:2x2")
     decoder, mesh = build.decoder_config(config), build.mesh(config, target.devices)
     update = preflight.check(preflight.programs(config, decoder, mesh)[-1], target.chip, preflight.slices_of(mesh))
-    parameters = preflight._bytes(Learner(config, decoder, mesh).abstract_state().params)
-    assert update.fits and 0.9 * parameters < update.compiled.counts.far < 1.1 * update.program.trips * parameters + 1e5
+    assert update.fits and only_gradients_cross(update, Learner(config, decoder, mesh))
+
+
+def only_gradients_cross(update, learner):
+    """Of the layers in bfloat16 and once a micro-batch; the vocabulary's in float32, on TPU once an update."""
+    parameters = preflight._bytes(learner.abstract_state().params)
+    return 0.3 * parameters < update.compiled.counts.far < 1.3 * update.program.trips * parameters
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Rewards that depend on response length, LCPO's prompt suffixes, and samplers of length budgets. NumPy, on the host.
+"""Rewards that depend on response length. NumPy, on the host.
 
 Every entry of LENGTH_REWARDS is `fn(inputs: LengthInputs, hyper) -> rewards [N]`. Rewards are float64, to be maximised,
 and include the correctness reward.
@@ -243,23 +243,3 @@ LENGTH_REWARDS: dict[str, Method] = {
     "overlong": Method(overlong, _OVERLONG),
     "dler": Method(dler, {"limit": Integer(0)}),
 }
-
-
-BUDGET_SAMPLERS = ("uniform", "log_uniform")
-
-
-def sample_budgets(rng: np.random.Generator, n: int, kind: str, low: int, high: int) -> np.ndarray:
-    """n length budgets in tokens, int64 in [low, high].
-
-    uniform: every integer alike (L1: 100 to 4000). log_uniform: floor(2^U(log2 low, log2 (high + 1))), as
-    much mass from 100 to 200 as from 1000 to 2000 (the released code's use_log option: 2^U(8, 14.5)).
-    Raises ValueError unless 1 <= low <= high and the kind is known.
-    """
-    if kind not in BUDGET_SAMPLERS:
-        raise ValueError(f"unknown budget sampler {kind!r}; valid: {', '.join(BUDGET_SAMPLERS)}")
-    if not 1 <= low <= high:
-        raise ValueError(f"budgets need 1 <= low <= high, not low {low}, high {high}")
-    if kind == "uniform":
-        return rng.integers(low, high, n, endpoint=True)
-    drawn = np.exp2(rng.uniform(np.log2(low), np.log2(high + 1), n))
-    return np.clip(np.floor(drawn), low, high).astype(np.int64)

@@ -4,6 +4,12 @@ Length-aware selection keeps the shortest and the longest answers on purpose, so
 longest would waste most of the update. Rows are filled first-fit-decreasing; attention stays inside a
 segment (`segment_ids`), and each segment counts its own positions.
 
+With `share_prompts`, the responses to one prompt stand behind one copy of it, a bundle, and cost it once:
+
+    row      p p p p | p r r r | p r r | ...        p: prompt, r: response; the prompt's last token is repeated, because
+    segment  1 1 1 1 | 2 2 2 2 | 3 3 3 | ...        from it each response's first token is predicted
+    parent   0 0 0 0 | 1 1 1 1 | 1 1 1 | ...        a token sees its own segment and the parent's, causally
+
 Shapes are [M, R, T]: M micro-batches (only the first `num_micro` hold anything and only those are computed), R rows
 (one of two counts), T tokens. A shape is a compilation, so M does not depend on the lengths.
 """
@@ -31,6 +37,7 @@ class PackedBatch:
     num_micro: int32 [], micro-batches in use. num_tokens, num_sequences: float32 [], response tokens and responses
     of the mini-batch, the denominators of every aggregation.
     capacity: static; most response tokens that one micro-batch has on one batch shard, rounded up.
+    parents: int32 [M, R, T], the id of one more segment that a token sees, 0 for none; None if prompts are not shared.
     """
 
     tokens: Any
@@ -46,6 +53,7 @@ class PackedBatch:
     num_tokens: Any
     num_sequences: Any
     capacity: int = flax.struct.field(pytree_node=False)
+    parents: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +63,15 @@ class PackSettings:
     row_tokens: T, tokens of a row. micro_tokens: positions (padding included) of one micro-batch over all devices; at
     least one row a shard is used however small it is. shards: data x fsdp of the mesh; R is a multiple of it, and
     response tokens are dealt evenly. most_rows: how many rows the mini-batches of a run can fill
-    (`jaxrl.batch.most_rows`): all of them get an M for that many; 0: M is the next power of two.
+    (`jaxrl.batch.most_rows`): all of them get an M for that many; 0: M is the next power of two. share_prompts: the
+    responses to one prompt stand behind one copy of it.
     """
 
     row_tokens: int
     micro_tokens: int
     shards: int = 1
     most_rows: int = 0
+    share_prompts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,26 +127,36 @@ def pack(
         raise UserError(f"config.batch.row_tokens: rows of {T} tokens cannot hold a sequence of {longest} (prompt "
                         f"{prompt_lengths[lengths.argmax()]}); use at least that")
 
-    # ---- a row and a column for every sequence
+    # ---- a row and a column for every bundle: a prompt and the responses behind it
     trained = r.sampled & r.per_token(r.valid)
-    row_of, column = _first_fit_decreasing(lengths, T)
-    R, num_micro = _row_count(int(row_of.max()) + 1, T, settings.micro_tokens, settings.shards)
-    row_of, most = _deal(row_of, r.token_sum(trained), num_micro, R, settings.shards)
+    bundle, start, bundle_lengths = _bundles(r, prompt_lengths, T, settings.share_prompts)
+    row_of_bundle, column = _first_fit_decreasing(bundle_lengths, T)
+    R, num_micro = _row_count(int(row_of_bundle.max()) + 1, T, settings.micro_tokens, settings.shards)
+    row_of, most = _deal(row_of_bundle[bundle], r.token_sum(trained), num_micro, R, settings.shards)
     M = max(num_micro, -(-settings.most_rows // R)) if settings.most_rows else 1 << (num_micro - 1).bit_length()
 
     # ---- the arrays
-    tokens, positions, segments = np.zeros((3, M * R, T), np.int32)
-    for i in np.lexsort((column, row_of)):  # left to right, so that segment ids count up within a row
-        row, start, end = row_of[i], column[i], column[i] + lengths[i]
-        tokens[row, start : start + prompt_lengths[i]] = r.prompts[r.group[i]].tokens
-        positions[row, start:end] = np.arange(end - start)
-        segments[row, start:end] = segments[row].max() + 1
-    first = row_of * T + column + prompt_lengths  # where each response begins
+    tokens, positions, segments, parents = np.zeros((4, M * R, T), np.int32)
+    first = column[bundle] + start  # where each response begins in its row
+    for members in _left_to_right(bundle, row_of, first):
+        i, row = members[0], row_of[members[0]]
+        prompt, begin = r.prompts[r.group[i]].tokens, column[bundle[i]]
+        segment = segments[row].max() + 1  # ids count up within a row
+        shared = len(prompt) - 1 if len(members) > 1 else 0  # prompt tokens in a segment of their own
+        tokens[row, begin : begin + shared] = prompt[:shared]
+        positions[row, begin : begin + shared] = np.arange(shared)
+        segments[row, begin : begin + shared] = segment
+        for number, j in enumerate(members, int(shared > 0)):
+            own = slice(first[j] - len(prompt) + shared, first[j] + r.lengths[j])
+            tokens[row, own.start : first[j]] = prompt[shared:]
+            positions[row, own] = np.arange(shared, len(prompt) + r.lengths[j])
+            segments[row, own] = segment + number
+            parents[row, own] = segment if shared else 0
     packing = Packing(
         shape=(M, R, T),
-        index=np.repeat(first - r.offsets[:-1], r.lengths) + np.arange(len(r.tokens)),
+        index=np.repeat(row_of * T + first - r.offsets[:-1], r.lengths) + np.arange(len(r.tokens)),
         offsets=r.offsets,
-        waste=1 - lengths.sum() / (num_micro * R * T),
+        waste=1 - bundle_lengths.sum() / (num_micro * R * T),
         waste_to_longest=1 - lengths.mean() / longest,
     )
     zeros = np.zeros((M, R, T), np.float32)
@@ -154,6 +174,7 @@ def pack(
         num_tokens=np.float32(trained.sum()),
         num_sequences=np.float32((r.token_sum(trained) > 0).sum()),
         capacity=capacity_bucket(most, R // settings.shards * T),
+        parents=parents.reshape(M, R, T) if settings.share_prompts else None,
     )
     return batch, packing
 
@@ -162,6 +183,33 @@ def capacity_bucket(tokens: int, positions: int) -> int:
     """tokens rounded up to a quarter of the positions, so that few capacities occur; at most all positions."""
     step = -(-positions // 4)
     return int(min(positions, max(step, -(-tokens // step) * step)))
+
+
+def _bundles(r: Rollouts, prompt_lengths, T: int, share: bool):
+    """(bundle of each response, columns from its start to the response's first token, tokens of each bundle).
+
+    A bundle is a prompt with one response, or, if shared, with as many of its responses as a row of T tokens holds;
+    each further response brings the prompt's last token along.
+    """
+    if not share:
+        return np.arange(len(r)), prompt_lengths, prompt_lengths + r.lengths
+    bundle, start, sizes, latest = np.zeros(len(r), np.int64), prompt_lengths.copy(), [], {}
+    for i, (group, length) in enumerate(zip(r.group.tolist(), r.lengths.tolist(), strict=True)):
+        number = latest.get(group)
+        if number is None or sizes[number] + 1 + length > T:
+            number = latest[group] = len(sizes)
+            sizes.append(int(prompt_lengths[i]) + length)
+        else:
+            start[i] = sizes[number] + 1
+            sizes[number] += 1 + length
+        bundle[i] = number
+    return bundle, start, np.array(sizes, np.int64)
+
+
+def _left_to_right(bundle, row_of, first) -> list[np.ndarray]:
+    """The responses of each bundle, bundles by row and from left to right."""
+    order = np.lexsort((first, row_of))
+    return np.split(order, np.flatnonzero(np.diff(bundle[order])) + 1)
 
 
 def _first_fit_decreasing(lengths, T: int):

@@ -168,6 +168,8 @@ class _Reader:
             kind = op.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 self.collective(op, body, kind, times, fused, started)
+            elif op.opcode == "send" and "_xla_megascale_transfer_type" in op.attributes:
+                self.between_slices(body[op.operands[0]].shape, times)
             elif op.opcode == "dot":
                 totals.flops += times * _dot_flops(op, body)
             elif op.opcode == "convolution":
@@ -217,6 +219,13 @@ class _Reader:
             self.totals.far_blocking += far
             number, blocking = self.totals.blocking
             self.totals.blocking = number + times, blocking + (0 if far else times * payload)
+
+    def between_slices(self, shape: str, times: float) -> None:
+        """TPU hands what goes to another slice to its host, asynchronously."""
+        entry = self.totals.collectives.setdefault("send", [0.0, 0.0])
+        entry[0] += times
+        entry[1] += times * shape_bytes(shape)
+        self.totals.far += times * shape_bytes(shape)
 
     def custom_call(self, op: Instruction, body, times: float) -> None:
         target = re.search(r'custom_call_target="([^"]*)"', op.attributes)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
 
 from jaxrl.errors import UserError
 from jaxrl.tasks import dial
+from jaxrl.tasks.budgets import with_widest_budget
 from jaxrl.tasks.data import check_prompt_lengths, load_problems
 from jaxrl.tasks.grader import Grader
 from jaxrl.tasks.rewards import UserReward, grade_group
@@ -91,10 +91,3 @@ def _fitting(problems, encode, config, key: str) -> list[Problem]:
     if len(kept) < len(problems):
         log.warning("%s: %d of %d prompts are too long and left out", key, len(problems) - len(kept), len(problems))
     return [problems[i] for i in kept]
-
-
-def with_widest_budget(problem: Problem, config) -> Problem:
-    """The problem with the largest budget it could be given."""
-    if config.length.mode == "none" or problem.budget is not None:
-        return problem
-    return dataclasses.replace(problem, budget=config.length.high, mode="max")

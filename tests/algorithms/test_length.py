@@ -9,9 +9,9 @@ from jaxrl.algorithms.length import (
     LengthInputs,
     laser_targets,
     length_rewards,
-    sample_budgets,
 )
 from jaxrl.algorithms.length_metrics import budget_metrics, control, performance, scaling
+from jaxrl.tasks.budgets import sample_budgets
 
 
 def _reward(

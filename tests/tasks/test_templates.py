@@ -11,7 +11,15 @@ from jaxrl.tasks import dial
 from jaxrl.tasks.grader import Grader
 from jaxrl.tasks.load import open_task
 from jaxrl.tasks.rewards import grade_group
-from jaxrl.tasks.templates import encode_prompt, messages, opening, prompt_suffix, prompt_text
+from jaxrl.tasks.templates import (
+    BOXED,
+    encode_prompt,
+    messages,
+    opening,
+    prompt_options,
+    prompt_suffix,
+    prompt_text,
+)
 from jaxrl.types import Problem
 from models.tokenizers import load_tokenizer, vocab_tokenizer
 from tests.shared import shared_path
