@@ -55,15 +55,10 @@ from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
-<<<<<<< HEAD
 from jaxrl.runtime.model_source import checkpoint_steps, load_model, task_settings
-from jaxrl.runtime.rundir import atomic_write
-from jaxrl.tasks.answers import UNFINISHED
-=======
-from jaxrl.runtime.model_source import checkpoint_steps, load_model
 from jaxrl.runtime.storage import atomic_write
+from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import with_budget
->>>>>>> main
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task

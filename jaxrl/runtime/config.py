@@ -26,12 +26,9 @@ from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
-<<<<<<< HEAD
-from jaxrl.tasks.answers import UNFINISHED
-=======
 from jaxrl.runtime.combinations import impossible
+from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import BUDGET_SAMPLERS
->>>>>>> main
 from jaxrl.tasks.data import DUPLICATES
 from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
 from jaxrl.tasks.templates import THINKING
