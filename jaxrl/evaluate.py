@@ -55,7 +55,7 @@ from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
-from jaxrl.runtime.model_source import checkpoint_steps, load_model, task_settings
+from jaxrl.runtime.model_source import checkpoint_steps, load_model, run_settings
 from jaxrl.runtime.storage import atomic_write
 from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import with_budget
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     (out / "completions").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         limits = (flags["grader_workers"], flags["grader_timeout"])
-        trained = {} if flags["server"] else task_settings(flags["model"])
+        trained = {} if flags["server"] else run_settings(flags["model"]).get("task", {})
         unfinished = flags["unfinished_thinking"] or trained.get("unfinished_thinking", "wrong")
         need_marker = flags["need_marker"] or trained.get("need_marker", False)
         grader = stack.enter_context(Grader(*limits, need_marker=need_marker, unfinished=unfinished))
