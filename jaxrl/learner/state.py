@@ -16,6 +16,7 @@ from jaxrl.errors import UserError
 from jaxrl.runtime.mesh import logical_rules, replicated, shardings
 from models.config import DecoderConfig
 from models.decoder import abstract_params, init_params
+from models.table import BIAS, NORM, kinds
 
 SCHEDULES = ("constant", "cosine", "linear")
 HOST = "pinned_host"  # the memory that a device can copy from and to by itself
@@ -105,11 +106,7 @@ def _schedule(peak, warmup, kind, total):
 def decays(params):
     """Tree of bools: whether weight decay applies; norm scales and biases are left alone."""
 
-    def one(path, _):
-        name = jax.tree_util.keystr(path)
-        return "norm" not in name and "bias" not in name
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree.map(lambda kind: kind not in (NORM, BIAS), kinds(params))
 
 
 def _adam_stored_as(adam, dtype) -> optax.GradientTransformation:

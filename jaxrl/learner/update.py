@@ -55,6 +55,7 @@ from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.table import NORM, kinds
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
              "sampler_logprobs", "ref_logprobs", "stale")
@@ -301,10 +302,7 @@ def _micro(batch: PackedBatch, i) -> PackedBatch:
 def _cast(params, dtype):
     """Parameters in the compute dtype, once per program and before any gather over the mesh; norms stay."""
 
-    def one(path, x):
-        return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree.map(lambda kind, x: x if kind == NORM else x.astype(dtype), kinds(params), params)
 
 
 # --- after the gradient -------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from jaxrl.rollout.requests import Request, SamplingParams, Stats
 from jaxrl.runtime import compiles
 from jaxrl.types import Completion
 from models.config import DecoderConfig
-from models.decoder import sampling_layout
+from models.layout import sampling_layout
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Engine:
       refill: share of the slots that must be free before a decode call returns early to refill them.
       placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
       weights, cache: "same" as dtype, or "int8": matrices, keys and values of one byte an entry
-        (models.decoder.quantise).
+        (models.layout.quantise).
 
     Raises ValueError on sizes that do not fit each other.
     """
@@ -79,7 +79,7 @@ class Engine:
         platform = placement.platform if placement else jax.default_backend()
         where = placement and placement.cache()
         self.programs: SamplerPrograms = sampler_programs(
-            config, dtype, chunk, attention, fused, where, platform, jnp.int8 if cache == "int8" else None
+            config, dtype, chunk, attention, where, platform, jnp.int8 if cache == "int8" else None
         )
         self._layout = jax.jit(
             lambda p: sampling_layout(p, config, dtype, fused, platform == "cpu", weights == "int8"),

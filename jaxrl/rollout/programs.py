@@ -90,17 +90,16 @@ def sampler_programs(
     dtype,
     chunk: int,
     attention: str = "xla",
-    fused: bool = True,
     cache_sharding=None,
     platform: str | None = None,
     cache_dtype=None,
 ) -> SamplerPrograms:
-    """Sampler programs for parameters in `models.decoder.sampling_layout`.
+    """Sampler programs for parameters in `models.layout.sampling_layout`.
 
     Args:
       dtype: compute dtype. chunk: most decode steps of one call (the width of its output).
-      attention: implementation for the prefill and score. fused: whether the parameters are (see
-        sampling_layout). cache_sharding: NamedSharding of the [B, K, ...] cache arrays, or None.
+      attention: implementation for the prefill and score. cache_sharding: NamedSharding of the [B, K, ...] cache
+        arrays, or None.
       cache_dtype: of keys and values, default `dtype`; int8 adds scales (see models.decoder.Cache).
       platform: "cpu", "gpu" or "tpu", default the one jax runs on. On a CPU keys are stored in blocks,
         because its kernels transpose operands slowly; `sampling_layout(untie=True)` is for the same reason.
@@ -108,7 +107,7 @@ def sampler_programs(
     platform = platform or jax.default_backend()
     on_cpu = platform == "cpu"
     cache_dtype = cache_dtype or dtype
-    model = Decoder(config, dtype=dtype, scan_layers=False, fused=fused, attention=attention)
+    model = Decoder(config, dtype=dtype, scan_layers=False, attention=attention)
 
     def place(array):
         return array if cache_sharding is None else lax.with_sharding_constraint(array, cache_sharding)

@@ -35,13 +35,19 @@ def numpy_adamw(params, grads, lr, b1=0.9, b2=0.999, eps=1e-8, decay=0.0, clip=0
 
 
 def run(optimizer, params, grads):
-    state = fresh_state(jax.tree.map(jnp.float32, params), optimizer)
+    names = {"matrix": "lm_head", "q_bias": "layers"}
+    tree = lambda d: {names[k]: {"attn": {k: jnp.float32(v)}} for k, v in d.items()}  # noqa: E731
+    state = fresh_state(tree(params), optimizer)
     params, opt_state = state.params, state.opt_state
     update = jax.jit(optimizer.transform.update)
     for g in grads:
-        updates, opt_state = update(jax.tree.map(jnp.float32, g), opt_state, params)
+        updates, opt_state = update(tree(g), opt_state, params)
         params = jax.tree.map(jnp.add, params, updates)
-    return params, opt_state
+
+    def flat(tree):
+        return {k: v for m in tree.values() for k, v in m["attn"].items()} if isinstance(tree, dict) else tree
+
+    return flat(params), jax.tree.map(flat, opt_state, is_leaf=lambda x: isinstance(x, dict))
 
 
 def example(steps, size=5, seed=0):

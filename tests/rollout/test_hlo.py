@@ -12,7 +12,8 @@ from jaxrl.rollout import programs as rollout_programs
 from jaxrl.rollout.device import idle_rows
 from jaxrl.rollout.programs import SamplingArrays, known_options, sampler_programs
 from jaxrl.runtime import compilers
-from models.decoder import abstract_params, sampling_layout
+from models.decoder import abstract_params
+from models.layout import sampling_layout
 from tests.rollout import tiny
 
 ROWS, WINDOW, STEPS = 8, 96, 16

@@ -8,9 +8,8 @@ import pytest
 from jaxrl.algorithms.correction import CORRECTIONS
 from jaxrl.rollout import partial
 from jaxrl.rollout.engine import Engine, Request
-from jaxrl.rollout.placement import _specs
 from models.config import from_hf
-from models.decoder import quantise, sampling_layout
+from models.layout import layout_specs, quantise, sampling_layout
 from models.weights import load_params
 from tests.rollout import tiny
 from tests.rollout.test_partial import LIMIT, begun
@@ -39,7 +38,7 @@ def test_every_leaf_has_a_place_on_a_mesh():
         layout = jax.eval_shape(
             lambda p, fuse=fuse: sampling_layout(p, tiny.CONFIG, jnp.bfloat16, fuse, True, True), tiny.params()
         )
-        specs = _specs(tiny.CONFIG, fuse, True, True)
+        specs = layout_specs(tiny.CONFIG, fuse, True, True)
         jax.tree.map(lambda a, s: None if len(s) <= a.ndim else 1 / 0, layout, specs)
 
 
