@@ -31,14 +31,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl import build
+from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number
 from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
 from jaxrl.evaluation.identity import model_identity
-from jaxrl.evaluation.lengths import MODES, forced_generate, generation_cap, length_metrics, sweep_metrics
+from jaxrl.evaluation.lengths import (
+    MODES,
+    forced_generate,
+    generation_cap,
+    length_metrics,
+    length_profile,
+    sweep_metrics,
+)
 from jaxrl.evaluation.scoring import Records, evaluate_problems, summarize
 from jaxrl.evaluation.server import Server, ask
-from jaxrl.evaluation.tables import accuracy_table, length_table, sweep_table
+from jaxrl.evaluation.tables import accuracy_table, length_table, profile_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
 from jaxrl.runtime import cli, distributed
@@ -52,11 +60,13 @@ from jaxrl.tasks.task import Task
 from jaxrl.types import Problem
 
 FLAGS = dict(
-    model=str, data=str, out=str, server="", samples=1, limit=0, max_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0,
-    min_p=0.0, seed=0, template="", data_dir="", split="", problem_field="", answer_field="", id_field="",
-    skip_bad_rows=False, reward="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
-    waits=0, answer_tokens=0, end_thinking="</think>",
-    distributed=False, batch=0, slots=64, tensor=1, dtype="float32", grader_workers=2, grader_timeout=5.0,
+    model=str, data=str, out=str, server="", **cli.SAMPLING_FLAGS, samples=Integer(1, 1), limit=Integer(0),
+    max_new_tokens=Integer(0), seed=Integer(0), template=Choice("", ("", "plain", "boxed", "chat")), data_dir="",
+    split="", problem_field="", answer_field="", id_field="", skip_bad_rows=Flag(False), reward="", budgets="",
+    budget_mode=Choice("exact", MODES), soft_tolerance=Integer(500), step=Integer(-1, -1), all_checkpoints=Flag(False),
+    waits=Integer(0), answer_tokens=Integer(0), end_thinking="</think>", distributed=Flag(False), batch=Integer(0),
+    slots=Integer(64, 1), tensor=Integer(1, 1), grader_workers=Integer(2, 1),
+    grader_timeout=Number(5.0, 0, above=True),
 )  # fmt: skip
 
 
@@ -150,30 +160,17 @@ def evaluate_served(flags: dict, out: pathlib.Path, grader: Grader, reward: User
 def _check(flags: dict) -> None:
     if flags["positional"]:
         raise UserError(f"unexpected argument {flags['positional'][0]!r}; settings are --name=value")
-    if flags["budget_mode"] not in MODES:
-        raise UserError(f"--budget_mode={flags['budget_mode']!r}: choose one of {', '.join(MODES)}")
-    if flags["dtype"] not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype={flags['dtype']!r}: choose float32 or bfloat16")
-    lows = dict.fromkeys(("limit", "max_new_tokens", "batch", "waits", "answer_tokens", "seed"), 0)
-    lows |= dict.fromkeys(("samples", "slots", "tensor", "grader_workers"), 1)
-    for name, low in lows.items():
-        if flags[name] < low:
-            raise UserError(f"--{name}={flags[name]} must be at least {low}")
     if flags["server"]:
         unfit = {"step": -1, "all_checkpoints": False, "distributed": False}
         if changed := [name for name, default in unfit.items() if flags[name] != default]:
             raise UserError(f"--{changed[0]} is about checkpoints and cannot be used with --server")
         if flags["budgets"] and flags["budget_mode"] == "forced":
             raise UserError("--budget_mode=forced: a server's answers cannot be cut and continued; choose exact or max")
-    _sampling(flags)
     _budgets(flags)
 
 
 def _sampling(flags: dict) -> SamplingParams:
-    try:
-        return SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
-    except ValueError as e:
-        raise UserError(f"--{e}") from None
+    return SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
 
 
 def _budgets(flags: dict) -> list[int]:
@@ -309,7 +306,7 @@ def run(job: Job, answer: Callable, identity: dict, flags: dict, out: pathlib.Pa
     row = {"name": job.name, "data": job.data.name, "step": job.step, "budget": job.budget, "max_tokens": job.limit}
     row |= {"template": job.data.template, "grader": job.data.grader_version}
     row |= {"mode": job.mode if job.budget else job.problems[0].mode, **summarize(records)}
-    return row | length_metrics(records, flags["soft_tolerance"])
+    return row | length_metrics(records, flags["soft_tolerance"]) | length_profile(records)
 
 
 class Store:
@@ -376,6 +373,8 @@ def write_results(out: pathlib.Path, results: list[dict], info: dict, flags: dic
             swept.setdefault(key, []).append(row)
     sweeps = {name: sweep_metrics(rows) for name, rows in swept.items()}
     report = accuracy_table(results)
+    if profiled := [r for r in results if "by_length" in r]:
+        report += "\n" + profile_table(profiled)
     if budgeted := [r for r in results if "mean_error" in r]:
         report += "\n" + length_table(budgeted)
     if sweeps:

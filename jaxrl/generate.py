@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 
+from jaxrl.algorithms.hyper import Flag, Integer
 from jaxrl.errors import UserError
 from jaxrl.runtime import cli
 
 DEFAULTS = dict(
-    model=str, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, samples=1, chat=True,
-    dtype="float32", prompt_logprobs=False,
+    model=str, **cli.SAMPLING_FLAGS, max_new_tokens=Integer(256, 1), seed=0, samples=Integer(1, 1), chat=Flag(True),
+    prompt_logprobs=Flag(False),
 )  # fmt: skip
 
 
@@ -35,15 +36,7 @@ def main(argv: list[str]) -> int:
     from jaxrl.rollout.engine import Engine, SamplingParams
     from jaxrl.runtime.model_source import load_model
 
-    if flags["dtype"] not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype={flags['dtype']!r}: float32 or bfloat16")
-    try:
-        sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
-    except ValueError as e:
-        raise UserError(f"--{e}") from None
-    for name in ("max_new_tokens", "samples"):
-        if flags[name] < 1:
-            raise UserError(f"--{name}={flags[name]}: must be at least 1")
+    sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     cli.use_compilation_cache()
     config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]))
     prompt = encode(tokenizer, flags["positional"][0], flags["chat"])

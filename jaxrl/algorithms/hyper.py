@@ -10,7 +10,8 @@ not met in a training step:
     Choice("linear", ("linear", "inf"))
     Flag(False)
 
-Each has `default`, `accepts(value)`, and as text what it accepts.
+`Text` and `Words` are for settings of the configuration, which are made of the same (`jaxrl.runtime.config`). Each has
+`default`, `accepts(value)`, and as text what it accepts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +35,6 @@ class Number:
     above: bool = False
     below: bool = False
     off: float | None = None
-    note: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is such a number; NumPy's scalars are, booleans are not."""
@@ -62,7 +63,6 @@ class Integer:
     high: int | None = None
     _: dataclasses.KW_ONLY
     off: int | None = None
-    note: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is such an integer; NumPy's are, booleans are not."""
@@ -81,8 +81,6 @@ class Choice:
 
     default: str
     options: tuple[str, ...]
-    _: dataclasses.KW_ONLY
-    note: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is one of the options."""
@@ -97,8 +95,6 @@ class Flag:
     """True or False."""
 
     default: bool
-    _: dataclasses.KW_ONLY
-    note: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is a boolean."""
@@ -108,7 +104,38 @@ class Flag:
         return "True or False"
 
 
-Constant = Number | Integer | Choice | Flag
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A string that matches a pattern; `meaning` says in words which those are."""
+
+    default: str
+    meaning: str = "text"
+    pattern: str = r"(?s).*"
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is such a string."""
+        return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.meaning
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A tuple of words of `options`, each at most once."""
+
+    default: tuple[str, ...]
+    options: tuple[str, ...]
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is such a tuple (or list)."""
+        return isinstance(value, tuple | list) and len(set(value)) == len(value) and set(value) <= set(self.options)
+
+    def __str__(self) -> str:
+        return f"a tuple of words of {', '.join(self.options)}, as in \"{self.options}\""
+
+
+Constant = Number | Integer | Choice | Flag | Text | Words
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,27 @@ def length_metrics(records: Records, tolerance: int = 500) -> dict[str, float]:
     lengths, budgets = np.array(pairs, np.float64).T
     deviation = float(np.mean(np.abs(lengths - budgets) / budgets))
     return {"mean_deviation": deviation, **budget_metrics(lengths, budgets, tolerance)}
+
+
+def length_profile(records: Records, parts: int = 4) -> dict[str, Any]:
+    """How correctness goes with length, over all graded samples; {} if there are none.
+
+    tokens_correct, tokens_wrong: mean lengths of either kind (None where there is none). by_length: the samples in
+    `parts` groups of about equal number from short to long, each {"up_to": longest of the group in tokens, "accuracy",
+    "samples"}; equal lengths are never split, so there may be fewer groups.
+    """
+    pairs = [(s["tokens"], s["correct"]) for r in records for s in r["samples"] if s["valid"]]
+    if not pairs:
+        return {}
+    lengths, correct = np.array(pairs, np.float64).T
+    edges = np.unique(np.quantile(lengths, np.arange(1, parts + 1) / parts, method="inverted_cdf"))
+    group = np.searchsorted(edges, lengths)
+    found = [
+        {"up_to": int(edge), "accuracy": float(correct[group == i].mean()), "samples": int((group == i).sum())}
+        for i, edge in enumerate(edges)
+    ]
+    kinds = {"tokens_correct": lengths[correct >= 1], "tokens_wrong": lengths[correct < 1]}
+    return {k: float(v.mean()) if len(v) else None for k, v in kinds.items()} | {"by_length": found}
 
 
 def log_linear_slope(tokens: Sequence[float], accuracies: Sequence[float]) -> float:

@@ -47,14 +47,27 @@ def length_table(results: Sequence[dict]) -> str:
     """One row per result with a budget: how far lengths are from it, and the accuracy reached."""
     header = ["data", "mode", "budget", "mean tokens", "mean error", "mean deviation", "RMSE"]
     header += ["over budget", "over by more", "accuracy"]
+    voted = [f"maj@{r['samples']}" for r in results]  # what sampling settles on, beside the mean of what it does
+    header += ["maj@k"] if any(key in r for key, r in zip(voted, results, strict=True)) else []
     keys = ("mean_error", "mean_deviation", "rmse", "hard_violation", "soft_violation")
     rows = [
         [r["name"], r["mode"], r["budget"] or "own", f"{r['mean_tokens']:.1f}"]
         + [percent(r[key]) for key in keys]
-        + [estimate(r, "accuracy")]
-        for r in results
+        + [estimate(r, "accuracy"), estimate(r, key)][: len(header) - 9]
+        for key, r in zip(voted, results, strict=True)
     ]
     return markdown(header, rows) + "\nPercent of the budget; accuracy in percent.\n"
+
+
+def profile_table(results: Sequence[dict]) -> str:
+    """One row per result: lengths of correct and of wrong answers, and accuracy from the shortest to the longest part
+    of the answers (evaluation.lengths.length_profile), "at most so many tokens: accuracy"."""
+    rows = []
+    for r in results:
+        means = ["-" if r[k] is None else f"{r[k]:.1f}" for k in ("tokens_correct", "tokens_wrong")]
+        parts = " · ".join(f"≤{part['up_to']}: {percent(part['accuracy'])}" for part in r["by_length"])
+        rows.append([r["name"], *means, parts])
+    return markdown(["data", "tokens, correct", "tokens, wrong", "accuracy by length"], rows)
 
 
 def sweep_table(sweeps: dict[str, dict]) -> str:

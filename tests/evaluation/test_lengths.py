@@ -7,7 +7,13 @@ import pytest
 
 from jaxrl.errors import UserError
 from jaxrl.evaluation import lengths
-from jaxrl.evaluation.lengths import generation_cap, length_metrics, log_linear_slope, sweep_metrics
+from jaxrl.evaluation.lengths import (
+    generation_cap,
+    length_metrics,
+    length_profile,
+    log_linear_slope,
+    sweep_metrics,
+)
 from jaxrl.rollout.budget_forcing import Delimiters, Forced
 
 
@@ -70,3 +76,23 @@ def test_sweep_metrics_are_s1s_three_and_l1s_error():
     assert out["scaling"] == pytest.approx(1000 * np.mean(slopes))
     assert out["control"] == pytest.approx(2 / 3)
     assert (out["performance"], out["mean_error"]) == (0.5, pytest.approx(0.2 / 3))
+
+
+def test_length_profile_is_accuracy_by_parts_of_the_lengths():
+    rng = np.random.default_rng(0)
+    lengths, right = rng.integers(1, 60, 400), rng.integers(0, 2, 400)
+    samples = [{"tokens": int(n), "correct": float(c), "valid": True} for n, c in zip(lengths, right, strict=True)]
+    samples.append({"tokens": 1000, "correct": 0.0, "valid": False})  # not graded: in no part
+    found = length_profile([{"samples": samples[:150]}, {"samples": samples[150:]}])
+    assert found["tokens_correct"] == pytest.approx(lengths[right == 1].mean())
+    low = 0
+    for part in found["by_length"]:
+        inside = (lengths > low) & (lengths <= part["up_to"])
+        assert part["samples"] == inside.sum() and part["accuracy"] == pytest.approx(right[inside].mean())
+        assert 0.15 < part["samples"] / 400 < 0.35
+        low = part["up_to"]
+    assert low == lengths.max() and sum(part["samples"] for part in found["by_length"]) == 400
+    same = length_profile([{"samples": [{"tokens": 5, "correct": 1.0, "valid": True}] * 3}])
+    assert same == {"tokens_correct": 5.0, "tokens_wrong": None,
+                    "by_length": [{"up_to": 5, "accuracy": 1.0, "samples": 3}]}  # fmt: skip
+    assert length_profile([]) == {}
