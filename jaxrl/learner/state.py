@@ -160,13 +160,12 @@ def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rule
                    param_dtype=jnp.float32, lora: LoRA | None = None) -> TrainState:
     """TrainState of jax.ShapeDtypeStruct with shardings: what `preflight` lowers with and checkpoints restore to.
 
-    lora: train these adapters, not the whole model. Moments lie as their parameters do, on the host if the optimizer is offloaded. Raises UserError if a dimension
-    does not divide by its mesh axis.
+    lora: train these adapters, not the whole model. Moments lie as their parameters do, on the host if the optimizer
+    is offloaded. Raises UserError if a dimension does not divide by its mesh axis.
     """
-    rules = rules or logical_rules(mesh, config.num_kv_heads, config.vocab_size)
     params, specs = abstract_adapters(config, lora, param_dtype) if lora else abstract_params(config, param_dtype)
-    placed = shardings(mesh, specs, rules, params)
-    by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(placed)}
+    params = placed(mesh, config, params, specs, rules)
+    by_path = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
     state = jax.eval_shape(lambda p: fresh_state(p, optimizer), params)
 
     def place(path, leaf):
@@ -178,6 +177,13 @@ def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rule
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def placed(mesh: Mesh, config: DecoderConfig, shapes, specs, rules: dict | None = None):
+    """Shapes with the shardings that their logical PartitionSpecs mean on the mesh."""
+    rules = rules or logical_rules(mesh, config.num_kv_heads, config.vocab_size)
+    where = shardings(mesh, specs, rules, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def sharding_of(tree):

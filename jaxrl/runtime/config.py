@@ -31,6 +31,7 @@ from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
 from models.attention import IMPLEMENTATIONS
 from models.config import FAMILIES
 from models.decoder import REMAT_POLICIES
+from models.lora import BASES
 
 
 def _methods(table, default: str) -> Choice:
@@ -88,6 +89,16 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "model.sampler_dtype": (Choice("", ("", *_DTYPES)), "empty: model.dtype"),
     "model.attention": (Choice("auto", ("auto", *IMPLEMENTATIONS)), "auto: the best of the platform"),
     "model.remat": (_methods(REMAT_POLICIES, "none"), "what the backward pass recomputes in each layer"),
+
+    "model.lora.rank": (Integer(0), "of adapters, which are trained beside a frozen model; 0: train all of it"),
+    "model.lora.alpha": (Number(32.0, **_POSITIVE), "the adapters count alpha / rank"),
+    "model.lora.rslora": (Flag(False), "alpha / sqrt(rank) instead (2312.03732)"),
+    "model.lora.targets": (
+        Text("all", "names joined by +, as in q+v", r"\w+(\+\w+)*"),
+        "matrices of the layers that get one; attention, mlp or all",
+    ),
+    "model.lora.base": (Choice("bfloat16", BASES), "how the frozen model rests; int8: the matrices of its layers"),
+    "model.lora.path": (_optional("a PEFT directory"), "adapters to begin with; rank, alpha, targets are then its own"),
 
     "task.name": (Choice("dial", ("dial", "math", "choice", "user")), "dial is embedded; user needs task.reward"),
     "task.data": (_optional("a file (jsonl, jsonl.gz, parquet) or data set name"), "training problems"),
@@ -398,6 +409,11 @@ def _impossible_batches(config: ConfigDict) -> Iterator[str]:
         yield "model.path is empty and config.model.shape.hidden_size is 0: give a directory or a shape"
     if config.model.path and not os.path.isdir(config.model.path):
         yield f"model.path={config.model.path!r} is not a directory"
+    lora = config.model.lora
+    if lora.path and (lora.rank or not os.path.isdir(lora.path)):
+        yield f"model.lora.path={lora.path!r} is not a directory" if not lora.rank else (
+            f"model.lora.rank={lora.rank}: the adapters in model.lora.path have a rank of their own; leave it at 0"
+        )
     if [config.mesh[axis] for axis in ("data", "fsdp", "tensor")].count(-1) > 1:
         yield "mesh: at most one of data, fsdp and tensor may be -1 (the rest)"
 
