@@ -21,7 +21,7 @@ setup(
         "ml-collections>=1.0",
         "absl-py",
         "numpy",
-        "transformers>=4.51",
+        "transformers>=4.53",
         "tokenizers",
         "sentencepiece",
         "jinja2",

@@ -67,12 +67,12 @@ def encode(tokenizer, text: str, chat: bool):
     """int32 [p] prompt ids: the chat template's, or the plain text's after BOS. Raises UserError if empty."""
     import numpy as np
 
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else None
-    if ids is None:
-        try:
+    try:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else None
+        if ids is None:
             ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
-        except ValueError as e:
-            raise UserError(str(e)) from None
+    except ValueError as e:  # text that a toy vocabulary has no tokens for, or a broken chat template
+        raise UserError(str(e)) from None
     if not ids:
         raise UserError("the prompt is empty, and the tokenizer has no BOS to start from")
     return np.array(ids, np.int32)

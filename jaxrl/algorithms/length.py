@@ -227,20 +227,6 @@ LENGTH_REWARDS: dict[str, Method] = {
 }
 
 
-def prompt_suffix(mode: str, budget: int | None) -> str:
-    """What LCPO appends to the prompt: mode "exact", "max" or "none" -> text with a leading space, or "".
-
-    Raises ValueError for another mode, or a budget below 1 in a mode that needs one.
-    """
-    if mode == "none":
-        return ""
-    if mode not in ("exact", "max"):
-        raise ValueError(f"unknown budget mode {mode!r}; valid: none, exact, max")
-    if budget is None or budget < 1:
-        raise ValueError(f"budget mode {mode!r} needs a budget of at least 1 token, not {budget}")
-    return f" Think for {budget} tokens." if mode == "exact" else f" Think for maximum {budget} tokens."
-
-
 BUDGET_SAMPLERS = ("uniform", "log_uniform")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrl.algorithms.hyper import resolve
-from jaxrl.algorithms.length import LENGTH_REWARDS, laser_targets, prompt_suffix, sample_budgets
+from jaxrl.algorithms.length import LENGTH_REWARDS, laser_targets, sample_budgets
 from jaxrl.algorithms.length_metrics import budget_metrics, control, performance, scaling
 
 
@@ -135,17 +135,6 @@ def test_overlong_and_dler():
     np.testing.assert_allclose(_reward("dler", [1, 1, 0], [999, 1001, 5], max_length=1000), [1, 0, 0])
     np.testing.assert_allclose(_reward("dler", [1, 1], [5, 6], limit=5), [1, 0])
     np.testing.assert_allclose(_reward("dler", [1, 1], [5, 6], truncated=[True, False]), [0, 1])
-
-
-def test_prompt_suffixes():
-    assert prompt_suffix("exact", 512) == " Think for 512 tokens."
-    assert prompt_suffix("max", 512) == " Think for maximum 512 tokens."
-    assert prompt_suffix("none", None) == "" == prompt_suffix("none", 5)
-    with pytest.raises(ValueError, match="unknown budget mode 'min'; valid: none, exact, max"):
-        prompt_suffix("min", 5)
-    for bad in (None, 0):
-        with pytest.raises(ValueError, match="needs a budget of at least 1 token"):
-            prompt_suffix("exact", bad)
 
 
 def test_budget_samplers():
