@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -96,6 +96,14 @@ def init_adapters(config: DecoderConfig, lora: LoRA, key, dtype=jnp.float32):
             new = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound).astype(dtype)
         set_path(out, path, new)
     return out
+
+
+def join(frozen, trained):
+    """All parameters of the model as one tree of nested dicts: adapters beside their matrices. frozen: None if there is
+    nothing beside `trained`."""
+    if frozen is None:
+        return trained
+    return {**frozen, **{k: join(frozen[k], v) if isinstance(v, Mapping) else v for k, v in trained.items()}}
 
 
 def merge(params, config: DecoderConfig, dtype):

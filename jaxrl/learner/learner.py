@@ -15,14 +15,13 @@ from jaxrl.learner.state import (
     abstract_state,
     build_optimizer,
     init_state,
-    join,
     placed,
     sharding_of,
 )
 from jaxrl.learner.update import Objective, build_programs, place_batch
 from jaxrl.runtime import compiles
 from models.config import DecoderConfig
-from models.lora import LoRA, abstract_base, frozen_base, load_adapters, read_lora, targeted
+from models.lora import LoRA, abstract_base, frozen_base, join, load_adapters, read_lora, targeted
 
 
 def objective(config) -> Objective:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -34,13 +34,6 @@ class TrainState:
     opt_state: Any
     skipped: Any
     skipped_in_a_row: Any
-
-
-def join(frozen, trained):
-    """All parameters of the model as one tree of nested dicts. frozen: None in full training."""
-    if frozen is None:
-        return trained
-    return {**frozen, **{k: join(frozen[k], v) if isinstance(v, Mapping) else v for k, v in trained.items()}}
 
 
 class Optimizer(NamedTuple):

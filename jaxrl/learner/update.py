@@ -46,7 +46,6 @@ from jaxrl.learner.state import (
     TrainState,
     abstract_state,
     add_updates,
-    join,
     on_device,
     on_host,
     sharding_of,
@@ -55,7 +54,7 @@ from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.lora import LoRA
+from models.lora import LoRA, join
 from models.table import NORM, kinds
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
@@ -94,8 +93,8 @@ class Objective:
 
 class Programs(NamedTuple):
     """update(state, batch, frozen=None) -> (state, metrics); state is donated. score(params, batch) -> (logp, entropy),
-    float32 [M, R, T], no gradient. Both are jitted. frozen: the base of adapters, params: with them (`state.join`).
-    metrics: dict of float32 scalars (see `_metrics`)."""
+    float32 [M, R, T], no gradient. Both are jitted. frozen: the base of adapters; params: base and adapters joined
+    (models.lora.join). metrics: dict of float32 scalars (see `_metrics`)."""
 
     update: Callable
     score: Callable

@@ -6,6 +6,7 @@ A run directory holds `model/` (Hugging Face config.json and the tokenizer, writ
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 
 from jaxrl.errors import UserError
 from jaxrl.runtime import checkpoint, manifest
-from models.config import DecoderConfig, from_hf
+from models import lora
+from models.config import DecoderConfig, from_hf, read_json
 from models.decoder import abstract_params
 from models.tokenizers import Tokenizer, load_tokenizer
 from models.weights import load_params
@@ -61,6 +63,8 @@ def load_model(
 
 
 def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
+    if (root / "model" / lora.CONFIG).exists():
+        return _merged_params(root, config, dtype, shardings, step)
     stored, _ = abstract_params(config, _stored_dtype(root, step))
     if shardings is not None:
         stored = jax.tree.map(
@@ -73,12 +77,34 @@ def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, ste
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
+def _merged_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
+    """Of a run that trained adapters: an ordinary model, they merged into their base."""
+    settings = lora.read_lora(root / "model", config)
+    stored, _ = lora.abstract_adapters(config, settings, _stored_dtype(root, step))
+    found = checkpoint.restore(root / "checkpoints", {"params": stored}, step=step, partial=True)
+    if found is None:
+        raise UserError(f"{root}: the run has no checkpoint yet")
+    model = read_json(root / "config.json")["model"]
+    kind = model["lora"]["base"]
+    if kept := checkpoint.restore(root / "base", {"params": lora.abstract_base(config, kind)[0]}):
+        base = kept.arrays["params"]
+    else:
+        rests = jnp.float32 if kind == "float32" else jnp.bfloat16
+        base = lora.frozen_base(load_model(model["path"], rests, shardings)[1], config, kind)
+    if lora.fingerprint(base) != found.host["base"]:
+        raise UserError(f"{model['path']}: not the weights that the adapters of {root} were trained beside")
+    config = dataclasses.replace(config, lora_scale=settings.scale)
+    merge = jax.jit(lambda params: lora.merge(params, config, dtype), out_shardings=shardings)
+    return merge(lora.join(base, found.arrays["params"]))
+
+
 def _stored_dtype(root: pathlib.Path, step: int | None):
     """The parameters' dtype in a checkpoint, so that a run need not tell how it was configured."""
     paths = dict(manifest.step_paths(root / "checkpoints"))
     for s in sorted(paths, reverse=True) if step is None else [step]:
         try:
-            return jnp.dtype(manifest.read_manifest(paths[s])["arrays"]["params/final_norm/scale"]["dtype"])
-        except (KeyError, manifest.Damaged):  # restore() says what is wrong with it
+            arrays = manifest.read_manifest(paths[s])["arrays"]
+            return jnp.dtype(next(spec["dtype"] for name, spec in arrays.items() if name.startswith("params/")))
+        except (KeyError, StopIteration, manifest.Damaged):  # restore() says what is wrong with it
             continue
     return jnp.float32
