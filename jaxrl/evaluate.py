@@ -6,7 +6,9 @@
 --data lists files (jsonl, jsonl.gz, parquet), names of benchmarks, or the embedded task with its settings
 ("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over lengths: asked for in the prompt (--budget_mode=exact
 or max), enforced from outside by s1's budget forcing (forced), or only compared with (none).
---reward=module:function grades with a function of yours. --distributed joins the processes of several hosts.
+--template=chat|boxed|plain, --system_prompt=TEXT and --enable_thinking=on|off (of chat templates that have the switch)
+are as a run was trained, unless given. --reward=module:function grades with a function of yours. --distributed joins
+the processes of several hosts.
 --server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
 time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
 grader or the reward function's file are others by then, it says so instead.
@@ -32,7 +34,6 @@ import jax.numpy as jnp
 
 from jaxrl import build
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number
-from jaxrl.collect import with_budget
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
 from jaxrl.evaluation.identity import model_identity
@@ -49,19 +50,23 @@ from jaxrl.evaluation.server import Server, ask
 from jaxrl.evaluation.tables import accuracy_table, length_table, profile_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
+from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
 from jaxrl.runtime.rundir import atomic_write
+from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task
+from jaxrl.tasks.templates import THINKING
 from jaxrl.types import Problem
 
 FLAGS = dict(
     model=str, data=str, out=str, server="", **cli.SAMPLING_FLAGS, samples=Integer(1, 1), limit=Integer(0),
-    max_new_tokens=Integer(0), seed=Integer(0), template=Choice("", ("", "plain", "boxed", "chat")), data_dir="",
+    max_new_tokens=Integer(0), seed=Integer(0), template=Choice("", ("", "plain", "boxed", "chat")), **cli.CHAT_FLAGS,
+    data_dir="",
     split="", problem_field="", answer_field="", id_field="", skip_bad_rows=Flag(False), reward="", budgets="",
     budget_mode=Choice("exact", MODES), soft_tolerance=Integer(500), step=Integer(-1, -1), all_checkpoints=Flag(False),
     waits=Integer(0), answer_tokens=Integer(0), end_thinking="</think>", distributed=Flag(False), batch=Integer(0),
@@ -148,6 +153,8 @@ def evaluate_served(flags: dict, out: pathlib.Path, grader: Grader, reward: User
     with Server(flags["server"], flags["model"], key=key, concurrency=flags["slots"]) as server:
         settings = {k: flags[k] for k, off in (("temperature", None), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
                     if flags[k] != off}  # fmt: skip
+        if flags["enable_thinking"] in ("on", "off"):  # as vLLM and SGLang take it
+            settings["chat_template_kwargs"] = {"enable_thinking": THINKING[flags["enable_thinking"]]}
 
         def answer(job: Job, part: Sequence[int]) -> Records:
             asked = ([job.problems[i] for i in part], [job.prompts[i] for i in part])
@@ -234,8 +241,6 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
     params: as load_model returns them.
     """
     longest = max((len(p) for job in jobs for p in job.prompts if len(p) < config.max_position_embeddings), default=1)
-    if flags["budget_mode"] == "forced":  # the answer is asked for with the thinking in the prompt
-        longest += max((job.limit for job in jobs if job.budget), default=0)
     replicas = placement.row_multiple if placement else 1
     sampler = Engine(
         config,
@@ -245,6 +250,7 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
         slots=-(-flags["slots"] // replicas) * replicas,
         dtype=jnp.dtype(flags["dtype"]),
         placement=placement,
+        allowed=decodable(tokenizer, config.vocab_size),
     )
     layout = sampler.layout(params)
 

@@ -34,12 +34,14 @@ class Tokenizer:
     """What the rest of the code sees of any tokenizer.
 
     name: for messages. vocab_size: ids are below it; larger ones (padded embeddings) decode to nothing.
+    unused_ids: ids below it that stand for nothing.
     eos_ids: every id that ends a response, at least one. pad_id: fills rows, never trained on. bos_id: the id
     the model expects before plain text, None if it was not trained with one (chat templates write their own).
     Raises ValueError if there is no end-of-sequence id.
     """
 
     chat_template: str | dict[str, str] | None = None
+    unused_ids: Sequence[int] = ()
 
     def __init__(
         self, name: str, vocab_size: int, eos_ids: Iterable[int], pad_id: int | None, bos_id: int | None
@@ -118,7 +120,9 @@ class HFTokenizer(Tokenizer):
         # a tokenizer may name a BOS token without ever adding it: trust what it does
         bos = inner.bos_token_id
         bos = bos if bos is not None and inner("a")["input_ids"][:1] == [bos] else None
-        size = max(inner.get_vocab().values()) + 1  # len(inner) is too small when ids have gaps
+        ids = set(inner.get_vocab().values())
+        size = max(ids) + 1  # len(inner) is too small when ids have gaps
+        self.unused_ids = sorted(set(range(size)) - ids)
         super().__init__(name, size, eos, inner.pad_token_id if pad_id is None else pad_id, bos)
         self.inner, self.chat_template = inner, inner.chat_template
 

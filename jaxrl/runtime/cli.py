@@ -32,6 +32,8 @@ SAMPLING_FLAGS = dict(
     min_p=Number(0.0, 0, 1),
     dtype=Choice("float32", ("float32", "bfloat16")),
 )
+# How a chat template is used; empty: as a run was trained, or as the template does it.
+CHAT_FLAGS = dict(system_prompt="", enable_thinking=Choice("", ("", "default", "on", "off")))
 
 
 def parse_flags(argv: list[str], defaults: dict, usage: str) -> dict:

@@ -22,12 +22,14 @@ from jaxrl.algorithms.aggregation import AGGREGATIONS
 from jaxrl.algorithms.correction import CORRECTIONS
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
 from jaxrl.algorithms.kl import KL_KINDS
-from jaxrl.algorithms.length import BUDGET_SAMPLERS, LENGTH_REWARDS
+from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
+from jaxrl.tasks.budgets import BUDGET_SAMPLERS
 from jaxrl.tasks.data import DUPLICATES
 from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
+from jaxrl.tasks.templates import THINKING
 from models.attention import IMPLEMENTATIONS
 from models.config import FAMILIES
 from models.decoder import REMAT_POLICIES
@@ -108,6 +110,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "task.answer_field": (Text("answer", "a field's name", r"(?s).+"), ""),
     "task.id_field": (Text("id", "a field's name", r"(?s).+"), ""),
     "task.template": (Choice("boxed", ("plain", "boxed", "chat")), "from problem to prompt"),
+    "task.system_prompt": (Text(""), "in front of the conversation of a chat template"),
+    "task.enable_thinking": (
+        Choice("default", tuple(THINKING)),
+        "switch of a chat template that has one (Qwen3); default: what it does untold",
+    ),
     "task.skip_bad_rows": (Flag(False), "leave out rows that cannot be read, instead of stopping"),
     "task.duplicates": (Choice("drop", tuple(DUPLICATES)), "rows whose id was used before (counted and printed)"),
     "task.long_prompts": (Choice("error", ("error", "drop")), "prompts above sampling.max_prompt"),
@@ -137,6 +144,10 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         "most per micro-batch, padding included; a quarter if a mini-batch fills under four",
     ),
     "batch.row_tokens": (Integer(0), "packed row length; 0: the longest prompt plus response"),
+    "batch.share_prompts": (
+        Flag(False),
+        "responses to one prompt stand behind one copy of it in packed rows; pays where prompts are long",
+    ),
 
     "sampling.temperature": (Number(1.0, **_POSITIVE), ""),
     "sampling.top_k": (Integer(0), "0: off"),
@@ -421,6 +432,9 @@ def _impossible_batches(config: ConfigDict) -> Iterator[str]:
 def _impossible_tasks(config: ConfigDict) -> Iterator[str]:
     """What does not fit together in task, length budgets, warm start and evaluation."""
     t, sft, length = config.task, config.sft, config.length
+    for key, off in (("system_prompt", ""), ("enable_thinking", "default")):
+        if t[key] != off and (t.template != "chat" or t.name == "dial"):
+            yield f"task.{key}={t[key]!r} needs task.template=chat and a task other than dial"
     if t.name == "dial":
         d, working = t.dial, 2 * t.dial.n_max + 1
         if d.n_min > d.n_max:

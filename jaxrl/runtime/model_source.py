@@ -7,6 +7,7 @@ A run directory holds `model/` (Hugging Face config.json and the tokenizer, writ
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 from typing import Any
@@ -31,6 +32,12 @@ def is_run(path: str | os.PathLike) -> bool:
 def checkpoint_steps(path: str | os.PathLike) -> list[int]:
     """Steps of a run's checkpoints, ascending; [] for a Hugging Face directory."""
     return sorted(step for step, _ in manifest.step_paths(pathlib.Path(path) / "checkpoints"))
+
+
+def task_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """The task section of a run's configuration; {} for a Hugging Face directory."""
+    config = pathlib.Path(path) / "config.json"
+    return json.loads(config.read_text())["task"] if is_run(path) and config.exists() else {}
 
 
 def load_model(

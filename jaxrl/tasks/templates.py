@@ -11,7 +11,7 @@ A problem with a length budget gets L1's sentence behind the text, before any ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from jaxrl.errors import UserError
@@ -22,6 +22,7 @@ from models.tokenizers import ChatTemplateError
 BOXED = " Let's think step by step and output the final answer within \\boxed{}."
 CHOICE = " Let's think step by step and output the letter of the correct option within \\boxed{}."
 TEMPLATES = ("plain", "boxed", "chat", "dial")
+THINKING = {"default": None, "on": True, "off": False}  # task.enable_thinking -> what the chat template is told
 
 
 class _Tokenizer(Protocol):
@@ -79,6 +80,12 @@ def messages(problem: Problem, system: str = "") -> list[dict[str, str]]:
         given = [{"role": "user", "content": prompt_text(problem, "chat")}]
     opening = system and not any(m["role"] == "system" for m in given)
     return [{"role": "system", "content": system}, *given] if opening else given
+
+
+def prompt_options(task: Mapping[str, str]) -> dict:
+    """encode_prompt's options of a config's task section; an older run's has none."""
+    thinking = THINKING[task.get("enable_thinking", "default")]
+    return {"system": task.get("system_prompt", ""), "enable_thinking": thinking}
 
 
 def encode_prompt(

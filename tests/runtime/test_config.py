@@ -69,6 +69,9 @@ def test_overrides_reach_every_section():
         (["--config.length.mode=max", "--config.task.dial.max_budget=16"], ["config.task.dial.max_budget=16", "17"]),
         (["--config.sampling.max_tokens=16"], ["config.sampling.max_tokens=16", "17 tokens"]),
         (["--config.task.name=choice", "--config.task.data=a"], ["config.sft.data is empty"]),
+        (["--config.task.system_prompt=Think."], ["config.task.system_prompt='Think.'", "task.template=chat"]),
+        (["--config.task.enable_thinking=off"], ["config.task.enable_thinking='off'", "task.template=chat"]),
+        (["--config.task.enable_thinking=False"], ["config.task.enable_thinking='False'", "default, on, off"]),
         (["--config.algorithm.loss=mapso"], ["config.algorithm.loss", "mapso", "maspo", "gspo"]),
         (["--config.algorithm.selection=accuracy+lsop"], ["config.algorithm.selection", "lsop", "lspo"]),
         (["--config.steps=many"], ["steps", "many"]),
@@ -180,7 +183,7 @@ TAKES_TOO |= {key: {"empty"} for key in (
 )}  # fmt: skip
 
 
-NEEDS_MORE = {"algorithm.kl_in_reward"}  # True needs another setting
+NEEDS_MORE = {"algorithm.kl_in_reward", "task.system_prompt"}  # refused without another setting
 CHANGED = {"model.shape.hidden_size": 8, "mesh.data": 1}
 
 

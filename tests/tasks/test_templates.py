@@ -1,10 +1,15 @@
 """Prompts as the model reads them."""
 
+import json
+
 import pytest
 
+from jaxrl import generate
 from jaxrl.errors import UserError
+from jaxrl.runtime.config import base_config, validate
 from jaxrl.tasks import dial
-from jaxrl.tasks.templates import encode_prompt, messages, prompt_suffix, prompt_text
+from jaxrl.tasks.load import open_task
+from jaxrl.tasks.templates import BOXED, encode_prompt, messages, prompt_options, prompt_suffix, prompt_text
 from jaxrl.types import Problem
 from models.tokenizers import load_tokenizer, vocab_tokenizer
 from tests.shared import shared_path
@@ -119,3 +124,28 @@ def test_dial():
 def test_errors(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("switch, given", [("default", {}), ("off", {"enable_thinking": False})])
+def test_qwen3_is_asked_in_training_and_generate_as_transformers_renders_it(tmp_path, switch, given):
+    transformers = pytest.importorskip("transformers")
+    where = str(shared_path("data", "tokenizers", "qwen3"))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"id": "1", "problem": QUESTION, "answer": "2"}) + "\n")
+    config = base_config()
+    config.model.tokenizer, config.model.shape.hidden_size = where, 8
+    config.task.update(
+        {"name": "math", "data": str(data), "template": "chat", "system_prompt": "Think.", "enable_thinking": switch}
+    )
+    validate(config)
+    tokenizer = load_tokenizer(where)
+    with open_task(config, tokenizer) as task:
+        ids = task.encode(task.train[0])
+    oracle = transformers.AutoTokenizer.from_pretrained(where)
+    chat = [{"role": "system", "content": "Think."}, {"role": "user", "content": QUESTION + BOXED}]
+    text = oracle.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **given)
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert ids == oracle(text, add_special_tokens=False)["input_ids"]
+    assert text.endswith("<think>\n\n</think>\n\n") == (switch == "off")
+    asked = generate.encode(tokenizer, QUESTION + BOXED, True, **prompt_options(config.task))
+    assert asked.tolist() == ids
