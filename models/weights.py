@@ -73,7 +73,8 @@ def read_table(root: pathlib.Path, table: dict[tuple[str, ...], Weight], config:
     return params
 
 
-def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack, file: str) -> dict[str, tuple[pathlib.Path, Any]]:
+def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack, file: str = "model.safetensors"
+                  ) -> dict[str, tuple[pathlib.Path, Any]]:
     """Tensor name -> (file, open safetensors handle); the files stay mapped until the stack closes."""
     from safetensors import SafetensorError, safe_open
 
