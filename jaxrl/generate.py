@@ -34,14 +34,14 @@ def main(argv: list[str]) -> int:
 
     from jaxrl.rollout.engine import Engine, SamplingParams
     from jaxrl.rollout.requests import decodable
-    from jaxrl.runtime.model_source import load_model, task_settings
+    from jaxrl.runtime.model_source import load_model, run_settings
     from jaxrl.tasks.templates import prompt_options
 
     sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     cli.use_compilation_cache()
     config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]))
     given = {key: flags[key] for key in cli.CHAT_FLAGS if flags[key]}
-    trained = task_settings(flags["model"]) if flags["chat"] else {}
+    trained = run_settings(flags["model"]).get("task", {}) if flags["chat"] else {}
     prompt = encode(tokenizer, flags["positional"][0], flags["chat"], **prompt_options(trained | given))
     room = config.max_position_embeddings - len(prompt)
     if room < 1:

@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from models.config import DecoderConfig, read_json, to_hf
+from models.ranges import RangeFile
 from models.table import MATRIX, Weight, get_path, set_path, weights, whole_shape
 
 INDEX = "model.safetensors.index.json"
@@ -44,10 +46,10 @@ def load_params(
     """
     # transformers too drops the head of a tied model, whether or not it was written
     ignored = ("lm_head.weight",) if config.tie_embeddings else ()
-    return read_table(pathlib.Path(directory), weights(config), config, shardings, dtype, ignored)
+    return read_table(epath.Path(directory), weights(config), config, shardings, dtype, ignored)
 
 
-def read_table(root: pathlib.Path, table: dict[tuple[str, ...], Weight], config: DecoderConfig, shardings=None,
+def read_table(root: epath.Path, table: dict[tuple[str, ...], Weight], config: DecoderConfig, shardings=None,
                dtype=jnp.float32, ignored=(), single: str = "model.safetensors") -> dict[str, Any]:
     """The parameters of a table from its files; see `load_params`. ignored: tensors that may be there as well.
     single: the file that holds all of them, if there is no index."""
@@ -73,12 +75,14 @@ def read_table(root: pathlib.Path, table: dict[tuple[str, ...], Weight], config:
     return params
 
 
-def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack, file: str = "model.safetensors"
-                  ) -> dict[str, tuple[pathlib.Path, Any]]:
-    """Tensor name -> (file, open safetensors handle); the files stay mapped until the stack closes."""
+def _open_tensors(root: epath.Path, stack: contextlib.ExitStack, file: str = "model.safetensors"
+                  ) -> dict[str, tuple[epath.Path, Any]]:
+    """Tensor name -> (file, open safetensors handle); local files stay mapped until the stack closes."""
     from safetensors import SafetensorError, safe_open
 
     def open_file(path):
+        if "://" in str(path):
+            return RangeFile(path)
         try:
             return stack.enter_context(safe_open(path, "numpy"))
         except (SafetensorError, OSError) as e:

@@ -264,7 +264,7 @@ def test_held_out_metrics_of_a_training_run(model):
     ("--data=dial:seed=-1", "seed at least 0"),
     ("--samples=0", "--samples='0': must be an integer of at least 1"),
     ("--seed=-1", "--seed='-1': must be an integer of at least 0"),
-    ("--min_p=1.5", "--min_p='1.5': must be a number at least 0 and at most 1"),
+    ("--min_p=1.5", "--min_p='1.5': must be a number of at least 0 and at most 1"),
     ("--budget_mode=about", "--budget_mode='about': must be one of exact, max"),
     ("--all_checkpoints", "not a run directory with checkpoints"),
     ("--step=3", "no checkpoint of step 3"),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxrl.errors import UserError
 from jaxrl.evaluation.identity import reward_identity
 from jaxrl.rollout.budget_forcing import Delimiters
-from jaxrl.runtime.model_source import task_settings
+from jaxrl.runtime.model_source import run_settings
 from jaxrl.tasks import dial
 from jaxrl.tasks.answers import choice_letter, extract
 from jaxrl.tasks.data import load_problems
@@ -152,7 +152,7 @@ def asked_as(flags: dict, tokenizer) -> dict[str, Any]:
     Without either, template is "chat" if the tokenizer has a chat template, or "boxed". Raises UserError for a system
     prompt or --enable_thinking without template "chat".
     """
-    trained = task_settings(flags["model"])
+    trained = run_settings(flags["model"]).get("task", {})
     template = flags["template"] or trained.get("template") or ("chat" if tokenizer.chat_template else "boxed")
     given = {key: flags[key] for key in ("system_prompt", "enable_thinking") if flags[key]}
     if given and template != "chat":

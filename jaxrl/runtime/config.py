@@ -26,6 +26,7 @@ from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
+from jaxrl.runtime.combinations import impossible
 from jaxrl.tasks.budgets import BUDGET_SAMPLERS
 from jaxrl.tasks.data import DUPLICATES
 from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
@@ -67,11 +68,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "model.shape.vocab_size": (Integer(0), "0: the tokenizer's"),
     "model.shape.hidden_size": (Integer(0), "width; the shape counts only while model.path is empty"),
     "model.shape.intermediate_size": (Integer(0), "width of the MLP"),
-    "model.shape.num_layers": (Integer(0), ""),
+    "model.shape.num_layers": (Integer(0), "decoder blocks"),
     "model.shape.num_heads": (Integer(0), "query heads"),
     "model.shape.num_kv_heads": (Integer(0), "key and value heads; divides num_heads"),
     "model.shape.head_dim": (Integer(0), "even"),
-    "model.shape.rms_norm_eps": (Number(1e-6, **_POSITIVE), ""),
+    "model.shape.rms_norm_eps": (Number(1e-6, **_POSITIVE), "added to the mean square"),
     "model.shape.rope_theta": (Number(10000.0, **_POSITIVE), "base of the rotary wavelengths"),
     "model.shape.qkv_bias": (Flag(False), "as in qwen2"),
     "model.shape.qk_norm": (Flag(False), "as in qwen3"),
@@ -106,9 +107,9 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "task.data": (_optional("a file (jsonl, jsonl.gz, parquet) or data set name"), "training problems"),
     "task.eval_data": (_optional("a file (jsonl, jsonl.gz, parquet) or data set name"), "held-out problems"),
     "task.data_dir": (_optional("a directory"), "where data set names are looked up as files first"),
-    "task.problem_field": (Text("problem", "a field's name", r"(?s).+"), ""),
-    "task.answer_field": (Text("answer", "a field's name", r"(?s).+"), ""),
-    "task.id_field": (Text("id", "a field's name", r"(?s).+"), ""),
+    "task.problem_field": (Text("problem", "a field's name", r"(?s).+"), "of the question, in a row of data"),
+    "task.answer_field": (Text("answer", "a field's name", r"(?s).+"), "of the reference answer"),
+    "task.id_field": (Text("id", "a field's name", r"(?s).+"), "of the row's id"),
     "task.template": (Choice("boxed", ("plain", "boxed", "chat")), "from problem to prompt"),
     "task.system_prompt": (Text(""), "in front of the conversation of a chat template"),
     "task.enable_thinking": (
@@ -138,7 +139,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "batch.greso": (Flag(False), "skip prompts predicted to give groups without spread (2506.02177)"),
     "batch.keep_surplus": (Flag(False), "keep selected groups beyond batch.prompts for the next step"),
     "batch.updates": (Integer(1, 1), "mini-batches (optimizer updates) per epoch over the batch"),
-    "batch.epochs": (Integer(1, 1), ""),
+    "batch.epochs": (Integer(1, 1), "passes over the batch in a step"),
     "batch.micro_tokens": (
         Integer(8192, 1),
         "most per micro-batch, padding included; a quarter if a mini-batch fills under four",
@@ -149,7 +150,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         "responses to one prompt stand behind one copy of it in packed rows; pays where prompts are long",
     ),
 
-    "sampling.temperature": (Number(1.0, **_POSITIVE), ""),
+    "sampling.temperature": (Number(1.0, **_POSITIVE), "of training; evaluation has its own"),
     "sampling.top_k": (Integer(0), "0: off"),
     "sampling.top_p": (Number(1.0, 0, 1, above=True), "1: off"),
     "sampling.min_p": (Number(0.0, 0, 1, below=True), "0: off"),
@@ -180,21 +181,21 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     ),
     "sampling.tensor": (Integer(1, 1), "chips that share one copy of the sampler's weights; a host holds whole copies"),
 
-    "algorithm.loss": (_methods(LOSSES, "grpo"), ""),
+    "algorithm.loss": (_methods(LOSSES, "grpo"), "policy loss (docs/algorithms.md)"),
     "algorithm.aggregation": (Choice("", ("", *AGGREGATIONS)), "empty: the loss's own"),
     "algorithm.norm_length": (Integer(0), "constant of seq-mean-token-sum-norm in tokens; 0: sampling.max_tokens"),
-    "algorithm.advantage": (_methods(ADVANTAGES, "grpo"), ""),
+    "algorithm.advantage": (_methods(ADVANTAGES, "grpo"), "from the rewards of a group to advantages"),
     "algorithm.selection": (Text("none", "rules joined by +, as in accuracy+lspo"), "a chain, run from left to right"),
     "algorithm.kl_coef": (Number(0.0), "above 0 keeps a frozen reference model"),
     "algorithm.kl_kind": (Choice("k3", KL_KINDS), "estimate of the KL divergence"),
     "algorithm.kl_in_reward": (Flag(False), "subtract it from the reward instead of adding it to the loss"),
     "algorithm.entropy_coef": (Number(0.0, -math.inf), "of the entropy bonus; negative lowers the entropy"),
     "algorithm.entropy_advantage": (Flag(False), "Entropy-Adv (2506.14758)"),
-    "algorithm.entropy_advantage_alpha": (Number(0.4), ""),
-    "algorithm.entropy_advantage_kappa": (Number(2.0, 1, above=True), ""),
+    "algorithm.entropy_advantage_alpha": (Number(0.4), "weight of the entropy"),
+    "algorithm.entropy_advantage_kappa": (Number(2.0, 1, above=True), "the term is at most the advantage over kappa"),
     "algorithm.correction": (_methods(CORRECTIONS, "none"), "of the mismatch between sampler and learner"),
 
-    "length.reward": (_methods(LENGTH_REWARDS, "none"), ""),
+    "length.reward": (_methods(LENGTH_REWARDS, "none"), "from correctness and length to a reward"),
     "length.mode": (Choice("none", ("none", *_MODES, "both")), "budget in the prompt"),
     "length.budgets": (Choice("uniform", BUDGET_SAMPLERS), "how budgets are drawn"),
     "length.low": (Integer(100, 1), "smallest budget in tokens (dial has its own)"),
@@ -203,14 +204,14 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "length.weight": (Number(1.0), "of the length term: reward = task reward + weight * (length reward - correctness)"),
     "length.warmup_steps": (Integer(0), "steps in which the weight rises from 0 (Kimi k1.5 warms its term up)"),
 
-    "optimizer.learning_rate": (Number(1e-6), ""),
+    "optimizer.learning_rate": (Number(1e-6), "the peak, after the warm-up"),
     "optimizer.warmup_steps": (Integer(0), "updates"),
     "optimizer.schedule": (
         Choice("constant", ("constant", "cosine", "linear")),
         "the latter two fall to 0 at the last update",
     ),
-    "optimizer.b1": (Number(0.9, 0, 1, below=True), ""),
-    "optimizer.b2": (Number(0.999, 0, 1, below=True), ""),
+    "optimizer.b1": (Number(0.9, 0, 1, below=True), "decay of AdamW's first moment"),
+    "optimizer.b2": (Number(0.999, 0, 1, below=True), "of its second"),
     "optimizer.eps": (Number(1e-8, 1e-30), "must not vanish in float32"),
     "optimizer.weight_decay": (Number(0.0), "of matrices, not of norms and biases"),
     "optimizer.grad_clip": (Number(1.0), "largest global norm; 0: off"),
@@ -220,8 +221,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sft.steps": (Integer(0), "of a warm start on demonstrations, before step 0"),
     "sft.full_steps": (Integer(0), "of these, on fully worked demonstrations (dial)"),
     "sft.batch": (Integer(128, 1), "demonstrations per step"),
-    "sft.learning_rate": (Number(3e-3), ""),
-    "sft.warmup_steps": (Integer(20), ""),
+    "sft.learning_rate": (Number(3e-3), "the peak; cosine decay"),
+    "sft.warmup_steps": (Integer(20), "below sft.steps"),
     "sft.modes": (Words((), _MODES), "budget modes that occur in demonstrations (dial)"),
     "sft.data": (_optional("a file"), "jsonl with problem and solution fields, when the task is not dial"),
 
@@ -242,9 +243,9 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         Text("", "a metric such as eval/accuracy, eval/pass@8, accuracy or reward/mean, or empty", _BEST),
         "one more is kept: where it is highest",
     ),
-    "log.tensorboard": (Flag(True), ""),
-    "log.wandb": (Flag(False), ""),
-    "log.wandb_project": (Text("jaxrl", "a name", r"(?s).+"), ""),
+    "log.tensorboard": (Flag(True), "write event files"),
+    "log.wandb": (Flag(False), "needs the package wandb"),
+    "log.wandb_project": (Text("jaxrl", "a name", r"(?s).+"), "where it logs"),
     "log.samples": (Integer(2), "groups of each step whose completions are written to samples/"),
     "watchdog.seconds": (Number(3600.0), "without progress, before the run dumps its stacks and ends with 76; 0: off"),
     "watchdog.heartbeat": (
@@ -390,95 +391,5 @@ def validate(config: ConfigDict) -> None:
         for name, entry in table.items():
             if entry.ordered and (problem := entry.problem(get(config, section)[name])):
                 raise UserError(f"config.{section}.{name}.{problem}")
-    for problem in (*_impossible_batches(config), *_impossible_tasks(config), *_impossible_methods(config)):
+    for problem in impossible(config):
         raise UserError(f"config.{problem}")
-
-
-def _impossible_batches(config: ConfigDict) -> Iterator[str]:
-    """What does not fit together in batch, sampling, model, mesh, optimizer and warm start."""
-    b, s, o, sft = config.batch, config.sampling, config.optimizer, config.sft
-    longest, updates = s.max_prompt + s.max_tokens, config.steps * b.updates * b.epochs
-    if s.carry_over and not b.keep_surplus:
-        yield (
-            f"sampling.carry_over={s.carry_over} needs batch.keep_surplus=True, or groups that finish beyond "
-            "the batch, the short ones, would be lost"
-        )
-    if 0 < b.row_tokens < longest:
-        yield f"batch.row_tokens={b.row_tokens} is below sampling.max_prompt + sampling.max_tokens = {longest}"
-    if b.updates > b.prompts * b.group_size:
-        yield f"batch.updates={b.updates} is more than the {b.prompts * b.group_size} completions"
-    if o.schedule != "constant" and updates <= o.warmup_steps:
-        yield (
-            f"optimizer.schedule={o.schedule!r} decays to zero at update {updates}, which must be after "
-            f"optimizer.warmup_steps={o.warmup_steps}"
-        )
-    if 0 < sft.steps <= sft.warmup_steps:
-        yield f"sft.warmup_steps={sft.warmup_steps} must be below sft.steps={sft.steps}"
-    if 0 < sft.steps < sft.full_steps:
-        yield f"sft.full_steps={sft.full_steps} must not be above sft.steps={sft.steps}"
-    if config.model.path == "" and config.model.shape.hidden_size < 1:
-        yield "model.path is empty and config.model.shape.hidden_size is 0: give a directory or a shape"
-    if config.model.path and not os.path.isdir(config.model.path):
-        yield f"model.path={config.model.path!r} is not a directory"
-    lora = config.model.lora
-    if lora.path and (lora.rank or not os.path.isdir(lora.path)):
-        yield f"model.lora.path={lora.path!r} is not a directory" if not lora.rank else (
-            f"model.lora.rank={lora.rank}: the adapters in model.lora.path have a rank of their own; leave it at 0"
-        )
-    if [config.mesh[axis] for axis in ("data", "fsdp", "tensor")].count(-1) > 1:
-        yield "mesh: at most one of data, fsdp and tensor may be -1 (the rest)"
-
-
-def _impossible_tasks(config: ConfigDict) -> Iterator[str]:
-    """What does not fit together in task, length budgets, warm start and evaluation."""
-    t, sft, length = config.task, config.sft, config.length
-    for key, off in (("system_prompt", ""), ("enable_thinking", "default")):
-        if t[key] != off and (t.template != "chat" or t.name == "dial"):
-            yield f"task.{key}={t[key]!r} needs task.template=chat and a task other than dial"
-    if t.name == "dial":
-        d, working = t.dial, 2 * t.dial.n_max + 1
-        if d.n_min > d.n_max:
-            yield f"task.dial.n_min={d.n_min} is above task.dial.n_max={d.n_max}"
-        if length.mode == "both":
-            yield "length.mode='both': the dial task takes exact or max"
-        if length.mode != "none" and d.max_budget < working:
-            yield f"task.dial.max_budget={d.max_budget} is below the {working} tokens that {d.n_max} operands need"
-        if sft.steps and not sft.data and config.sampling.max_tokens < working:
-            yield (
-                f"sampling.max_tokens={config.sampling.max_tokens} is below the {working} tokens of a demonstration "
-                f"with {d.n_max} operands"
-            )
-        return
-    if not t.data:
-        yield "task.data is empty: name a jsonl, jsonl.gz or parquet file, or a data set"
-    if t.name == "user" and not t.reward:
-        yield "task.reward is empty: task.name=user needs module:function"
-    if sft.steps and not sft.data:
-        yield f"sft.data is empty: sft.steps={sft.steps} needs a file of demonstrations"
-    if length.low > length.high:
-        yield f"length.low={length.low} is above length.high={length.high}"
-    if config.checkpoint.keep_best.startswith("eval/") and not t.eval_data:
-        yield f"checkpoint.keep_best={config.checkpoint.keep_best!r} needs held-out problems, task.eval_data"
-
-
-def _impossible_methods(config: ConfigDict) -> Iterator[str]:
-    """What does not fit together in selection, length reward and KL term."""
-    a, length = config.algorithm, config.length
-    for name in a.selection.split("+"):
-        if name not in SELECTIONS:
-            yield (
-                f"algorithm.selection={a.selection!r}: {name!r} is none of {', '.join(sorted(SELECTIONS))}; "
-                "join several with +"
-            )
-    if length.reward.startswith("lcpo") and length.mode == "none":
-        yield f"length.mode='none': the {length.reward} reward needs a budget in the prompt; use exact, max or both"
-    if length.reward == "lcpo_exact" and length.mode in ("max", "both"):
-        yield f"length.mode={length.mode!r}: the lcpo_exact reward scores mode exact only; lcpo_max scores both"
-    overlong = length.hyper.overlong
-    if length.reward == "overlong" and overlong.cache > (overlong.max_length or config.sampling.max_tokens):
-        yield (
-            f"length.hyper.overlong.cache={overlong.cache} is above the limit of "
-            f"{overlong.max_length or config.sampling.max_tokens} tokens"
-        )
-    if a.kl_in_reward and not a.kl_coef:
-        yield "algorithm.kl_in_reward=True needs algorithm.kl_coef above 0"
