@@ -24,12 +24,25 @@ from jax.sharding import PartitionSpec as P
 
 from models.config import DecoderConfig, read_json
 from models.layout import dense, quantise
-from models.table import LORA_A, LORA_B, MATRIX, SCALE, Weight, get_path, set_path, weights, whole_shape
+from models.table import (
+    FAMILIES,
+    LORA_A,
+    LORA_B,
+    MATRIX,
+    SCALE,
+    Weight,
+    get_path,
+    set_path,
+    weights,
+    whole_shape,
+)
 from models.weights import read_table, write_tensors
 
 CLASSES = {"attention": "attn", "mlp": "mlp"}  # word for a class of matrices -> its module
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BASES = ("float32", "bfloat16", "int8")
+TARGETS = ("all", *CLASSES, *dict.fromkeys(
+    row.path[-1] for rows in FAMILIES.values() for row in rows if row.kind == MATRIX and row.layered))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,8 +77,8 @@ def lora_of(config, decoder: DecoderConfig) -> LoRA | None:
             return read_lora(c.path, decoder)
         if not c.rank:
             return None
-        targeted(decoder, targets := tuple(c.targets.split("+")))
-        return LoRA(c.rank, c.alpha, targets, c.rslora)
+        targeted(decoder, c.targets)
+        return LoRA(c.rank, c.alpha, tuple(c.targets), c.rslora)
     except (ValueError, OSError) as e:
         raise UserError(f"config.model.lora.{'path' if c.path else 'targets'}: {e}") from e
 

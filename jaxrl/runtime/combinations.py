@@ -46,6 +46,8 @@ def _batches(config: ConfigDict) -> Iterator[str]:
     lora = config.model.lora
     if lora.path and lora.rank:
         yield f"model.lora.rank={lora.rank}: the adapters in model.lora.path have a rank of their own; leave it at 0"
+    if not lora.targets:
+        yield "model.lora.targets is empty: name matrices, attention, mlp or all"
     if lora.path and not os.path.isdir(lora.path):
         yield f"model.lora.path={lora.path!r} is not a directory"
     if [config.mesh[axis] for axis in ("data", "fsdp", "tensor")].count(-1) > 1:

@@ -34,7 +34,7 @@ from jaxrl.tasks.templates import THINKING
 from models.attention import IMPLEMENTATIONS
 from models.config import FAMILIES
 from models.decoder import REMAT_POLICIES
-from models.lora import BASES
+from models.lora import BASES, TARGETS
 
 
 def _methods(table, default: str) -> Choice:
@@ -96,10 +96,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "model.lora.rank": (Integer(0), "of adapters, which are trained beside a frozen model; 0: train all of it"),
     "model.lora.alpha": (Number(32.0, **_POSITIVE), "the adapters count alpha / rank"),
     "model.lora.rslora": (Flag(False), "alpha / sqrt(rank) instead (2312.03732)"),
-    "model.lora.targets": (
-        Text("all", "names joined by +, as in q+v", r"\w+(\+\w+)*"),
-        "matrices of the layers that get one; attention, mlp or all",
-    ),
+    "model.lora.targets": (Words(("all",), TARGETS), "matrices of the layers that get an adapter"),
     "model.lora.base": (Choice("bfloat16", BASES), "how the frozen model rests; int8: the matrices of its layers"),
     "model.lora.path": (_optional("a PEFT directory"), "adapters to begin with; rank, alpha, targets are then its own"),
 

@@ -66,7 +66,7 @@ def test_a_learner_trains_adapters_beside_a_resting_base(kind):
     """Two steps of two updates with a KL term: the first KL is 0 (the reference is the base), moments exist for the
     adapters alone, and the base does not move."""
     config = base_config()
-    config.model.lora.rank, config.model.lora.targets, config.model.lora.base = 2, "attention+down", kind
+    config.model.lora.rank, config.model.lora.targets, config.model.lora.base = 2, ("attention", "down"), kind
     config.algorithm.kl_coef, config.batch.updates, config.batch.row_tokens = 0.1, 1, 64
     config.optimizer.learning_rate = 1e-2
     learner = Learner(config, WHOLE, mesh())
@@ -104,7 +104,8 @@ def test_a_frozen_head_still_gives_the_hidden_states_gradient():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"model.lora.rank": 2, "model.lora.targets": "q+head"}, "config.model.lora.targets: 'head' is no matrix"),
+    ({"model.lora.targets": ("q", "head")}, "config.model.lora.targets=.* must be .* words of all, attention"),
+    ({"model.lora.targets": ()}, "config.model.lora.targets is empty"),
     ({"model.lora.path": "/nowhere"}, "config.model.lora.path='/nowhere' is not a directory"),
     ({"model.lora.path": "/tmp", "model.lora.rank": 4}, "config.model.lora.rank=4: the adapters in model.lora.path"),
     ({"model.lora.rank": 4, "model.lora.alpha": 0.0}, "config.model.lora.alpha=0.0 must be a number above 0"),
