@@ -80,9 +80,9 @@ def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, ste
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def stored_dtype(root: pathlib.Path, step: int | None):
+def stored_dtype(root: str | os.PathLike, step: int | None):
     """The parameters' dtype in a checkpoint, so that a run need not tell how it was configured."""
-    paths = dict(manifest.step_paths(root / "checkpoints"))
+    paths = dict(manifest.step_paths(pathlib.Path(root) / "checkpoints"))
     for s in sorted(paths, reverse=True) if step is None else [step]:
         try:
             return jnp.dtype(manifest.read_manifest(paths[s])["arrays"]["params/final_norm/scale"]["dtype"])
