@@ -17,6 +17,7 @@ not met in a training step:
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import numbers
 import re
@@ -148,6 +149,14 @@ class Method:
     fn: Callable
     constants: Mapping[str, Constant] = dataclasses.field(default_factory=dict)
     ordered: Sequence[tuple[str, ...]] = dataclasses.field(default=(), kw_only=True)
+
+    def __post_init__(self):
+        names = list(inspect.signature(self.fn).parameters)
+        if len(names) != 2:  # columns one by one were the form of the first edition
+            raise ValueError(
+                f"a method is fn(inputs, hyper) or fn(rollouts, hyper), not {self.fn.__name__}({', '.join(names)}); "
+                "docs/extending.md shows the form of each table"
+            )
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -290,12 +290,18 @@ def test_reasons_of_groups_and_of_single_responses():
     assert group_reasons(rollouts, reason).tolist() == ["", "accuracy/all_correct", "accuracy/all_correct"]
 
 
+def old_form(correct, lengths, hyper):
+    """A method as the first edition called it."""
+
+
 def test_a_rule_must_return_keep_and_reason(monkeypatch):
     groups = _mixed([3, 5])
     for wrong in (lambda r, h: (r, {}), lambda r, h: (r.valid[:1], r.valid[:1]), lambda r, h: (r.reward, r.finish)):
         monkeypatch.setitem(SELECTIONS, "wrong", Method(wrong))
         with pytest.raises(ValueError, match=r"selection 'wrong' must return \(keep, reason\)"):
             select(groups, "wrong")
+    with pytest.raises(ValueError, match=r"fn\(inputs, hyper\) .* not old_form\(correct, lengths, hyper\); docs/ext"):
+        Method(old_form)
     monkeypatch.setitem(SELECTIONS, "old", Method(lambda groups, hyper: ([g for g in groups], {})))
     with pytest.raises(UserError, match="not a list of groups: a selection rule is fn"):
         select(groups, "old")
