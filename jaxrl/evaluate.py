@@ -51,11 +51,11 @@ from jaxrl.evaluation.tables import accuracy_table, length_table, profile_table,
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
 from jaxrl.rollout.requests import decodable
-from jaxrl.runtime import cli, distributed
+from jaxrl.runtime import cli, distributed, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
 from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
@@ -103,7 +103,8 @@ def main(argv: list[str]) -> None:
     """The command line above; returns nothing, writes --out. Raises UserError for flags that cannot be used."""
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     _check(flags)
-    out = pathlib.Path(flags["out"])
+    kept = storage.output(flags["out"], "--out")
+    out = kept.local
     (out / "completions").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         limits = (flags["grader_workers"], flags["grader_timeout"])
@@ -113,7 +114,9 @@ def main(argv: list[str]) -> None:
         results, info = evaluate(flags, out, grader, reward)
     if distributed.is_main():
         print(write_results(out, results, info, flags))
-        print(f"written to {out}")
+        with storage.user_errors("--out"):
+            kept.close()
+        print(f"written to {flags['out']}")
 
 
 def evaluate_checkpoints(flags: dict, out: pathlib.Path, grader: Grader, reward: UserReward | None):

@@ -18,10 +18,10 @@ import jax
 from jaxrl import build
 from jaxrl.algorithms.hyper import Choice, Integer
 from jaxrl.errors import UserError
-from jaxrl.runtime import cli
+from jaxrl.runtime import cli, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.model_source import is_run, load_model, run_settings, stored_dtype
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
 from models.tokenizers import VocabTokenizer
 from models.weights import save_params
 
@@ -44,9 +44,10 @@ def export(run: str, out: str, step: int | None = None, dtype: str = "") -> tupl
 
     step: of a checkpoint, None for the newest. dtype: of the weights, "" for the checkpoint's.
     """
-    target = pathlib.Path(out)
     if not is_run(run):
         raise UserError(f"{run} is not a run directory")
+    kept = storage.output(out, "OUT_DIR")
+    target = kept.local
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{out} is there already and not empty; choose another directory, or delete it")
     mesh = meshes.make_mesh(1, -1, 1) if jax.device_count() > 1 else None
@@ -60,6 +61,8 @@ def export(run: str, out: str, step: int | None = None, dtype: str = "") -> tupl
     atomic_write(file, json.dumps(content, indent=1) + "\n")
     if isinstance(tokenizer, VocabTokenizer):
         _save_pieces(tokenizer, target)
+    with storage.user_errors("OUT_DIR"):
+        kept.close()
     return config, sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -9,7 +9,6 @@ The same learner as RL, with the loss -log pi and advantage 1 on every token. `j
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from jaxrl.learner.packing import pack
 from jaxrl.learner.state import build_optimizer, init_state
 from jaxrl.learner.update import Objective, build_programs, place_batch
 from jaxrl.rollouts import from_sequences
-from jaxrl.runtime import cli
+from jaxrl.runtime import cli, storage
 from jaxrl.runtime.config import parse_config, validate
 from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.tasks import dial
@@ -145,8 +144,11 @@ def main(argv: list[str]) -> int:
     decoder = build.decoder_config(config, tokenizer)
     params = build.params_maker(config, decoder, mesh)()
     params = warm_start(config, decoder, mesh, params, tokenizer)
-    out = pathlib.Path(config.run_dir) / "model"
-    save_params(out, params, decoder, tokenizer)
+    out = f"{config.run_dir}/model"
+    written = storage.output(out, "config.run_dir")
+    save_params(written.local, params, decoder, tokenizer)
+    with storage.user_errors("config.run_dir"):
+        written.close()
     print(f"written to {out}; train from it with --config.model.path={out} --config.sft.steps=0")
     return 0
 

@@ -26,7 +26,7 @@ from jaxrl.runtime.console import Console, before_after
 from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.runtime.metrics import read_metrics
 from jaxrl.runtime.rundir import RunDir
-from jaxrl.runtime.signals import StopRequest
+from jaxrl.runtime.signals import EXIT_UNSAVED, StopRequest
 from jaxrl.tasks.load import open_task
 
 
@@ -50,7 +50,7 @@ def train(config) -> int:
         # ---- the run directory: a new run, or the newest checkpoint of this one
         run = build.run_dir(config)
         if run.lock:
-            stack.callback(run.lock.release)
+            stack.callback(run.close)
         checkpoints = stack.enter_context(build.checkpointer(config, run))
         found = checkpoints.restore(learner.abstract_state())
         step, host = (found.step, found.host) if found else (0, {})
@@ -111,7 +111,7 @@ def train(config) -> int:
             if skipped := learned.get("nonfinite/updates"):
                 in_a_row = int(state.skipped_in_a_row)
                 if main:
-                    nonfinite.store_batches(run.root, step, {i: batches[i].data for i in skipped})
+                    nonfinite.store_batches(run.local, step, {i: batches[i].data for i in skipped})
                 if nonfinite.must_roll_back(in_a_row, config.nonfinite.max_in_a_row, rollbacks, step, run.root):
                     state, ahead, rollbacks = None, collector.position, rollbacks + 1  # frees the memory first
                     found = checkpoints.restore(learner.abstract_state())
@@ -144,6 +144,8 @@ def train(config) -> int:
             in_trouble = in_a_row and config.nonfinite.max_in_a_row
             if last or ((stopping or step % config.checkpoint.every == 0) and not in_trouble):
                 save(state, step, record)
+                if (last or stopping) and checkpoints.wait() != step:
+                    return EXIT_UNSAVED
             if stopping and not last:
                 return stop.exit_code
     if main:
