@@ -93,8 +93,8 @@ def kl_cov_loss(inputs: LossInputs, hyper):
     tokens = guarded(inputs)
     ratio = token_ratio(tokens, hyper)
     held = (tokens.mask > 0) & (_covariance(tokens, hyper) >= hyper["least"])
-    bound = hyper["log_ratio_clamp"]
-    distance = jnp.abs(jnp.clip(tokens.log_ratio, -bound, bound))
+    moved = jnp.clip(tokens.log_ratio, -hyper["log_ratio_clamp"], hyper["log_ratio_clamp"])
+    distance = moved * jax.lax.stop_gradient(jnp.sign(moved))  # |x| with slope 0 at 0
     return -ratio * tokens.advantages + jnp.where(held, hyper["kl_coef"] * distance, 0), token_stats(
         tokens, ratio, held=held)
 
