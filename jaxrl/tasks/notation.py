@@ -53,6 +53,8 @@ _ORDINAL = re.compile(
 
 def clean(latex: str) -> str:
     """The same answer in the notation above: without what only concerns layout, a final stop, or prose in front."""
+    if latex.isascii() and latex.isdigit():  # most answers are
+        return latex
     text = latex if latex.isascii() else from_unicode(latex)
     text = _SHORT.sub(lambda m: rf"{m[1]} \times 10^{{{dict(k=3, m=6, b=9)[m[2][0].lower()]}}}", text)
     text = text.replace("\\$", "").replace("$", "")
