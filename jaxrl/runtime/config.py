@@ -28,6 +28,7 @@ from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
 from jaxrl.runtime.combinations import impossible
+from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import BUDGET_SAMPLERS
 from jaxrl.tasks.data import DUPLICATES
 from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
@@ -121,6 +122,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         Text("", "module:function, or empty", r"|[\w.]+:\w+"),
         "reward(problem, completion_text, answer, **info) -> float or None",
     ),
+    "task.unfinished_thinking": (
+        Choice("wrong", UNFINISHED),
+        "an open <think> with a number or a box in it: no answer, or graded as if it were closed",
+    ),
+    "task.need_marker": (Flag(False), "only boxes, <answer>, #### and 'answer is' hold answers, not any last number"),
     "task.grader_workers": (Integer(2, 1), "processes"),
     "task.grader_timeout": (Number(5.0, **_POSITIVE), "seconds of wall clock per answer"),
     "task.max_failures": (Number(0.5, 0, 1), "share of ungraded completions in a step that stops the run"),
