@@ -98,11 +98,12 @@ def call_costs(shape: str, batch: int, rounds: int) -> dict[int, float]:
     from benchmarks.sampler import SHAPES
     from jaxrl.rollout.sampling import draw
     from models.config import DecoderConfig
-    from models.decoder import Decoder, empty_cache, init_params, logits, sampling_layout
+    from models.decoder import Decoder, empty_cache, init_params, logits
+    from models.layout import sampling_layout
 
     config = DecoderConfig(**SHAPES[shape], head_dim=64, qk_norm=True, tie_embeddings=True, model_type="qwen3")
     params = sampling_layout(init_params(config, jax.random.key(0)), config, jnp.float32, untie=True)
-    model = Decoder(config, scan_layers=False, fused=True)
+    model = Decoder(config, scan_layers=False)
     cache = empty_cache(config, batch, WINDOW, jnp.float32, key_blocks=True)
 
     def step(params, cache, tokens, u):

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+SHARES_PROMPTS = ("xla", "cudnn")  # those that take any mask
 
 
 def default_implementation(platform: str) -> str:
@@ -86,37 +87,60 @@ def attend(q, k, v, mask, scales=()):
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-def segment_mask(segment_ids):
-    """bool [B, T, T]: causal, and only within equal segment ids. segment_ids: int32 [B, T]."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    T = segment_ids.shape[1]
-    return same & jnp.tril(jnp.ones((T, T), bool))
+def segment_mask(segment_ids, window=0, shared=None):
+    """bool [B, T, T]: causal, only within equal segment ids, and only the last `window` tokens (0: all).
+
+    segment_ids: int32 [B, T]. window: int or traced int32 []. shared: (parents, positions), int32 [B, T] both: the id
+    of one more segment that a token sees, 0 for none (a prompt that several responses stand behind), and the token's
+    place in its sequence, by which a window then counts.
+    """
+    same, T = segment_ids[:, :, None] == segment_ids[:, None, :], segment_ids.shape[1]
+    place = jnp.arange(T)[None]
+    if shared is not None:
+        parents, place = shared
+        same |= (parents[:, :, None] == segment_ids[:, None, :]) & (parents > 0)[:, :, None]
+    mask = same & jnp.tril(jnp.ones((T, T), bool))
+    if isinstance(window, int) and window == 0:
+        return mask
+    return mask & ((place[:, :, None] - place[:, None] < window) | (window == 0))
 
 
-def attend_packed(q, k, v, segment_ids, implementation: str):
+def attend_packed(q, k, v, segment_ids, implementation: str, windows: tuple[int, ...] = (0,), kind=None,
+                  shared=None):
     """Block-causal self-attention of packed rows.
 
     Args:
       q: [B, T, N, H]. k, v: [B, T, K, H]. segment_ids: int32 [B, T], 0 = padding.
       implementation: one of IMPLEMENTATIONS.
+      windows: tokens that a token sees, 0 for all, of each kind of layer. kind: which; traced int32 [], or None
+        for the only one.
+      shared: see segment_mask.
 
     Returns:
       [B, T, N, H]. Values at padding positions are finite and meaningless.
 
     Raises:
-      ValueError: unknown implementation.
+      ValueError: unknown implementation, or one that cannot share prompts.
     """
-    if implementation == "xla":
-        return attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), segment_mask(segment_ids))
-    if implementation == "cudnn":
-        mask = segment_mask(segment_ids)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    if shared is not None and implementation not in SHARES_PROMPTS:
+        raise ValueError(f"attention={implementation!r} cannot share prompts: choose {', '.join(SHARES_PROMPTS)}")
+    kind = None if len(set(windows)) == 1 else kind
+    if implementation == "cudnn" and q.dtype == jnp.float32:
+        implementation = "xla"  # cuDNN's kernel has no float32
     if implementation == "splash":
-        return _splash(q, k, v, segment_ids)
+        branches = [functools.partial(_splash, window=w) for w in windows]
+        args = (q, k, v, segment_ids)
+        return branches[0](*args) if kind is None else lax.switch(kind, branches, *args)
+    window = windows[0] if kind is None else jnp.array(windows, jnp.int32)[kind]
+    if implementation == "xla":
+        return attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), segment_mask(segment_ids, window, shared))
+    if implementation == "cudnn":
+        mask = segment_mask(segment_ids, window, shared)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     raise ValueError(f"attention={implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _splash(q, k, v, segment_ids, interpret: bool = False):
+def _splash(q, k, v, segment_ids, window: int = 0, interpret: bool = False):
     """The TPU's block-sparse flash attention: skips blocks above the diagonal, masks by segment.
 
     The compiler cannot partition a hand-written kernel, so on a mesh each device runs it on its own rows and
@@ -124,26 +148,30 @@ def _splash(q, k, v, segment_ids, interpret: bool = False):
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _splash_local(q, k, v, segment_ids, interpret)
+        return _splash_local(q, k, v, segment_ids, window, interpret)
     N, K = q.shape[2], k.shape[2]
     rows, heads = nn.logical_to_mesh_axes(("batch", "heads"))
     parts = math.prod(mesh.shape[name] for name in ((heads,) if isinstance(heads, str) else heads or ()))
     if K % parts:
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     spec = PartitionSpec(rows, None, heads)
-    run = functools.partial(_splash_local, interpret=interpret)
+    run = functools.partial(_splash_local, window=window, interpret=interpret)
     run = jax.shard_map(run, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False)
     return run(q, k, v, segment_ids)
 
 
-def _splash_local(q, k, v, segment_ids, interpret):
+def _splash_local(q, k, v, segment_ids, window, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    mask = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(N // K)])
-    block = next((b for b in (512, 256, 128) if T % b == 0), T)  # the kernel's default of 128 starves the MXU
+    B, length, N, H = q.shape
+    if pad := -length % 128:  # the kernel's blocks are whole ones
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    K, T = k.shape[2], length + pad
+    one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+    mask = masks.MultiHeadMask([one for _ in range(N // K)])
+    block = next(b for b in (512, 256, 128) if T % b == 0)  # the kernel's default of 128 starves the MXU
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks = kernel.BlockSizes(**{f"block_{name}": block for name in names})
     attention = kernel.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)
@@ -153,4 +181,4 @@ def _splash_local(q, k, v, segment_ids, interpret):
     per_head = jax.vmap(attention, in_axes=(0, 0, 0, None))
     ids = kernel.SegmentIds(q=segment_ids, kv=segment_ids)
     out = jax.vmap(per_head)(q, k, v, ids)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)[:, :length]

@@ -40,11 +40,23 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """How a layer attends. rope_theta, rope_scaling: of its rotary positions. window: how many tokens a token sees,
+    itself included; 0: all before it."""
+
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None = None
+    window: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that fixes the decoder's parameters and arithmetic; hashable, so that jit can close over it.
 
     Raises ValueError when sizes are not positive or heads do not divide. `head_dim` is explicit because qwen3
-    does not derive it from hidden_size. `init_std` is the scale of randomly initialised matrices.
+    does not derive it from hidden_size. `init_std` is the scale of randomly initialised matrices. layer_kinds: one a
+    layer, where they differ; () means all layers rotate by rope_theta and rope_scaling and see everything.
+    lora_scale: factor of the adapters' product, if the parameters have adapters (models/lora.py).
     """
 
     vocab_size: int
@@ -63,6 +75,23 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     model_type: str = "llama"
     init_std: float = 0.02
+    layer_kinds: tuple[LayerKind, ...] = ()
+    lora_scale: float = 1.0
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The different kinds of layers, in order of appearance."""
+        return tuple(dict.fromkeys(self.layer_kinds)) or (LayerKind(self.rope_theta, self.rope_scaling),)
+
+    @property
+    def kind_of_layer(self) -> tuple[int, ...]:
+        """Index into `kinds` of every layer."""
+        return tuple(map(self.kinds.index, self.layer_kinds)) or (0,) * self.num_layers
+
+    @property
+    def untied(self) -> bool:
+        """Whether the head is a matrix of its own."""
+        return not self.tie_embeddings
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -75,6 +104,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary embedding turns pairs)")
+        if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
+            raise ValueError(f"layer_kinds has {len(self.layer_kinds)} entries for {self.num_layers} layers")
         if self.model_type not in FAMILIES:
             raise ValueError(f"model_type={self.model_type!r} is not one of {', '.join(FAMILIES)}")
 

@@ -4,9 +4,9 @@ One `Decoder.__call__` scores, trains, prefills and decodes, so the sampler and 
 apart. Dimensions: B rows, T tokens, D width, N query heads, K key-value heads, H head size, F MLP width,
 V vocabulary, L layers, W cache window.
 
-Parameters are plain pytrees (see `init_params`), each with logical axis names for sharding. Layers are
-stacked on axis 0 and scanned for training; `sampling_layout` turns the same parameters into the unrolled,
-fused form that decoding wants.
+Parameters are plain pytrees; what there is of each is in the family's table (models/table.py). Layers are stacked
+on axis 0 and scanned for training; models/layout.py turns the same parameters into the unrolled, fused form that
+decoding wants.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from models import cpu
 from models.attention import attend, attend_packed, to_blocks, write_keys
-from models.config import DecoderConfig
+from models.config import DecoderConfig, LayerKind
+from models.layout import quantise
+from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, find, set_path, weights, whole_shape
+
+AUXILIARY = "auxiliary"  # Flax collection of what layers give besides their output
 
 REMAT_POLICIES = {
     "none": None,
@@ -76,11 +82,11 @@ def empty_cache(
     return Cache(zeros(k_shape, dtype), zeros(shape, dtype), start, end, scales)
 
 
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """float32 [H/2] rotary frequencies, with Llama 3's scaling where the config asks for it."""
+def rope_frequencies(config: DecoderConfig, kind: LayerKind) -> np.ndarray:
+    """float32 [H/2] rotary frequencies of a kind of layer, with Llama 3's scaling where it asks for it."""
     half = config.head_dim // 2
-    freq = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    s = config.rope_scaling
+    freq = kind.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    s = kind.rope_scaling
     if s is not None:
         wavelength = 2 * math.pi / freq
         smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
@@ -91,18 +97,8 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def rotate(x, sin, cos, by_product: bool = False):
-    """Rotary embedding in the half-split form, computed in float32. x: [B, T, N, H]; sin, cos: [B, T, 1, H/2].
-
-    by_product: swap the halves by a matrix of 0, 1 and -1, exactly. XLA's CPU compiler computes the result once for
-    each of its users; then that is a plain sum, without the norm before it and a concatenation.
-    """
-    if by_product:
-        half = np.eye(x.shape[-1] // 2, dtype=np.float32)
-        y = x.astype(jnp.float32)
-        swapped = project(y, np.block([[0 * half, half], [-half, 0 * half]]))
-        sin, cos = (jnp.concatenate([a, a], axis=-1) for a in (sin, cos))
-        return (y * cos + swapped * sin).astype(x.dtype)
+def apply_rope(x, sin, cos):
+    """Rotary embedding in the half-split form, computed in float32. x: [B, T, N, H]; sin, cos: [B, T, 1, H/2]."""
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
@@ -114,171 +110,169 @@ def rms_norm(x, scale, eps):
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def project(x, w):
-    """x [..., D] @ w [D, F]; one flat product on a single device.
-
-    There a CPU also writes the gradient of the result out before it is used. Left alone, XLA computes it a second
-    time inside the product for w's gradient, transposed, and the MLP's backward pass takes 1.4 times as long.
-    """
-    if isinstance(w, tuple):  # int8 and a scale per column, see sampling_layout
-        y = project(x, w[0].astype(x.dtype))
+def linear(x, w):
+    """x [..., D] times w [D, F], or times an int8 w with its float32 scales [F] (see models.layout)."""
+    if isinstance(w, tuple):
+        y = cpu.product(x, w[0].astype(x.dtype))
         return (y.astype(jnp.float32) * w[1]).astype(x.dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        return x @ w
-    return _gradient_written_out(x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+    return cpu.product(x, w)
 
 
-@jax.custom_vjp
-def _gradient_written_out(y):
-    return y
+def pick(kind, options):
+    """The entry of `options` (trees of arrays) for a kind of layer: a traced int32 [], or None for the only one."""
+    return options[0] if kind is None else jax.tree.map(lambda *cases: lax.select_n(kind, *cases), *options)
 
 
-def _write_out(_, g):
-    return (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),)
-
-
-_gradient_written_out.defvjp(lambda y: (y, None), _write_out)
-
-
-def _weights(std: float, *axes: str):
-    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-
-
-def _ones(*axes: str):
-    return nn.with_logical_partitioning(nn.initializers.ones, axes)
-
-
-def _zeros(*axes: str):
-    return nn.with_logical_partitioning(nn.initializers.zeros, axes)
-
-
-def _weight(module, name, init, *shape):
-    """A parameter in the compute dtype; of a quantised one (int8, its float32 scales), which `project` takes."""
-    w = module.param(name, init, shape, module.param_dtype)
-    if w.dtype == jnp.int8:
-        return w, module.get_variable("params", f"{name}_scale")
-    return w.astype(module.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, over packed rows or over a cache."""
+class Part(nn.Module):
+    """A module whose parameters are the rows of the table (models/table.py) under its name."""
 
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
-    implementation: str
-    fused: bool
 
-    @nn.compact
-    def __call__(self, x, sin, cos, mask, segment_ids, layer_cache, end):
-        """x: [B, T, D] -> ([B, T, D], layer_cache). See Decoder.__call__ for the rest."""
-        c, (B, T, D) = self.config, x.shape
-        N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
+    def raw(self, name: str):
+        """Parameter `name` as it is stored; a new one as its row says."""
+        row = find(self.config, self.name, name)
+        if row is None:  # a fused parameter of the sampling layout; those are never initialised
+            return self.get_variable("params", name)
+        init = {NORM: nn.initializers.ones, BIAS: nn.initializers.zeros}
+        init = init.get(row.kind, nn.initializers.normal(self.config.init_std))
+        return self.param(name, init, row.shape, self.param_dtype)
 
-        def param(name, init, *shape):
-            return _weight(self, name, init, *shape)
+    def weight(self, name: str):
+        """Parameter `name` in the compute dtype; of an int8 matrix the pair (int8, float32 scales)."""
+        w = self.raw(name)
+        return (w, self.get_variable("params", name + SCALE)) if w.dtype == jnp.int8 else w.astype(self.dtype)
 
-        if self.fused:
-            qkv = project(x, param("qkv", _weights(c.init_std, "embed", "heads"), D, (N + 2 * K) * H))
-            if c.qkv_bias:
-                qkv += param("qkv_bias", _zeros("heads"), (N + 2 * K) * H)
-            q, k, v = jnp.split(qkv, [N * H, (N + K) * H], axis=-1)
-        else:
-            q = project(x, param("q", _weights(c.init_std, "embed", "heads"), D, N * H))
-            k = project(x, param("k", _weights(c.init_std, "embed", "kv_heads"), D, K * H))
-            v = project(x, param("v", _weights(c.init_std, "embed", "kv_heads"), D, K * H))
-            if c.qkv_bias:
-                q += param("q_bias", _zeros("heads"), N * H)
-                k += param("k_bias", _zeros("kv_heads"), K * H)
-                v += param("v_bias", _zeros("kv_heads"), K * H)
-        q, k, v = (a.reshape(B, T, -1, H) for a in (q, k, v))
-        if c.qk_norm:
-            q = rms_norm(q, param("q_norm", _ones("norm"), H), c.rms_norm_eps)
-            k = rms_norm(k, param("k_norm", _ones("norm"), H), c.rms_norm_eps)
-        by_product = layer_cache is not None and layer_cache[0].ndim == 5  # a CPU's cache
-        q, k = rotate(q, sin, cos, by_product), rotate(k, sin, cos, by_product)
-        if layer_cache is None:
-            out = attend_packed(q, k, v, segment_ids, self.implementation)
-        else:
-            keys, values, *scales = layer_cache
-            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-            if scales:
-                (k, of_k), (v, of_v) = quantise(k, -1), quantise(v, -1)
-                new = zip(scales, (of_k, of_v), strict=True)
-                scales = [lax.dynamic_update_slice(s, n, (0, 0, end)) for s, n in new]
-            keys = write_keys(keys, k.astype(keys.dtype), end)
-            values = lax.dynamic_update_slice(values, v.astype(values.dtype), (0, 0, end, 0))
-            layer_cache = (keys, values, *scales)
-            out = attend(q, keys, values, mask, scales)
-        o = param("o", _weights(c.init_std, "heads", "embed"), N * H, D)
-        return project(out.reshape(B, T, N * H), o), layer_cache
+    def has(self, name: str) -> bool:
+        """Whether the family has parameter `name` in this module."""
+        return find(self.config, self.name, name) is not None
+
+    def linear(self, x, *names: str) -> list:
+        """x times each of these matrices, plus its bias if it has one; one product where they are fused."""
+        rows = [find(self.config, self.name, name) for name in names]
+        fused = rows[0].fused
+        if fused and self.has_variable("params", fused):
+            y = linear(x, self.weight(fused))
+            if self.has(f"{names[0]}_bias"):
+                y += self.weight(f"{fused}_bias")
+            return jnp.split(y, np.cumsum([row.shape[-1] for row in rows])[:-1], axis=-1)
+        out = [self.adapted(x, name) for name in names]
+        bias = [f"{name}_bias" for name in names]
+        return [y + self.weight(b) if self.has(b) else y for y, b in zip(out, bias, strict=True)]
 
 
-class MLP(nn.Module):
-    """SwiGLU; fused: gate and up are one matrix (see sampling_layout)."""
-
-    config: DecoderConfig
-    dtype: Any
-    param_dtype: Any
-    fused: bool
-
-    @nn.compact
-    def __call__(self, x):
-        """SwiGLU. x: [..., D] -> [..., D]."""
-        c = self.config
-        D, F = c.hidden_size, c.intermediate_size
-
-        def param(name, axes, *shape):
-            return _weight(self, name, _weights(c.init_std, *axes), *shape)
-
-        if self.fused:
-            gate, up = jnp.split(project(x, param("gate_up", ("embed", "mlp"), D, 2 * F)), 2, axis=-1)
-        else:
-            gate = project(x, param("gate", ("embed", "mlp"), D, F))
-            up = project(x, param("up", ("embed", "mlp"), D, F))
-        return project(nn.silu(gate) * up, param("down", ("mlp", "embed"), F, D))
+    def adapted(self, x, name: str):
+        """x times matrix `name`, and its adapters if there are any (models/lora.py)."""
+        y = linear(x, self.weight(name))
+        if not self.has_variable("params", name + LORA_A):
+            return y
+        a, b = (self.get_variable("params", name + half).astype(self.dtype) for half in (LORA_A, LORA_B))
+        return y + self.config.lora_scale * linear(linear(x, a), b)
 
 
-class Scale(nn.Module):
+class RMSNorm(Part):
     """RMSNorm with a learned scale."""
 
-    eps: float
-    param_dtype: Any
+    @nn.compact
+    def __call__(self, x):
+        """x: [..., D] -> the same."""
+        return rms_norm(x, self.raw("scale"), self.config.rms_norm_eps)
+
+
+class Attention(Part):
+    """Grouped-query attention with rotary positions, over packed rows or over a cache.
+
+    implementation: see models.attention. kinds: those that the layer can be; `kind` says which (see `pick`).
+    """
+
+    implementation: str
+    kinds: tuple[LayerKind, ...]
+
+    @nn.compact
+    def __call__(self, x, layer_cache, kind, views, segments, end):
+        """x: [B, T, D] -> ([B, T, D], layer_cache). See Decoder.__call__ for the rest."""
+        c, (B, T, _) = self.config, x.shape
+        q, k, v = self.linear(x, "q", "k", "v")
+        q, k = self.norm("q_norm", q), self.norm("k_norm", k)
+        q, k, v = (a.reshape(B, T, -1, c.head_dim) for a in (q, k, v))
+        sin, cos, mask = pick(kind, views)
+        on_cpu = layer_cache is not None and layer_cache[0].ndim == 5  # keys in blocks
+        rope = cpu.apply_rope if on_cpu else apply_rope
+        q, k = rope(q, sin, cos), rope(k, sin, cos)
+        if layer_cache is not None:
+            layer_cache = write_cache(layer_cache, k, v, end)
+        if segments[0] is not None:
+            windows = tuple(kind.window for kind in self.kinds)
+            out = attend_packed(q, k, v, segments[0], self.implementation, windows, kind, segments[1])
+        else:
+            keys, values, *scales = layer_cache
+            out = attend(q, keys, values, mask, scales)
+        (out,) = self.linear(out.reshape(B, T, -1), "o")
+        return out, layer_cache
+
+    def norm(self, name: str, x):
+        """x [B, T, N * H] with each head normalised, if the family does that."""
+        if not self.has(name):
+            return x
+        scale = self.weight(name)
+        return rms_norm(x.reshape(*x.shape[:2], -1, *scale.shape), scale, self.config.rms_norm_eps).reshape(x.shape)
+
+
+def write_cache(layer_cache, k, v, end):
+    """A layer's cache arrays with k and v [B, T, K, H] in columns [end, end + T)."""
+    keys, values, *scales = layer_cache
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    if scales:
+        (k, of_k), (v, of_v) = quantise(k, -1), quantise(v, -1)
+        scales = [lax.dynamic_update_slice(s, n, (0, 0, end)) for s, n in zip(scales, (of_k, of_v), strict=True)]
+    keys = write_keys(keys, k.astype(keys.dtype), end)
+    values = lax.dynamic_update_slice(values, v.astype(values.dtype), (0, 0, end, 0))
+    return keys, values, *scales
+
+
+class MLP(Part):
+    """SwiGLU."""
 
     @nn.compact
     def __call__(self, x):
-        return rms_norm(x, self.param("scale", _ones("norm"), (x.shape[-1],), self.param_dtype), self.eps)
+        """x: [..., D] -> [..., D]."""
+        gate, up = self.linear(x, "gate", "up")
+        return self.linear(nn.silu(gate) * up, "down")[0]
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind its norm."""
+    """One layer: attention and MLP, each behind its norm. Fields as in Attention."""
 
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
     implementation: str
-    fused: bool
+    kinds: tuple[LayerKind, ...]
 
     @nn.compact
-    def __call__(self, x, layer_cache, sin, cos, mask, segment_ids, end):
-        """Pre-norm residual block. x: [B, T, D]."""
-        c = self.config
-        h = Scale(c.rms_norm_eps, self.param_dtype, name="attn_norm")(x)
-        fields = (c, self.dtype, self.param_dtype, self.implementation, self.fused)
-        h, layer_cache = Attention(*fields, name="attn")(h, sin, cos, mask, segment_ids, layer_cache, end)
-        x = nn.with_logical_constraint(x + h, ("batch", "seq", "act_embed"))
-        h = Scale(c.rms_norm_eps, self.param_dtype, name="mlp_norm")(x)
-        h = MLP(c, self.dtype, self.param_dtype, self.fused, name="mlp")(h)
-        return nn.with_logical_constraint(x + h, ("batch", "seq", "act_embed")), layer_cache
+    def __call__(self, x, layer, views, segments, end):
+        """x: [B, T, D]; layer: (its cache arrays or None, its kind or None) -> (x, layer's cache)."""
+        fields = (self.config, self.dtype, self.param_dtype)
+
+        def norm(name, x):  # which norms a layer has is in the family's table
+            return RMSNorm(*fields, name=name)(x) if find(self.config, name, "scale") else x
+
+        layer_cache, kind = layer
+        attention = Attention(*fields, self.implementation, self.kinds, name="attn")
+        h, layer_cache = attention(norm("attn_norm", x), layer_cache, kind, views, segments, end)
+        x = nn.with_logical_constraint(x + norm("attn_post_norm", h), ("batch", "seq", "act_embed"))
+        h = MLP(*fields, name="mlp")(norm("mlp_norm", x))
+        return nn.with_logical_constraint(x + norm("mlp_post_norm", h), ("batch", "seq", "act_embed")), layer_cache
 
 
 class Decoder(nn.Module):
     """The transformer up to its final norm; `logits` and the fused log-probs apply the head.
 
     dtype: compute dtype. param_dtype: dtype of newly initialised parameters. remat: key of REMAT_POLICIES,
-    what the backward pass recomputes per layer. attention: see models.attention. scan_layers and fused
-    choose the parameter layout (see `sampling_layout`).
+    what the backward pass recomputes per layer. attention: see models.attention. scan_layers: parameters are the
+    training tree, else those of models.layout.sampling_layout, fused or not.
+    Losses and counts of a layer besides its output are sown into the collection AUXILIARY, stacked by layer.
     """
 
     config: DecoderConfig
@@ -287,81 +281,78 @@ class Decoder(nn.Module):
     remat: str = "none"
     attention: str = "xla"
     scan_layers: bool = True
-    fused: bool = False
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | None = None):
+    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | None = None, parents=None):
         """Hidden states of every position.
 
         Args:
           tokens: int32 [B, T]. positions: int32 [B, T], position of each token in its own sequence.
-          segment_ids: int32 [B, T] for packed rows without a cache; attention is causal within equal ids,
-            0 is padding. None means one sequence per row.
+          segment_ids: int32 [B, T] for packed rows; attention is causal within equal ids, 0 is padding. None
+            means one sequence per row. With a cache: the first tokens that it gets, which see each other and need
+            not read it, so that a kernel can do it without writing scores out.
+          parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
           cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on.
 
         Returns:
           (hidden [B, T, D] in `dtype`, after the final norm; the updated cache or None).
         """
         c, (B, T) = self.config, tokens.shape
-        embedding = self.param(
-            "embed",
-            lambda key: {
-                "embedding": _weights(c.init_std, "vocab", "embed")(
-                    key, (c.vocab_size, c.hidden_size), self.param_dtype
-                )
-            },
-        )["embedding"]
-        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        parts = (c, self.dtype, self.param_dtype)
+        x = jnp.take(self._table("embed", "embedding"), tokens, axis=0).astype(self.dtype)
         # On a mesh: each device looks its columns of the table up for all rows, then columns are traded for
         # rows. The other way round would gather the table, and its gradient, on every device.
         x = nn.with_logical_constraint(x, ("lookup_batch", None, "embed"))
         x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
-        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)
-        sin, cos = jnp.sin(angle), jnp.cos(angle)
-        mask = end = layers = None
-        if cache is None:
-            segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-        else:
-            end, layers = cache.end, cache.arrays
-            column = jnp.arange(cache.v[0].shape[-2])
-            seen = column[None, None] <= end + jnp.arange(T)[None, :, None]
-            mask = seen & (column[None, None] >= cache.start[:, None, None])
+        if cache is None and segment_ids is None:
+            segment_ids = jnp.ones((B, T), jnp.int32)
+        segments = (segment_ids, None if parents is None else (parents, positions))
+        views = [self._view(kind, positions, cache) for kind in c.kinds]
+        layers, end = (None, None) if cache is None else (cache.arrays, cache.end)
         block = Block
         if REMAT_POLICIES[self.remat] is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
-        fields = (c, self.dtype, self.param_dtype, self.attention, self.fused)
         if self.scan_layers:
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, AUXILIARY: 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, layers = scanned(*fields, name="layers")(x, layers, sin, cos, mask, segment_ids, end)
+            which = jnp.array(c.kind_of_layer, jnp.int32) if len(views) > 1 else None
+            scanned = scanned(*parts, self.attention, c.kinds, name="layers")
+            x, layers = scanned(x, (layers, which), views, segments, end)
         else:
             updated = []
-            for i in range(c.num_layers):
-                layer_cache = None if cache is None else tuple(a[i] for a in cache.arrays)
-                x, layer_cache = block(*fields, name=f"layer_{i}")(
-                    x, layer_cache, sin, cos, mask, segment_ids, end
-                )
-                updated.append(layer_cache)
+            for i, kind in enumerate(c.kind_of_layer):
+                layer = block(*parts, self.attention, (c.kinds[kind],), name=f"layer_{i}")
+                own = None if cache is None else tuple(a[i] for a in layers)
+                x, own = layer(x, (own, None), [views[kind]], segments, end)
+                updated.append(own)
             layers = None if cache is None else tuple(zip(*updated, strict=True))
-        x = Scale(c.rms_norm_eps, self.param_dtype, name="final_norm")(x)
+        x = RMSNorm(*parts, name="final_norm")(x)
         if not c.tie_embeddings:  # declared here so that init makes it; applied by logits() and the learner
-            self.param(
-                "lm_head",
-                lambda key: {
-                    "kernel": _weights(c.init_std, "embed", "vocab")(
-                        key, (c.hidden_size, c.vocab_size), self.param_dtype
-                    )
-                },
-            )
+            self._table("lm_head", "kernel")
         if cache is not None:
             cache = cache.with_arrays(layers, end=end + T)
         return x, cache
+
+    def _table(self, name: str, leaf: str):
+        """The embedding or the head."""
+        init = nn.initializers.normal(self.config.init_std)
+        shape = find(self.config, name, leaf).shape
+        return self.param(name, lambda key: {leaf: init(key, shape, self.param_dtype)})[leaf]
+
+    def _view(self, kind: LayerKind, positions, cache):
+        """What a kind of layer knows of the positions: (sin, cos, mask over the cache's columns or None)."""
+        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config, kind)
+        mask = None
+        if cache is not None:
+            column, last = jnp.arange(cache.v[0].shape[-2]), cache.end + jnp.arange(positions.shape[1])[:, None]
+            mask = (column <= last)[None] & (column >= cache.start[:, None, None])
+            mask = mask & (column > last - kind.window)[None] if kind.window else mask
+        return jnp.sin(angle), jnp.cos(angle), mask
 
 
 def head_matrix(params):
@@ -377,72 +368,18 @@ def logits(params, hidden):
     return z if scale is None else z * scale
 
 
-def _init(config: DecoderConfig, dtype):
-    model = Decoder(config, param_dtype=dtype)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return lambda key: model.init(key, tokens, tokens)["params"]
-
-
 def init_params(config: DecoderConfig, key, dtype=jnp.float32):
-    """Random parameters (normal, std config.init_std; norms 1, biases 0), layers stacked on axis 0.
-
-    The tree: embed/embedding [V, D]; layers/{attn_norm, mlp_norm}/scale; layers/attn/{q, k, v, o, ...};
-    layers/mlp/{gate, up, down}; final_norm/scale; lm_head/kernel [D, V] unless tied.
-    """
-    return nn.unbox(_init(config, dtype)(key))
+    """Random parameters (normal, std config.init_std; norms 1, biases 0), layers stacked on axis 0; the tree is that of
+    `abstract_params`."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config, param_dtype=dtype).init(key, tokens, tokens)["params"]
 
 
 def abstract_params(config: DecoderConfig, dtype=jnp.float32):
-    """(ShapeDtypeStruct tree, tree of logical PartitionSpecs), without allocating anything."""
-    boxed = jax.eval_shape(_init(config, dtype), jax.random.key(0))
-    return nn.unbox(boxed), nn.get_partition_spec(boxed)
-
-
-def quantise(x, axis: int = 0):
-    """(int8 like x, float32 scales without `axis`): symmetric, so that x is about their product. Of a matrix [D, F]
-    a scale per column; of keys and values, axis -1, one per token and head."""
-    x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis) / 127, jnp.finfo(jnp.float32).tiny)
-    return jnp.round(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale
-
-
-def sampling_layout(
-    params, config: DecoderConfig, dtype, fuse: bool = True, untie: bool = False, int8: bool = False
-):
-    """The same weights, unrolled by layer, cast once, with q/k/v and gate/up fused into one matrix each.
-
-    Unrolled, because a scanned decode step would copy every layer's cache in and out of the scan; fused,
-    because a decode step is bound by the number of small matrix products. Run it under jit with output
-    shardings: it is the one cast-and-reshard from training to sampling per rollout phase.
-
-    untie: give tied embeddings a head of their own, [D, V]; a CPU multiplies by a transposed matrix slowly.
-    int8: matrices of the layers and a head of its own become int8, with `*_scale` beside them (see `quantise`).
-
-    Returns: params for Decoder(config, dtype, scan_layers=False, fused=fuse).
-    """
-
-    def one(i):
-        p = jax.tree.map(lambda a: a[i] if int8 else a[i].astype(dtype), params["layers"])
-        attn, mlp = dict(p["attn"]), dict(p["mlp"])
-        if fuse:
-            attn["qkv"] = jnp.concatenate([attn.pop("q"), attn.pop("k"), attn.pop("v")], axis=-1)
-            if config.qkv_bias:
-                bias = [attn.pop(f"{n}_bias") for n in "qkv"]
-                attn["qkv_bias"] = jnp.concatenate(bias, axis=-1)
-            mlp["gate_up"] = jnp.concatenate([mlp.pop("gate"), mlp.pop("up")], axis=-1)
-        return {name: compact(part) for name, part in {**p, "attn": attn, "mlp": mlp}.items()}
-
-    def compact(part):
-        matrices = {name: quantise(w) for name, w in part.items() if int8 and w.ndim == 2}
-        out = {name: w.astype(dtype) for name, w in part.items() if name not in matrices}
-        for name, (w, scale) in matrices.items():
-            out |= {name: w, f"{name}_scale": scale}
-        return out
-
-    rest = jax.tree.map(lambda a: a.astype(dtype), {k: v for k, v in params.items() if k not in ("layers", "lm_head")})
-    rest |= {k: v for k, v in params.items() if k == "lm_head"}
-    if untie and "lm_head" not in rest:
-        rest["lm_head"] = {"kernel": params["embed"]["embedding"].T}
-    if "lm_head" in rest:
-        rest["lm_head"] = compact(rest["lm_head"])
-    return {**rest, **{f"layer_{i}": one(i) for i in range(config.num_layers)}}
+    """(ShapeDtypeStruct tree, tree of logical PartitionSpecs) of the training tree; nothing is allocated."""
+    shapes: dict = {}
+    specs: dict = {}
+    for path, row in weights(config).items():
+        set_path(shapes, path, jax.ShapeDtypeStruct(whole_shape(row, config), dtype))
+        set_path(specs, path, PartitionSpec(*("layers",) * row.layered, *row.axes))
+    return shapes, specs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -18,50 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from models.config import DecoderConfig, read_json, to_hf
+from models.ranges import RangeFile
+from models.table import MATRIX, Weight, get_path, set_path, weights, whole_shape
 
 INDEX = "model.safetensors.index.json"
 # present in some checkpoints, derived from the config here
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
-
-
-def hf_names(config: DecoderConfig) -> dict[tuple[str, ...], tuple[str, tuple[int, ...]]]:
-    """Path in the parameter tree -> (Hugging Face name, shape of our array).
-
-    "{}" in a name stands for the layer number, and then axis 0 of the shape is the layer. Arrays with two
-    axes besides the layer, other than the embedding, are transposed in the file.
-    """
-    c = config
-    D, F, V, L, H = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_layers, c.head_dim
-    Q, K = c.num_heads * H, c.num_kv_heads * H
-    layer = {
-        ("attn_norm", "scale"): ("input_layernorm", (D,)),
-        ("mlp_norm", "scale"): ("post_attention_layernorm", (D,)),
-        ("attn", "q"): ("self_attn.q_proj", (D, Q)),
-        ("attn", "k"): ("self_attn.k_proj", (D, K)),
-        ("attn", "v"): ("self_attn.v_proj", (D, K)),
-        ("attn", "o"): ("self_attn.o_proj", (Q, D)),
-        ("mlp", "gate"): ("mlp.gate_proj", (D, F)),
-        ("mlp", "up"): ("mlp.up_proj", (D, F)),
-        ("mlp", "down"): ("mlp.down_proj", (F, D)),
-    }
-    if c.qk_norm:
-        layer |= {("attn", f"{n}_norm"): (f"self_attn.{n}_norm", (H,)) for n in "qk"}
-    names = {("embed", "embedding"): ("model.embed_tokens.weight", (V, D))}
-    for path, (name, shape) in layer.items():
-        names["layers", *path] = f"model.layers.{{}}.{name}.weight", (L, *shape)
-    if c.qkv_bias:
-        for n, size in (("q", Q), ("k", K), ("v", K)):
-            names["layers", "attn", f"{n}_bias"] = f"model.layers.{{}}.self_attn.{n}_proj.bias", (L, size)
-    names["final_norm", "scale"] = "model.norm.weight", (D,)
-    if not c.tie_embeddings:
-        names["lm_head", "kernel"] = "lm_head.weight", (D, V)
-    return names
-
-
-def _is_transposed(path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
-    return len(shape) - (path[0] == "layers") == 2 and path[0] != "embed"
 
 
 def load_params(
@@ -78,50 +44,58 @@ def load_params(
     Raises ValueError, one line naming file and tensor: missing, unexpected or misshapen tensors, values that
     are not finite in `dtype`, truncated or missing files.
     """
-    root, dtype = pathlib.Path(directory), np.dtype(dtype)
-    names = hf_names(config)
-    with contextlib.ExitStack() as stack:
-        where = _open_tensors(root, stack)
-        _check(root, where, names, config)
-        params: dict = {}
-        for path, (name, shape) in names.items():
+    # transformers too drops the head of a tied model, whether or not it was written
+    ignored = ("lm_head.weight",) if config.tie_embeddings else ()
+    return read_table(epath.Path(directory), weights(config), config, shardings, dtype, ignored)
 
+
+def read_table(root: epath.Path, table: dict[tuple[str, ...], Weight], config: DecoderConfig, shardings=None,
+               dtype=jnp.float32, ignored=(), single: str = "model.safetensors") -> dict[str, Any]:
+    """The parameters of a table from its files; see `load_params`. ignored: tensors that may be there as well.
+    single: the file that holds all of them, if there is no index."""
+    dtype = np.dtype(dtype)
+    with contextlib.ExitStack() as stack:
+        where = _open_tensors(root, stack, single)
+        _check(root, where, table, config, ignored)
+        params: dict = {}
+        for path, row in table.items():
+            shape = whole_shape(row, config)
             parts: dict[str, np.ndarray] = {}  # devices that hold copies of each other share what is read
 
-            def read(index, path=path, name=name, shape=shape, parts=parts):
+            def read(index, row=row, shape=shape, parts=parts):
                 if str(index) not in parts:
-                    parts[str(index)] = _read(where, name, index, shape, _is_transposed(path, shape), dtype)
+                    parts[str(index)] = _read(where, row, index, shape, dtype)
                 return parts[str(index)]
 
             if shardings is None:
                 array = jnp.asarray(read((slice(None),) * len(shape)))
             else:
-                sharding = shardings
-                for key in path:
-                    sharding = sharding[key]
-                array = jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
-            _set(params, path, array)
+                array = jax.make_array_from_callback(shape, get_path(shardings, path), read, dtype=dtype)
+            set_path(params, path, array)
     return params
 
 
-def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
-    """Tensor name -> (file, open safetensors handle); the files stay mapped until the stack closes."""
+def _open_tensors(root: epath.Path, stack: contextlib.ExitStack, file: str = "model.safetensors"
+                  ) -> dict[str, tuple[epath.Path, Any]]:
+    """Tensor name -> (file, open safetensors handle); local files stay mapped until the stack closes."""
     from safetensors import SafetensorError, safe_open
 
     def open_file(path):
+        if "://" in str(path):
+            return RangeFile(path)
         try:
             return stack.enter_context(safe_open(path, "numpy"))
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{path}: truncated or not a safetensors file ({e})") from None
 
-    single, index = root / "model.safetensors", root / INDEX
+    single, index = root / file, root / INDEX
     if single.exists():
         handle = open_file(single)
         return {name: (single, handle) for name in handle.keys()}
     if not index.exists():
         old = any(root.glob("pytorch_model*.bin"))
         hint = "; pytorch_model.bin is not read, convert it to safetensors" if old else ""
-        raise ValueError(f"{root}: no model.safetensors and no {INDEX}{hint}")
+        raise ValueError(f"{root}: no {file} and no {INDEX}{hint}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{index}: key 'weight_map' is missing or empty: need tensor name -> file name")
@@ -138,18 +112,17 @@ def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, 
     return {name: (root / file, handles[file]) for name, file in weight_map.items()}
 
 
-def _check(root, where, names, config) -> None:
+def _check(root, where, table, config, ignored) -> None:
     """All names, shapes and dtypes, from the file headers alone, so that errors come before any reading."""
     expected = {}
-    for path, (name, shape) in names.items():
-        layers, shape = (shape[0], shape[1:]) if path[0] == "layers" else (1, shape)
-        shape = shape[::-1] if _is_transposed(path, names[path][1]) else shape
-        expected |= {name.format(i): shape for i in range(layers)}
+    for row in table.values():
+        whole = whole_shape(row, config)
+        for place in np.ndindex(*whole[: row.stacked]):
+            inner = whole[row.stacked :]
+            expected[row.hf.format(*place)] = inner[::-1] if row.kind == MATRIX else inner
     hint = f"expected a {config.model_type} of {config.num_layers} layers"
     if missing := [name for name in expected if name not in where]:
         raise ValueError(f"{root}: tensor {missing[0]} is missing ({len(missing)} in all; {hint})")
-    # transformers too drops the head of a tied model, whether or not it was written
-    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
     extra = sorted(n for n in where if n not in expected and n not in ignored and not _DERIVED.fullmatch(n))
     if extra:
         file = where[extra[0]][0]
@@ -163,14 +136,16 @@ def _check(root, where, names, config) -> None:
             raise ValueError(f"{file}: tensor {name} has dtype {view.get_dtype()}, need F32, F16 or BF16")
 
 
-def _read(where, name, index, shape, transposed, dtype) -> np.ndarray:
-    """The part `index` (a slice per axis) of one of our arrays, read from its files."""
+def _read(where, row: Weight, index, shape, dtype) -> np.ndarray:
+    """The part `index` (a slice per axis) of one of our arrays, of the whole `shape`, read from its files."""
     spans = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-    if "{}" not in name:
-        return _read_tensor(where, name, spans, transposed, dtype)
+    stacked, inner = spans[: row.stacked], spans[row.stacked :]
+    if not stacked:
+        return _read_tensor(where, row.hf, inner, row.kind == MATRIX, dtype)
     out = np.empty([len(s) for s in spans], dtype)
-    for row, layer in enumerate(spans[0]):
-        out[row] = _read_tensor(where, name.format(layer), spans[1:], transposed, dtype)
+    for place in np.ndindex(*out.shape[: row.stacked]):
+        name = row.hf.format(*(span[i] for span, i in zip(stacked, place, strict=True)))
+        out[place] = _read_tensor(where, name, inner, row.kind == MATRIX, dtype)
     return out
 
 
@@ -185,12 +160,6 @@ def _read_tensor(where, name, spans, transposed, dtype) -> np.ndarray:
         place = [i + s.start for i, s in zip(at, spans, strict=True)]
         raise ValueError(f"{file}: tensor {name} at {place} is {part[at]} as {dtype}: need finite values")
     return np.ascontiguousarray(part.T) if transposed else part
-
-
-def _set(tree: dict, path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def save_params(
@@ -220,7 +189,7 @@ def save_params(
         eos = list(tokenizer.eos_ids)
         hf |= {"eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": tokenizer.pad_id}
         hf |= {"bos_token_id": tokenizer.bos_id}
-    files = _plan(params, config, max_shard_bytes)
+    files = _plan(params, weights(config), config, max_shard_bytes)
     if writer:
         root.mkdir(parents=True, exist_ok=True)
         for old in (*root.glob("model*.safetensors"), root / INDEX, root / "config.json"):
@@ -245,10 +214,20 @@ def save_params(
     (root / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
-def _plan(params, config, max_shard_bytes) -> list[list[tuple[str, Any]]]:
+def write_tensors(file: pathlib.Path, params, table: dict[tuple[str, ...], Weight], config: DecoderConfig) -> None:
+    """The parameters of a table as one safetensors file, written by process 0."""
+    from safetensors.numpy import save_file
+
+    tensors = {name: np.ascontiguousarray(_to_host(part())) for name, part, _ in _tensors(params, table, config)}
+    if jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _plan(params, table, config, max_shard_bytes) -> list[list[tuple[str, Any]]]:
     """The (name, function giving the array) of every tensor, grouped into files, without reading any."""
     files, used = [[]], 0
-    for name, part, nbytes in _tensors(params, config):
+    for name, part, nbytes in _tensors(params, table, config):
         if files[-1] and used + nbytes > max_shard_bytes:
             files.append([])
             used = 0
@@ -257,29 +236,28 @@ def _plan(params, config, max_shard_bytes) -> list[list[tuple[str, Any]]]:
     return files
 
 
-def _tensors(params, config) -> Iterator[tuple[str, Any, int]]:
-    names = hf_names(config)
-    arrays = {}
-    for path, (_, shape) in names.items():
-        array = params
-        for key in path:
-            array = array.get(key) if isinstance(array, dict) else None
+def _tensors(params, table, config) -> Iterator[tuple[str, Any, int]]:
+    """(name, function giving the array, bytes) of every tensor, layer by layer, so that a file of a sharded
+    checkpoint holds whole layers as far as possible."""
+    for path, row in table.items():
+        array, shape = get_path(params, path), whole_shape(row, config)
         if array is None or array.shape != shape:
             found = "missing" if array is None else f"of shape {list(array.shape)}"
             raise ValueError(f"parameter {'/'.join(path)} is {found}, config needs {list(shape)}")
-        arrays[path] = array
-    # layer by layer, so that a file of a sharded checkpoint holds whole layers as far as possible
-    order = [(path, None) for path in names if path[0] != "layers"]
-    order[1:1] = [(p, i) for i in range(config.num_layers) for p in names if p[0] == "layers"]
-    for path, layer in order:
-        name, shape = names[path]
-        array, flip = arrays[path], _is_transposed(path, shape)
+    rows = list(table.values())
+    ends = [(row, None) for row in rows if not row.layered]
+    order = [(r, i) for i in range(config.num_layers) for r in rows if r.layered]
+    for row, layer in (*ends[:1], *order, *ends[1:]):
+        array = get_path(params, row.path)
+        inner = whole_shape(row, config)[row.layered :]
+        for place in np.ndindex(*inner[: row.stacked - row.layered]):
+            place = place if layer is None else (layer, *place)
 
-        def part(array=array, layer=layer, flip=flip):
-            x = array if layer is None else array[layer]
-            return x.T if flip else x
+            def part(array=array, place=place, flip=row.kind == MATRIX):
+                x = array[place] if place else array
+                return x.T if flip else x
 
-        yield name.format(layer), part, array.nbytes // (1 if layer is None else shape[0])
+            yield row.hf.format(*place), part, array.nbytes // math.prod(array.shape[: len(place)])
 
 
 def _to_host(array) -> np.ndarray:

@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 from jaxrl.errors import UserError
 from jaxrl.evaluation.identity import reward_identity
 from jaxrl.rollout.budget_forcing import Delimiters
-from jaxrl.runtime.model_source import is_run
+from jaxrl.runtime.model_source import run_settings
 from jaxrl.tasks import dial
-from jaxrl.tasks.answers import choice_letter, extract
+from jaxrl.tasks.answers import extract
+from jaxrl.tasks.choices import choice_letter
 from jaxrl.tasks.data import load_problems
-from jaxrl.tasks.equality import clean
-from jaxrl.tasks.grader import GRADER_VERSION, Grader
+from jaxrl.tasks.equality import normal_form
+from jaxrl.tasks.grader import Grader
 from jaxrl.tasks.readers import SUFFIXES
 from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Grade
-from jaxrl.tasks.templates import TEMPLATES, encode_prompt, messages, prompt_text
+from jaxrl.tasks.templates import encode_prompt, messages, opening, prompt_options, prompt_text
 from jaxrl.types import Problem
 
 log = logging.getLogger(__name__)
@@ -108,21 +109,23 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
     )
     if loaded.skipped:
         log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])
-    template = flags["template"] or default_template(flags["model"], tokenizer)
-    if template not in TEMPLATES[:3]:
-        raise UserError(f"--template={template!r}: choose one of {', '.join(TEMPLATES[:3])}")
+    asked = asked_as(flags, tokenizer)
+    template = asked["template"]
+    opened = ""
+    if tokenizer and template == "chat":
+        opened = opening(_encode(loaded.problems[0], tokenizer, asked), tokenizer)
     file = pathlib.Path(spec).name
     return EvalSet(
         spec=spec,
         name=next((file.removesuffix(end) for end in SUFFIXES if file.endswith(end)), file),
         problems=loaded.problems,
-        encode=lambda problem: _encode(problem, tokenizer, template),
-        text=lambda problem: messages(problem) if template == "chat" else prompt_text(problem, template),
+        encode=lambda problem: _encode(problem, tokenizer, asked),
+        text=lambda p: messages(p, asked["system"]) if template == "chat" else prompt_text(p, template),
         shown=lambda prompt: _shown(prompt, tokenizer),
-        grade=lambda problems, texts: grade_text(problems, texts, grader, reward),
-        vote=_vote,
+        grade=lambda problems, texts: grade_text(problems, texts, grader, reward, opened),
+        vote=lambda problem, text: _vote(problem, opened + text, grader),
         template=template,
-        grader_version=f"{GRADER_VERSION} {reward_identity(reward.spec)}" if reward else GRADER_VERSION,
+        grader_version=f"{grader.version} {reward_identity(reward.spec)}" if reward else grader.version,
         max_tokens=MAX_TOKENS,
         delimiters=lambda: Delimiters(*(tuple(tokenizer.encode(s)) for s in (flags["end_thinking"], *S1_PIECES))),
         answer_tokens=64,
@@ -137,30 +140,40 @@ def _shown(prompt: str | list, tokenizer) -> str:
     return json.dumps(prompt, ensure_ascii=False) if chat else tokenizer.decode(prompt)
 
 
-def _encode(problem: Problem, tokenizer, template: str) -> list[int]:
+def _encode(problem: Problem, tokenizer, asked: dict) -> list[int]:
     """The prompt's tokens; [] if the tokenizer has no tokens for its text, as that of a toy model may not."""
     try:
-        return encode_prompt(problem, tokenizer, template)
+        return encode_prompt(problem, tokenizer, **asked)
     except UserError:
         raise
     except ValueError:
         return []
 
 
-def default_template(model: str, tokenizer) -> str:
-    """What a run was trained with; else "chat" if the tokenizer has a chat template, or "boxed"."""
-    config = pathlib.Path(model) / "config.json"
-    if is_run(model) and config.exists():
-        return json.loads(config.read_text())["task"]["template"]
-    return "chat" if tokenizer.chat_template else "boxed"
+def asked_as(flags: dict, tokenizer) -> dict[str, Any]:
+    """The options of encode_prompt: what the flags say, else what a run was trained with.
+
+    Without either, template is "chat" if the tokenizer has a chat template, or "boxed". Raises UserError for a system
+    prompt or --enable_thinking without template "chat".
+    """
+    trained = run_settings(flags["model"]).get("task", {})
+    template = flags["template"] or trained.get("template") or ("chat" if tokenizer.chat_template else "boxed")
+    given = {key: flags[key] for key in ("system_prompt", "enable_thinking") if flags[key]}
+    if given and template != "chat":
+        raise UserError(f"--{next(iter(given))} needs --template=chat, not {template}")
+    return {"template": template, **prompt_options(trained | given)}
 
 
 def grade_text(
-    problems: Sequence[Problem], texts: Sequence[str], grader: Grader, reward: UserReward | None = None
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    grader: Grader,
+    reward: UserReward | None = None,
+    opening: str = "",
 ) -> list[Grade]:
     """As in training (grade_group), but an empty reference answer is matched by an empty response."""
     asked = [(p, t) for p, t in zip(problems, texts, strict=True) if p.answer or p.task == "user"]
-    grades = iter(grade_group([p for p, _ in asked], [t for _, t in asked], grader, reward))
+    grades = iter(grade_group([p for p, _ in asked], [t for _, t in asked], grader, reward, opening))
     out = []
     for problem, text in zip(problems, texts, strict=True):
         if problem.answer or problem.task == "user":
@@ -171,11 +184,11 @@ def grade_text(
     return out
 
 
-def _vote(problem: Problem, text: str) -> str | None:
+def _vote(problem: Problem, text: str, grader: Grader) -> str | None:
     if problem.task == "choice":
-        return choice_letter(text)
-    answer = extract(text)
-    return None if answer is None else clean(answer.latex)[:200]
+        return choice_letter(text, **grader.reading)
+    answer = extract(text, **grader.reading)
+    return None if answer is None else normal_form(answer)
 
 
 def load_sets(

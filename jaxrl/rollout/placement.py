@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl.errors import UserError
 from jaxrl.runtime import mesh as meshes
 from models.config import DecoderConfig
-from models.decoder import abstract_params
+from models.layout import layout_specs
 
 AXES = ("host", "data", "tensor")
 RULES = {
@@ -71,7 +71,7 @@ class Placement:
         mesh, rules = mesh or self.mesh, rules or self.rules
         return jax.tree.map(
             lambda spec: NamedSharding(mesh, meshes.to_spec(spec, rules)),
-            _specs(config, self.fused, self.platform == "cpu", self.int8),
+            layout_specs(config, self.fused, self.platform == "cpu", self.int8),
             is_leaf=lambda x: isinstance(x, P),
         )
 
@@ -123,26 +123,3 @@ def place(config: DecoderConfig, training: Mesh, tensor: int = 1, process: int |
     for name, size in (("kv_heads", config.num_kv_heads), ("vocab", config.vocab_size)):
         rules[name] = "tensor" if size % tensor == 0 else None
     return Placement(training, everywhere, mesh, rules, fused=tensor == 1, int8=int8)
-
-
-def _specs(config: DecoderConfig, fused: bool, untie: bool, int8: bool):
-    """Logical PartitionSpecs of models.decoder.sampling_layout(params, config, dtype, fused, untie, int8)."""
-    specs = dict(abstract_params(config)[1])
-    stacked = specs.pop("layers")
-    layer = jax.tree.map(lambda s: P(*s[1:]), stacked, is_leaf=lambda x: isinstance(x, P))
-    attn, mlp = dict(layer["attn"]), dict(layer["mlp"])
-    if fused:
-        attn["qkv"] = attn.pop("q")
-        if config.qkv_bias:
-            attn["qkv_bias"] = attn.pop("q_bias")
-        for name in ("k", "v", "k_bias", "v_bias"):
-            attn.pop(name, None)
-        mlp["gate_up"] = mlp.pop("gate")
-        mlp.pop("up")
-    layer = {**layer, "attn": attn, "mlp": mlp}
-    if untie and "lm_head" not in specs:
-        specs["lm_head"] = {"kernel": P("embed", "vocab")}
-    if int8:
-        for part in (attn, mlp, specs.get("lm_head", {})):
-            part |= {f"{name}_scale": P(s[1]) for name, s in part.items() if len(s) == 2}
-    return {**specs, **{f"layer_{i}": layer for i in range(config.num_layers)}}

@@ -10,6 +10,8 @@ import resource
 
 import jax
 
+from models.table import matrix_elements
+
 GIB = 2**30
 
 
@@ -84,8 +86,6 @@ def model_flops_per_token(config, context: float) -> float:
     Recomputation (remat) is not counted: this is the work that the mathematics needs, which is what MFU
     compares with the peak.
     """
-    c = config
-    heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    layer = c.hidden_size * (heads + 3 * c.intermediate_size)
-    attention = 2 * context * c.num_heads * c.head_dim
-    return 2.0 * (c.num_layers * (layer + attention) + c.hidden_size * c.vocab_size)
+    layers, head = matrix_elements(config)
+    seen = sum(min(context, config.kinds[kind].window or context) for kind in config.kind_of_layer)
+    return 2.0 * (layers + 2 * seen * config.num_heads * config.head_dim + head)

@@ -7,9 +7,10 @@ import pytest
 
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
-from jaxrl.learner.packing import pack
+from jaxrl.learner.packing import PackSettings, pack
 from jaxrl.learner.state import HOST, abstract_state, build_optimizer, decays, fresh_state, init_state
 from jaxrl.learner.update import Objective, _apply, build_programs, place_batch
+from jaxrl.rollouts import from_sequences
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import make_mesh
@@ -35,13 +36,19 @@ def numpy_adamw(params, grads, lr, b1=0.9, b2=0.999, eps=1e-8, decay=0.0, clip=0
 
 
 def run(optimizer, params, grads):
-    state = fresh_state(jax.tree.map(jnp.float32, params), optimizer)
+    names = {"matrix": "lm_head", "q_bias": "layers"}
+    tree = lambda d: {names[k]: {"attn": {k: jnp.float32(v)}} for k, v in d.items()}  # noqa: E731
+    state = fresh_state(tree(params), optimizer)
     params, opt_state = state.params, state.opt_state
     update = jax.jit(optimizer.transform.update)
     for g in grads:
-        updates, opt_state = update(jax.tree.map(jnp.float32, g), opt_state, params)
+        updates, opt_state = update(tree(g), opt_state, params)
         params = jax.tree.map(jnp.add, params, updates)
-    return params, opt_state
+
+    def flat(tree):
+        return {k: v for m in tree.values() for k, v in m["attn"].items()} if isinstance(tree, dict) else tree
+
+    return flat(params), jax.tree.map(flat, opt_state, is_leaf=lambda x: isinstance(x, dict))
 
 
 def example(steps, size=5, seed=0):
@@ -164,7 +171,7 @@ def test_offloaded_moments_rest_on_the_host_and_change_nothing():
     """Two updates with and without: the same parameters and moments, only elsewhere; no second compilation."""
     mesh, results = make_mesh(1, 1, 1, devices=jax.devices()[:1]), []
     tokens = [np.arange(1, 6)] * 3
-    batch, _ = pack(tokens, tokens, [1.0, -0.5, 0.3], [np.zeros(5)] * 3, (16,), 32)
+    batch, _ = pack(from_sequences(tokens, tokens), np.array([1.0, -0.5, 0.3]), PackSettings(16, 32))
     for offload in (False, True):
         optimizer = build_optimizer(1e-2, grad_clip=1.0, offload=offload)
         programs = build_programs(CONFIG, mesh, optimizer, Objective(on_policy=True))
@@ -187,7 +194,7 @@ def test_a_checkpoint_brings_offloaded_moments_back_to_the_host(tmp_path):
     config.optimizer.offload, config.batch.row_tokens = True, 16
     learner = Learner(config, CONFIG, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     tokens = [np.arange(1, 6)] * 3
-    batch, _ = pack(tokens, tokens, [1.0, -0.5, 0.3], [np.zeros(5)] * 3, (16,), 16)
+    batch, _ = pack(from_sequences(tokens, tokens), np.array([1.0, -0.5, 0.3]), PackSettings(16, 16))
     state, _ = learner.update(learner.init(init_params(CONFIG, jax.random.key(0))), [batch])
     with Checkpointer(tmp_path) as saver:
         saver.save(1, state, {})

@@ -11,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import cpu
 from models.attention import from_blocks
 from models.config import DecoderConfig, from_hf
 from models.decoder import (
     Decoder,
     abstract_params,
+    apply_rope,
     empty_cache,
     head_matrix,
     init_params,
+    linear,
     logits,
-    project,
-    rotate,
-    sampling_layout,
 )
+from models.layout import sampling_layout
 from models.tokenizers import load_tokenizer
 from models.weights import load_params, save_params
 from tests.models import make_fixtures
@@ -33,8 +34,8 @@ from tests.shared import shared_path
 TOLERANCE = 1e-4
 ROWS, WIDTH = 3, 24
 FORMS = {
-    "scanned": {"scan_layers": True, "fused": False},
-    "fused": {"scan_layers": False, "fused": True},
+    "scanned": {"scan_layers": True},
+    "fused": {"scan_layers": False},
 }
 
 
@@ -96,7 +97,7 @@ def in_form(form, config, params, dtype=jnp.float32):
     """(model, params) of one of FORMS."""
     options = FORMS[form]
     if not options["scan_layers"]:
-        params = sampling_layout(params, config, dtype, fuse=options["fused"])
+        params = sampling_layout(params, config, dtype)
     return Decoder(config, dtype, **options), params
 
 
@@ -214,7 +215,7 @@ def test_an_int8_cache_holds_the_exact_one_quantised(form, key_blocks):
 def test_rotation_by_a_product_is_the_same_rotation(dtype):
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 16), dtype)
     angle = jax.random.uniform(jax.random.key(1), (2, 3, 1, 8)) * 100
-    plain, product = (rotate(x, jnp.sin(angle), jnp.cos(angle), by_product=by) for by in (False, True))
+    plain, product = (rope(x, jnp.sin(angle), jnp.cos(angle)) for rope in (apply_rope, cpu.apply_rope))
     assert product.dtype == plain.dtype == dtype
     wide = (a.astype(jnp.float32) for a in (product, plain))
     np.testing.assert_allclose(*wide, rtol=1e-5 if dtype == jnp.float32 else 1e-2, atol=1e-6)
@@ -371,6 +372,6 @@ def test_bfloat16_is_close_to_float32(stories, form):
 def test_gradients_are_written_out_on_a_cpu_only():
     """The barrier that keeps XLA's CPU compiler from computing them twice would keep a TPU's from fusing them."""
     x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
-    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(project(x, w) ** 3), (0, 1))).trace(x, w)
+    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(linear(x, w) ** 3), (0, 1))).trace(x, w)
     found = {p: "optimization_barrier" in gradient.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
     assert found == {"cpu": True, "tpu": False}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from models import weights
+from models import table, weights
 from models.config import from_hf
 from models.decoder import abstract_params
 from models.tokenizers import vocab_tokenizer
@@ -150,25 +150,25 @@ def test_tied_model_may_carry_a_head_and_rotary_tables(tmp_path):
 @given(st.data())
 def test_any_slice_is_read_as_if_from_the_whole(qwen2, data):
     config, _, directory = qwen2
-    names = weights.hf_names(config)
-    path = data.draw(st.sampled_from(sorted(names)))
-    name, shape = names[path]
+    rows = table.weights(config)
+    row = rows[data.draw(st.sampled_from(sorted(rows)))]
+    shape = table.whole_shape(row, config)
     with weights.contextlib.ExitStack() as stack:
         where = weights._open_tensors(directory, stack)
-        flip, dtype = weights._is_transposed(path, shape), np.dtype(np.float32)
-        whole = weights._read(where, name, (slice(None),) * len(shape), shape, flip, dtype)
+        dtype = np.dtype(np.float32)
+        whole = weights._read(where, row, (slice(None),) * len(shape), shape, dtype)
         bounds = [min(n, 40) for n in shape]
         index = tuple(
             slice(a := data.draw(st.integers(0, n - 1)), data.draw(st.integers(a + 1, n))) for n in bounds
         )
-        np.testing.assert_array_equal(weights._read(where, name, index, shape, flip, dtype), whole[index])
+        np.testing.assert_array_equal(weights._read(where, row, index, shape, dtype), whole[index])
 
 
 SHARDED = """
 import sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from models import weights
+from models import table, weights
 from models.config import from_hf
 
 directory = sys.argv[1]
@@ -217,7 +217,7 @@ jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from models import weights
+from models import table, weights
 from models.config import from_hf
 from models.decoder import abstract_params
 

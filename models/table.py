@@ -1,0 +1,155 @@
+"""One table of weights a family: what is known of a parameter stands in its row, and nowhere else.
+
+The decoder, the Hugging Face files, the sampler's layout and placement, weight decay, mixed precision, int8 and FLOP
+counts read it. A new family is a new tuple of rows in FAMILIES, and what it computes in models/decoder.py.
+
+Letters of `dims`: D width, Q query heads x head size, K key-value heads x head size, H head size, F MLP width,
+V vocabulary, R rank of an adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from models.config import DecoderConfig
+
+MATRIX, NORM, BIAS, EMBEDDING = "matrix", "norm", "bias", "embedding"
+# what may stand beside a matrix, as NAME + suffix: float32 scales of an int8 one, low-rank adapters (models/lora.py)
+SCALE, LORA_A, LORA_B = "_scale", "_lora_a", "_lora_b"
+# letter -> logical axis; what an axis means on a mesh is said in jaxrl/runtime/mesh.py
+_AXES = {"D": "embed", "Q": "heads", "K": "kv_heads", "H": "norm", "F": "mlp", "V": "vocab", "R": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A row. Rows of `weights(config)` have their shape, those of FAMILIES not yet.
+
+    path: in the parameter tree; arrays under "layers" have the layer as axis 0, before `dims`.
+    hf: Hugging Face name; "{}" is the layer.
+    kind: MATRIX: multiplied from the right, transposed in the file, has FLOPs, decays, may be int8, takes an adapter.
+      EMBEDDING: looked up by token, decays. BIAS: does not decay. NORM: neither decays nor is rounded for compute.
+    fused: parameter of the sampling layout that holds all rows of this name side by side; "" if it stays alone.
+    flag: field of DecoderConfig that says whether the row exists; "" for always.
+    """
+
+    path: tuple[str, ...]
+    hf: str
+    kind: str
+    dims: str
+    fused: str = ""
+    flag: str = ""
+    shape: tuple[int, ...] = ()
+
+    @property
+    def layered(self) -> bool:
+        return self.path[0] == "layers"
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axis of every dimension of `shape`."""
+        return tuple("norm" if self.kind == NORM else _AXES[letter] for letter in self.dims)
+
+    @property
+    def stacked(self) -> int:
+        """Leading axes of the whole array along which the file has separate tensors."""
+        return self.hf.count("{}")
+
+
+def _row(path: str, hf: str, kind: str, dims: str, fused: str = "", flag: str = "") -> Weight:
+    if path.startswith("layers/"):
+        hf = f"model.layers.{{}}.{hf}"
+    return Weight(tuple(path.split("/")), hf, kind, dims, fused, flag)
+
+
+def _norm(name: str, hf: str) -> Weight:
+    return _row(f"layers/{name}/scale", f"{hf}.weight", NORM, "D")
+
+
+_EMBEDDING = _row("embed/embedding", "model.embed_tokens.weight", EMBEDDING, "VD")
+_ENDS = (
+    _row("final_norm/scale", "model.norm.weight", NORM, "D"),
+    _row("lm_head/kernel", "lm_head.weight", MATRIX, "DV", flag="untied"),
+)
+_ATTENTION = (
+    _row("layers/attn/q", "self_attn.q_proj.weight", MATRIX, "DQ", fused="qkv"),
+    _row("layers/attn/k", "self_attn.k_proj.weight", MATRIX, "DK", fused="qkv"),
+    _row("layers/attn/v", "self_attn.v_proj.weight", MATRIX, "DK", fused="qkv"),
+    _row("layers/attn/o", "self_attn.o_proj.weight", MATRIX, "QD"),
+    _row("layers/attn/q_bias", "self_attn.q_proj.bias", BIAS, "Q", fused="qkv_bias", flag="qkv_bias"),
+    _row("layers/attn/k_bias", "self_attn.k_proj.bias", BIAS, "K", fused="qkv_bias", flag="qkv_bias"),
+    _row("layers/attn/v_bias", "self_attn.v_proj.bias", BIAS, "K", fused="qkv_bias", flag="qkv_bias"),
+)
+_HEAD_NORMS = (
+    _row("layers/attn/q_norm", "self_attn.q_norm.weight", NORM, "H", flag="qk_norm"),
+    _row("layers/attn/k_norm", "self_attn.k_norm.weight", NORM, "H", flag="qk_norm"),
+)
+_MLP = (
+    _row("layers/mlp/gate", "mlp.gate_proj.weight", MATRIX, "DF", fused="gate_up"),
+    _row("layers/mlp/up", "mlp.up_proj.weight", MATRIX, "DF", fused="gate_up"),
+    _row("layers/mlp/down", "mlp.down_proj.weight", MATRIX, "FD"),
+)
+_PRE_NORMS = (_norm("attn_norm", "input_layernorm"), _norm("mlp_norm", "post_attention_layernorm"))
+_LLAMA = (_EMBEDDING, *_PRE_NORMS, *_ATTENTION, *_HEAD_NORMS, *_MLP, *_ENDS)
+
+FAMILIES: dict[str, tuple[Weight, ...]] = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+_KINDS = {row.path: row.kind for rows in FAMILIES.values() for row in rows}
+
+
+@functools.lru_cache(maxsize=64)
+def weights(config: DecoderConfig) -> dict[tuple[str, ...], Weight]:
+    """The table of one model: path -> row, in the order of the files."""
+    c, H = config, config.head_dim
+    sizes = {"D": c.hidden_size, "Q": c.num_heads * H, "K": c.num_kv_heads * H, "H": H, "F": c.intermediate_size,
+             "V": c.vocab_size}  # fmt: skip
+    rows = (row for row in FAMILIES[c.model_type] if not row.flag or getattr(c, row.flag))
+    return {row.path: dataclasses.replace(row, shape=tuple(sizes[d] for d in row.dims)) for row in rows}
+
+
+def find(config: DecoderConfig, module: str, name: str) -> Weight | None:
+    """The row of parameter `name` in a module of the decoder ("attn", "final_norm", ...); None if there is none."""
+    table = weights(config)
+    return table.get(("layers", module, name)) or table.get((module, name))
+
+
+def whole_shape(row: Weight, config: DecoderConfig) -> tuple[int, ...]:
+    """Shape of the parameter in the training tree, where layers are stacked on axis 0."""
+    return (config.num_layers, *row.shape) if row.layered else row.shape
+
+
+def kinds(params):
+    """The tree with the kind of each parameter in its place. params: (part of) a training tree, of any family; what
+    is in no table, such as an adapter, counts as MATRIX, the scales of an int8 matrix as NORM."""
+
+    def one(path, _):
+        keys = tuple(p.key for p in path)
+        return _KINDS.get(keys, NORM if keys[-1].endswith(SCALE) else MATRIX)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def matrix_elements(config: DecoderConfig) -> tuple[int, int]:
+    """(elements of the matrices that a token is multiplied by in all layers, elements of the head's matrix)."""
+    layer = sum(_size(row) for row in weights(config).values() if row.kind == MATRIX and row.layered)
+    return config.num_layers * layer, config.hidden_size * config.vocab_size
+
+
+def _size(row: Weight) -> int:
+    return functools.reduce(lambda a, b: a * b, row.shape, 1)
+
+
+def set_path(tree: dict, path: tuple[str, ...], value: Any) -> None:
+    """Put a value into nested dicts, making those that are missing."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def get_path(tree: Any, path: tuple[str, ...]) -> Any:
+    """The value at a path of nested dicts; None if it is not there."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
