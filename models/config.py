@@ -56,6 +56,7 @@ class DecoderConfig:
     Raises ValueError when sizes are not positive or heads do not divide. `head_dim` is explicit because qwen3
     does not derive it from hidden_size. `init_std` is the scale of randomly initialised matrices. layer_kinds: one a
     layer, where they differ; () means all layers rotate by rope_theta and rope_scaling and see everything.
+    lora_scale: factor of the adapters' product, if the parameters have adapters (models/lora.py).
     """
 
     vocab_size: int
@@ -75,6 +76,7 @@ class DecoderConfig:
     model_type: str = "llama"
     init_std: float = 0.02
     layer_kinds: tuple[LayerKind, ...] = ()
+    lora_scale: float = 1.0
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

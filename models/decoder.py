@@ -26,7 +26,7 @@ from models import cpu
 from models.attention import attend, attend_packed, to_blocks, write_keys
 from models.config import DecoderConfig, LayerKind
 from models.layout import quantise
-from models.table import BIAS, NORM, find, set_path, weights, whole_shape
+from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, find, set_path, weights, whole_shape
 
 AUXILIARY = "auxiliary"  # Flax collection of what layers give besides their output
 
@@ -142,7 +142,7 @@ class Part(nn.Module):
     def weight(self, name: str):
         """Parameter `name` in the compute dtype; of an int8 matrix the pair (int8, float32 scales)."""
         w = self.raw(name)
-        return (w, self.get_variable("params", f"{name}_scale")) if w.dtype == jnp.int8 else w.astype(self.dtype)
+        return (w, self.get_variable("params", name + SCALE)) if w.dtype == jnp.int8 else w.astype(self.dtype)
 
     def has(self, name: str) -> bool:
         """Whether the family has parameter `name` in this module."""
@@ -157,9 +157,18 @@ class Part(nn.Module):
             if self.has(f"{names[0]}_bias"):
                 y += self.weight(f"{fused}_bias")
             return jnp.split(y, np.cumsum([row.shape[-1] for row in rows])[:-1], axis=-1)
-        out = [linear(x, self.weight(name)) for name in names]
+        out = [self.adapted(x, name) for name in names]
         bias = [f"{name}_bias" for name in names]
         return [y + self.weight(b) if self.has(b) else y for y, b in zip(out, bias, strict=True)]
+
+
+    def adapted(self, x, name: str):
+        """x times matrix `name`, and its adapters if there are any (models/lora.py)."""
+        y = linear(x, self.weight(name))
+        if not self.has_variable("params", name + LORA_A):
+            return y
+        a, b = (self.get_variable("params", name + half).astype(self.dtype) for half in (LORA_A, LORA_B))
+        return y + self.config.lora_scale * linear(linear(x, a), b)
 
 
 class RMSNorm(Part):
@@ -191,11 +200,12 @@ class Attention(Part):
         on_cpu = layer_cache is not None and layer_cache[0].ndim == 5  # keys in blocks
         rope = cpu.apply_rope if on_cpu else apply_rope
         q, k = rope(q, sin, cos), rope(k, sin, cos)
-        if layer_cache is None:
+        if layer_cache is not None:
+            layer_cache = write_cache(layer_cache, k, v, end)
+        if segments[0] is not None:
             windows = tuple(kind.window for kind in self.kinds)
             out = attend_packed(q, k, v, segments[0], self.implementation, windows, kind, segments[1])
         else:
-            layer_cache = write_cache(layer_cache, k, v, end)
             keys, values, *scales = layer_cache
             out = attend(q, keys, values, mask, scales)
         (out,) = self.linear(out.reshape(B, T, -1), "o")
@@ -278,8 +288,9 @@ class Decoder(nn.Module):
 
         Args:
           tokens: int32 [B, T]. positions: int32 [B, T], position of each token in its own sequence.
-          segment_ids: int32 [B, T] for packed rows without a cache; attention is causal within equal ids,
-            0 is padding. None means one sequence per row.
+          segment_ids: int32 [B, T] for packed rows; attention is causal within equal ids, 0 is padding. None
+            means one sequence per row. With a cache: the first tokens that it gets, which see each other and need
+            not read it, so that a kernel can do it without writing scores out.
           parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
           cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on.
 

@@ -27,6 +27,7 @@ from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
 from jaxrl.runtime.combinations import impossible
+from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import BUDGET_SAMPLERS
 from jaxrl.tasks.data import DUPLICATES
 from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
@@ -34,6 +35,7 @@ from jaxrl.tasks.templates import THINKING
 from models.attention import IMPLEMENTATIONS
 from models.config import FAMILIES
 from models.decoder import REMAT_POLICIES
+from models.lora import BASES, TARGETS
 
 
 def _methods(table, default: str) -> Choice:
@@ -92,6 +94,13 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "model.attention": (Choice("auto", ("auto", *IMPLEMENTATIONS)), "auto: the best of the platform"),
     "model.remat": (_methods(REMAT_POLICIES, "none"), "what the backward pass recomputes in each layer"),
 
+    "model.lora.rank": (Integer(0), "of adapters, which are trained beside a frozen model; 0: train all of it"),
+    "model.lora.alpha": (Number(32.0, **_POSITIVE), "the adapters count alpha / rank"),
+    "model.lora.rslora": (Flag(False), "alpha / sqrt(rank) instead (2312.03732)"),
+    "model.lora.targets": (Words(("all",), TARGETS), "matrices of the layers that get an adapter"),
+    "model.lora.base": (Choice("bfloat16", BASES), "how the frozen model rests; int8: the matrices of its layers"),
+    "model.lora.path": (_optional("a PEFT directory"), "adapters to begin with; rank, alpha, targets are then its own"),
+
     "task.name": (Choice("dial", ("dial", "math", "choice", "user")), "dial is embedded; user needs task.reward"),
     "task.data": (_optional("a file (jsonl, jsonl.gz, parquet) or data set name"), "training problems"),
     "task.eval_data": (_optional("a file (jsonl, jsonl.gz, parquet) or data set name"), "held-out problems"),
@@ -112,6 +121,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         Text("", "module:function, or empty", r"|[\w.]+:\w+"),
         "reward(problem, completion_text, answer, **info) -> float or None",
     ),
+    "task.unfinished_thinking": (
+        Choice("wrong", UNFINISHED),
+        "an open <think> with a number or a box in it: no answer, or graded as if it were closed",
+    ),
+    "task.need_marker": (Flag(False), "only boxes, <answer>, #### and 'answer is' hold answers, not any last number"),
     "task.grader_workers": (Integer(2, 1), "processes"),
     "task.grader_timeout": (Number(5.0, **_POSITIVE), "seconds of wall clock per answer"),
     "task.max_failures": (Number(0.5, 0, 1), "share of ungraded completions in a step that stops the run"),

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
+import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 from jaxrl.errors import UserError
 from jaxrl.runtime import storage
 from jaxrl.tasks import words
-from jaxrl.tasks.readers import SUFFIXES, BadRow, read_rows
+from jaxrl.tasks.readers import SUFFIXES, BadRow, plain, read_rows
 from jaxrl.tasks.rows import FIELDS, problem_of
 from jaxrl.types import Problem
 
@@ -140,6 +142,14 @@ def load_problems(
     return Loaded(problems, skipped, repeated)
 
 
+def digest(problems: Sequence[Problem]) -> str:
+    """Of the ids, prompts and answers in their order: tells whether a resumed run reads the rows it began with."""
+    found = hashlib.sha256()
+    for p in problems:
+        found.update(json.dumps([p.id, p.prompt, p.answer, p.task]).encode())
+    return found.hexdigest()[:16]
+
+
 def check_prompt_lengths(
     problems: Sequence[Problem], tokens: Sequence[Sequence[int]], max_prompt: int, on_long: str = "error"
 ) -> list[int]:
@@ -220,7 +230,7 @@ def _saved(path: pathlib.Path, split: str | None) -> Iterator[tuple[str, Any]]:
         data = data[split or next(iter(data))] if isinstance(data, dict) else data
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: cannot be read as a saved data set ({str(e).splitlines()[0][:200]})") from None
-    return ((f"{path}: row {i}", row) for i, row in enumerate(data))
+    return ((f"{path}: row {i}", plain(row)) for i, row in enumerate(data))
 
 
 def _hub(spec: str, source: Source, split: str | None, config: str | None, data_dir: str) -> Iterator[tuple[str, Any]]:
@@ -231,4 +241,4 @@ def _hub(spec: str, source: Source, split: str | None, config: str | None, data_
         reason = (str(e) or type(e).__name__).splitlines()[0][:200]
         looked = f"not in {data_dir or 'data_dir (not set)'}; " if "/" not in spec else ""
         raise UserError(f"data set {spec!r}: {looked}{source.hub} from the Hugging Face hub: {reason}") from None
-    return ((f"{spec}: row {i}", row) for i, row in enumerate(data))
+    return ((f"{spec}: row {i}", plain(row)) for i, row in enumerate(data))
