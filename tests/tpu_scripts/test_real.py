@@ -13,7 +13,8 @@ from tests.stores import Store
 from tests.tpu_scripts.test_scripts import WHERE, Cloud
 
 TINY = ["--config=tests/tiny.py", "--config.steps=8", "--config.checkpoint.every=2", "--config.sft.steps=20",
-        "--config.sft.full_steps=20", "--config.watchdog.heartbeat=10", "--config.log.tensorboard=True"]
+        "--config.sft.full_steps=20", "--config.sft.warmup_steps=5",
+        "--config.watchdog.heartbeat=10", "--config.log.tensorboard=True"]
 
 
 def free_ports() -> int:
