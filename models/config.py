@@ -382,6 +382,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "initializer_range": c.init_std,
         "attention_dropout": 0.0,
         "use_cache": True,
+        "pad_token_id": None,  # the default of some families lies outside of a small vocabulary
         "attention_bias": "attention_bias" in family.biases and c.o_bias,
         "mlp_bias": c.mlp_bias,
     }

@@ -109,9 +109,8 @@ def _check(root, where, config) -> None:
     hint = f"expected a {config.model_type} of {config.num_layers} layers"
     if missing := [name for name in expected if name not in where]:
         raise ValueError(f"{root}: tensor {missing[0]} is missing ({len(missing)} in all; {hint})")
-    # transformers too drops the head of a tied model, whether or not it was written
-    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
-    extra = sorted(n for n in where if n not in expected and n not in ignored and not _DERIVED.fullmatch(n))
+    copy = {"lm_head.weight"} if config.tie_embeddings else set()  # some tied models carry one
+    extra = sorted(n for n in where if n not in expected and n not in copy and not _DERIVED.fullmatch(n))
     if extra:
         file = where[extra[0]][0]
         raise ValueError(f"{file}: tensor {extra[0]} is unexpected ({len(extra)} in all; {hint})")
@@ -122,6 +121,21 @@ def _check(root, where, config) -> None:
             raise ValueError(f"{file}: tensor {name} has shape {found}, config needs {list(shape)}")
         if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{file}: tensor {name} has dtype {view.get_dtype()}, need F32, F16 or BF16")
+    for name in copy & set(where):
+        _check_same(where, name, "model.embed_tokens.weight")
+
+
+def _check_same(where, name: str, other: str) -> None:
+    """transformers does not tie a head that differs from the embedding, whatever the config says."""
+    views = [where[n][1].get_slice(n) for n in (name, other)]
+    if views[0].get_shape() != views[1].get_shape() or any(
+        not np.array_equal(*(view[start : start + 4096] for view in views))
+        for start in range(0, views[0].get_shape()[0], 4096)
+    ):
+        raise ValueError(
+            f"{where[name][0]}: tensor {name} differs from {other}, but config.json has tie_word_embeddings true: "
+            "set it to false, so that both are used"
+        )
 
 
 def _read(where, row: Weight, index, shape, dtype) -> np.ndarray:
