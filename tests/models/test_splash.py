@@ -42,6 +42,12 @@ def test_gradients_match_xla():
         np.testing.assert_allclose(g, w, atol=2e-4, rtol=2e-4)
 
 
+def test_a_window_matches_xla():
+    q, k, v, ids = inputs()
+    want = attention.attend_packed(q, k, v, ids, "xla", (20,))
+    close_where_not_padding(jax.jit(lambda *a: attention._splash(*a, ids, 20, interpret=True))(q, k, v), want, ids)
+
+
 def test_on_a_mesh():
     """In a process with eight devices: rows over four, heads over two; one key-value head has to be repeated."""
     program = """
