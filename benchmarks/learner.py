@@ -4,6 +4,7 @@
     python benchmarks/learner.py --model=large --micro_tokens=384,1536 --remat=none,dots
     python benchmarks/learner.py --task=memory                      # fused log-probs: bytes, compiled only
     python benchmarks/learner.py --task=logprobs                    # fused log-probs: time against the plain form
+    python benchmarks/learner.py --task=shared                      # prompts computed once a group, or once a response
     python benchmarks/learner.py --task=step --model=large          # a whole RL step: sample, grade, update
     python benchmarks/learner.py --task=step --model=large --peers=trl --torch_python=PYTHON_WITH_TRL
 
@@ -87,9 +88,10 @@ def run_update(flags):
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxrl.learner.packing import pack
+    from jaxrl.learner.packing import PackSettings, pack
     from jaxrl.learner.state import build_optimizer, init_state
     from jaxrl.learner.update import Objective, build_programs, place_batch
+    from jaxrl.rollouts import from_sequences
     from jaxrl.runtime.mesh import make_mesh
 
     config, rng = decoder_config(flags["model"]), np.random.default_rng(0)
@@ -101,9 +103,8 @@ def run_update(flags):
         for remat in flags["remat"].split(","):
             optimizer = build_optimizer(1e-5, grad_clip=1.0)
             programs = build_programs(config, mesh, optimizer, Objective(on_policy=True), remat=remat)
-            batch, packing = pack(
-                list(sequences[:, :PROMPT]), list(sequences[:, PROMPT:]), advantages,
-                [np.zeros(RESPONSE)] * BATCH, (PROMPT + RESPONSE,), micro_tokens)
+            rollouts = from_sequences(sequences[:, :PROMPT], sequences[:, PROMPT:])
+            batch, packing = pack(rollouts, advantages, PackSettings(PROMPT + RESPONSE, micro_tokens))
             held = [init_state(config, optimizer, mesh, jax.random.key(0))]
             batch = place_batch(batch, mesh)
             start = time.perf_counter()
@@ -164,6 +165,46 @@ def fused(chunk, tokens, saved_bytes=0):
     return lambda h, w, y: logprobs_and_entropy(h, w, y, jnp.ones(tokens), tokens, settings)
 
 
+def run_shared(flags):
+    """One line per prompt:response ratio: seconds of an update with shared prompts and without, in turn."""
+    import jax
+    import numpy as np
+
+    from jaxrl.learner.packing import PackSettings, pack
+    from jaxrl.learner.state import build_optimizer, init_state
+    from jaxrl.learner.update import Objective, build_programs, place_batch
+    from jaxrl.rollouts import from_sequences
+    from jaxrl.runtime.mesh import make_mesh
+
+    config, rng = decoder_config(flags["model"]), np.random.default_rng(0)
+    mesh, optimizer = make_mesh(1, 1, 1, devices=jax.devices()[:1]), build_optimizer(1e-5, grad_clip=1.0)
+    micro_tokens = int(flags["micro_tokens"].split(",")[0])
+    for prompt, response in ((256, 64), (64, 64), (32, 256)):
+        row, group = 3 * (prompt + response) // 2, np.repeat(np.arange(BATCH // GROUP), GROUP)
+        prompts = rng.integers(2, config.vocab_size, (BATCH // GROUP, prompt))
+        lengths = rng.integers(response // 2, response * 3 // 2, BATCH)
+        rollouts = from_sequences(
+            list(prompts), [rng.integers(2, config.vocab_size, n) for n in lengths], group=group)
+        steps, positions = [], []
+        for share in (False, True):
+            programs = build_programs(config, mesh, optimizer, Objective(on_policy=True))
+            settings = PackSettings(row, micro_tokens, share_prompts=share)
+            batch = place_batch(pack(rollouts, rng.standard_normal(BATCH), settings)[0], mesh)
+            held = [init_state(config, optimizer, mesh, jax.random.key(0))]
+
+            def step(programs=programs, held=held, batch=batch):
+                held[0], metrics = programs.update(held[0], batch)
+                return metrics
+
+            steps.append(step)
+            positions.append(int(batch.num_micro) * batch.tokens.shape[1] * row)
+        times = [[best(flags | {"rounds": 1}, step) for step in steps] for _ in range(flags["rounds"])]
+        emit(
+            model=flags["model"], prompt=prompt, response=response, plain_seconds=min(t[0] for t in times),
+            shared_seconds=min(t[1] for t in times), ratio=statistics.median(t[0] / t[1] for t in times),
+            plain_positions=positions[0], shared_positions=positions[1])
+
+
 def run_memory(flags):
     """Temporaries at 16 384 tokens, width 1024, vocabulary 151 936, bf16: what the compiler allots."""
     import jax.numpy as jnp
@@ -212,21 +253,20 @@ def step_config(flags):
     return config
 
 
-def sampled_groups(sampler, params, prompts, seed: int):
-    """Groups of graded completions, as the collector would hand them on."""
+def sampled_rollouts(sampler, params, prompts, seed: int):
+    """Graded rollouts, as the collector would hand them on."""
     import numpy as np
 
+    from jaxrl import rollouts as records
     from jaxrl.rollout.engine import Request
-    from jaxrl.types import Group, Problem
+    from jaxrl.types import Problem
 
     requests = [Request(p, GROUP, RESPONSE, i) for i, p in enumerate(prompts)]
-    groups = []
-    for prompt, completions in zip(prompts, sampler.generate(params, requests, seed=seed), strict=True):
-        texts = [" ".join(map(str, c.tokens)) for c in completions]
-        rewards = np.array([reward(t) for t in texts], np.float32)
-        ones = np.ones(GROUP, bool)
-        groups.append(Group(Problem("", "", ""), prompt, completions, texts, rewards, rewards, ones, [""] * GROUP))
-    return groups
+    found = sum(sampler.generate(params, requests, seed=seed), [])
+    begun = records.begin(records.Prompt(Problem("", "", ""), p, GROUP, i) for i, p in enumerate(prompts))
+    rollouts = begun.extend(found, 0, RESPONSE)
+    rewards = np.array([reward(" ".join(map(str, c.tokens))) for c in found], np.float32)
+    return rollouts.replace(correct=rewards, reward=rewards, valid=np.ones(len(rewards), bool))
 
 
 def run_step(flags):
@@ -234,7 +274,7 @@ def run_step(flags):
     import jax
     import numpy as np
 
-    from jaxrl.batch import make_batches
+    from jaxrl.batch import fill_in, make_batches, with_advantages
     from jaxrl.learner.learner import Learner
     from jaxrl.rollout.engine import Engine
     from jaxrl.runtime.mesh import make_mesh
@@ -249,9 +289,10 @@ def run_step(flags):
     for step in range(flags["rounds"] + 1):
         prompts = rng.integers(2, decoder.vocab_size, (BATCH // GROUP, PROMPT)).astype(np.int32)
         begin = clock(flags)
-        groups = sampled_groups(sampler, sampler.layout(state.params), prompts, step)
+        rollouts = sampled_rollouts(sampler, sampler.layout(state.params), prompts, step)
         rollout.append(clock(flags) - begin)
-        state, metrics = learner.update(state, [b.data for b in make_batches(groups, config, step)])
+        batches = fill_in(make_batches(rollouts, config, step), with_advantages(rollouts, config))
+        state, metrics = learner.update(state, [b.data for b in batches])
         seconds.append(clock(flags) - begin)
         assert metrics["nonfinite"] == 0
     emit(engine="jaxrl", model=flags["model"], micro_tokens=flags["micro_tokens"], remat=flags["remat"],
@@ -297,7 +338,8 @@ def main(argv: list[str]):
     if flags["cores"]:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-flags["cores"]:])
         os.environ["OMP_NUM_THREADS"] = str(flags["cores"])
-    tasks = {"update": run_update, "memory": run_memory, "logprobs": run_logprobs, "step": run_step}
+    tasks = {"update": run_update, "memory": run_memory, "logprobs": run_logprobs, "shared": run_shared}
+    tasks["step"] = run_step
     if flags["peers"] not in ("", "trl"):
         sys.exit(f"--peers={flags['peers']}: only trl")
     if flags["peers"]:

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
                 sampler.counts[:], rows, trained = 0, [], []
             got = collector.collect(laid_out, step)
             rows.append(got.metrics)
-            trained += [n for g in got.chosen for n in g.lengths]
+            trained += got.chosen.lengths.tolist()
         tokens, steps, slot_steps = sampler.counts / len(rows)
         stale = np.mean([r["selection/stale_tokens"] for r in rows])
         print(f"{name:10} utilisation {tokens / slot_steps:.3f}; a step: {steps:.0f} decode steps, {slot_steps:.0f} "

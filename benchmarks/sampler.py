@@ -154,7 +154,7 @@ def synchronous(sampler, generate) -> dict:
     """Shares of a run in which every program is waited for: prefill, decode, moving caches, and the host's own."""
     import jax
 
-    seconds, call = dict(prefill=0.0, decode=0.0, moves=0.0), sampler.call
+    seconds, call = dict(prefill=0.0, decode=0.0, moves=0.0), sampler.runner.call
 
     def timed(name, *args, **kwargs):
         begin = time.perf_counter()
@@ -162,11 +162,11 @@ def synchronous(sampler, generate) -> dict:
         seconds[name if name in seconds else "moves"] += time.perf_counter() - begin
         return out
 
-    sampler.call = timed
+    sampler.runner.call = timed
     begin = time.perf_counter()
     generate()
     total = time.perf_counter() - begin
-    sampler.call = call
+    sampler.runner.call = call
     seconds["host"] = total - sum(seconds.values())
     return {f"{name}_share": round(value / total, 3) for name, value in seconds.items()}
 

@@ -15,7 +15,7 @@ WIDTH, HEIGHT, GAP, ROW = 1080, 62, 28, 116
 BOXES = {
     "commands": ("train · sft · evaluate · generate · study · report · preflight", 0, 0, 4),
     "evaluation": ("data sets, accuracy with intervals, length control", 1, 0, 2),
-    "step": ("build · collect: prompts to groups · batch: groups to rows", 1, 2, 2),
+    "step": ("build · collect: prompts to rollouts · batch: rollouts to rows", 1, 2, 2),
     "reporting": ("figures, page", 2, 0, 1),
     "rollout": ("sampler, budget forcing", 2, 1, 1),
     "learner": ("packing, log-probs, update", 2, 2, 1),
@@ -25,7 +25,8 @@ BOXES = {
     "algorithms": ("losses, advantages, selection, length rewards: pure functions", 4, 2, 2),
 }
 GROUPS = {name: "commands" for name in "train sft evaluate generate study report preflight".split()}
-GROUPS |= {"build": "step", "collect": "step", "batch": "step", "errors": "", "types": ""}
+GROUPS |= dict.fromkeys("build collect batch rollout_metrics".split(), "step")
+GROUPS |= dict.fromkeys("errors types rollouts".split(), "")  # records that all speak
 
 
 def box_of(module: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pathlib
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,14 @@ from jaxrl.errors import UserError
 from jaxrl.learner.learner import needs_reference
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
-from jaxrl.runtime import cli, distributed
+from jaxrl.rollout.requests import decodable
+from jaxrl.runtime import cli, distributed, hardware, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.metrics import MetricsWriter
-from jaxrl.runtime.model_source import is_run, load_model
-from jaxrl.runtime.rundir import RunDir, atomic_write, open_run_dir
+from jaxrl.runtime.model_source import description, load_model
+from jaxrl.runtime.rundir import RunDir, open_run_dir
+from jaxrl.runtime.storage import atomic_write
 from jaxrl.runtime.watchdog import Watchdog
 from jaxrl.tasks import dial
 from models.attention import default_implementation
@@ -31,7 +33,11 @@ from models.tokenizers import Tokenizer, load_tokenizer, vocab_tokenizer
 
 
 def start_backend(config) -> None:
-    """Join the other hosts, if any, and point jax at the compilation cache; before anything touches a device."""
+    """Join the other hosts, if any, and point jax at the compilation cache; before anything touches a device.
+
+    A GPU's memory is taken at the start as far as preflight counts on it: jax alone takes three quarters.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(hardware.GPU_MEMORY))
     if config.distributed:
         distributed.initialize(heartbeat_seconds=config.watchdog.heartbeat)
     if config.compilation_cache:
@@ -62,7 +68,7 @@ def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
 def _model_config(path: str) -> DecoderConfig:
     """Decoder config of a Hugging Face or run directory; UserError naming the file if it does not fit."""
     try:
-        return from_hf(f"{path}/model" if is_run(path) else path)
+        return from_hf(description(path, "config.model.path"))
     except (ValueError, OSError) as e:
         raise UserError(str(e)) from e
 
@@ -74,11 +80,13 @@ def tokenizer(config) -> Tokenizer:
         return vocab_tokenizer(dial.PIECES, eos=dial.END, pad=dial.PAD, name="dial")
     if not source:
         raise UserError("config.model.tokenizer is empty and there is no config.model.path to take it from")
+    key = f"config.model.{'tokenizer' if config.model.tokenizer else 'path'}"
     try:
-        return load_tokenizer(f"{source}/model" if is_run(source) else source)
+        return load_tokenizer(description(source, key))
+    except UserError:
+        raise
     except (ValueError, OSError) as e:
-        key = "tokenizer" if config.model.tokenizer else "path"
-        raise UserError(f"config.model.{key}={source}: {e}") from e
+        raise UserError(f"{key}={source}: {e}") from e
 
 
 def param_shardings(decoder: DecoderConfig, on) -> tuple[Any, Any]:
@@ -93,7 +101,7 @@ def params_maker(config, decoder: DecoderConfig, on) -> Callable[[], Any]:
     dtype = jnp.dtype(config.model.param_dtype)
     _, where = param_shardings(decoder, on)
     if config.model.path:
-        return lambda: load_model(config.model.path, dtype, where)[1]
+        return lambda: load_model(config.model.path, dtype, where, key="config.model.path")[1]
     key = jax.random.key(config.seed)
     return lambda: jax.jit(lambda k: init_params(decoder, k, dtype), out_shardings=where)(key)
 
@@ -132,19 +140,21 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         placement=placement,
         weights=s.weights,
         cache=s.cache,
+        allowed=decodable(tok, decoder.vocab_size),
     )
 
 
 def checkpointer(config, run: RunDir) -> Checkpointer:
     """The checkpoints of a run, kept as config.checkpoint says."""
-    return Checkpointer(run.checkpoints, keep_last=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+    kept = dict(keep_last=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+    return Checkpointer(run.checkpoints, **kept, before_commit=run.publish)
 
 
 def writer(config, run: RunDir, state: dict | None) -> MetricsWriter:
     """The writer of a run's metrics; state: from a checkpoint, None for a new run."""
     trackers = [name for name in ("tensorboard", "wandb") if config.log[name]]
     return MetricsWriter(
-        run.root,
+        run.local,
         trackers,
         state=state,
         config=config.to_dict(),
@@ -164,7 +174,7 @@ def watchdog(config, run: RunDir):
 def run_dir(config) -> RunDir:
     """The run directory, locked; only process 0 writes there, and before `describe_run` nothing but the lock."""
     if not distributed.is_main():
-        return RunDir(pathlib.Path(config.run_dir))
+        return RunDir(storage.as_path(config.run_dir, "config.run_dir"))
     return open_run_dir(config.run_dir, config.resume)
 
 
@@ -180,7 +190,7 @@ def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, st
         return []
     run.drop_samples_after(step)
     changed = run.write_config(config.to_dict())
-    home = run.root / "model"
+    home = run.local / "model"
     home.mkdir(exist_ok=True)
     tok.save(home)
     atomic_write(home / "config.json", json.dumps(to_hf(decoder), indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Collecting a training batch: prompts -> completions -> grades -> selection, until the batch is full.
+"""Collecting a training batch: prompts -> responses -> grades -> selection, until the batch is full.
 
 The order of problems is a fixed function of (seed, position), and every random choice below it a function of
-(seed, step, position), so a position, the pending groups and a few statistics are all there is to save for
+(seed, step, position), so a position, the waiting rollouts and a few statistics are all there is to save for
 an exact resume.
 """
 
@@ -9,198 +9,158 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import grain
 import jax
 import numpy as np
 
+from jaxrl import rollouts as records
 from jaxrl.algorithms.greso import greso_init, greso_keep, greso_update
-from jaxrl.algorithms.length import LENGTH_REWARDS, sample_budgets
-from jaxrl.algorithms.selection import explain, mean_accuracy, mean_length
+from jaxrl.algorithms.length import LengthInputs, length_rewards
+from jaxrl.algorithms.selection import mean_accuracy, mean_length, select
 from jaxrl.errors import UserError
-from jaxrl.rollout import partial
 from jaxrl.rollout.engine import Engine, SamplingParams
-from jaxrl.rollout.partial import Partial
+from jaxrl.rollout.requests import Request
+from jaxrl.rollout_metrics import Collected, outcome_counts, sampled_metrics, selection_metrics
+from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
+from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Task
-from jaxrl.types import Group, Problem
+from jaxrl.types import Problem
+
+STATE_VERSION = 2  # of Collector.state; 1 held groups as JSON
 
 
 @dataclasses.dataclass
-class Collected:
-    """One step's collection.
+class Costs:
+    """What the generation batches of one step took: seconds, tokens drawn on all hosts, decode steps x slots."""
 
-    chosen: the groups to train on. sampled: all of this step's groups. reasons: parallel to it, why selection
-    dropped the group, "" for kept ones. metrics: for the step's record.
-    """
-
-    chosen: list[Group]
-    sampled: list[Group]
-    reasons: list[str]
-    metrics: dict[str, Any]
+    rollout: float = 0.0
+    grade: float = 0.0
+    tokens: int = 0
+    slot_steps: int = 0
 
 
 class Collector:
-    """Draws problems, samples and grades them, and selects groups until a batch is full.
+    """Draws problems, samples and grades responses, and selects until a batch is full.
 
-    On several hosts each samples and grades its share of the prompts; all decisions are made from the
-    gathered groups, identically everywhere.
+    On several hosts each samples and grades its share of the prompts; all decisions are made from the gathered
+    rollouts, identically everywhere.
     """
 
     def __init__(self, config, task: Task, tokenizer, sampler: Engine):
         self.config, self.task, self.tokenizer, self.sampler = config, task, tokenizer, sampler
         self.order = grain.MapDataset.range(len(task.train)).seed(config.seed).shuffle().repeat(None)
         self.position = 0  # problems drawn so far
-        self.surplus: list[Group] = []
-        self.pending: list[Partial] = []  # groups with completions to be continued (sampling.carry_over)
-        self.ahead: list[Partial] = []  # groups of the next generation batch that have begun (sampling.prefetch)
+        self.surplus = records.begin([])  # selected, but beyond the batch (batch.keep_surplus)
+        self.pending = records.begin([])  # groups with responses to be continued (sampling.carry_over)
+        self.ahead = records.begin([])  # groups of the next generation batch that have begun (sampling.prefetch)
         self.greso = greso_init()
         self.mean_lengths: dict[str, float] = {}  # last mean response length per problem: longest first
 
-    def state(self) -> dict:
-        """JSON-able; `restore` continues from it bit for bit."""
-        return {
-            "position": self.position,
-            "surplus": [group_to_json(g) for g in self.surplus],
-            "pending": [partial.to_json(p) for p in self.pending],
-            "ahead": [partial.to_json(p) for p in self.ahead],
-            "greso": self.greso,
-            "mean_lengths": self.mean_lengths,
-        }
+    # ---- checkpoints
 
-    def restore(self, state: dict) -> None:
-        self.position, self.greso, self.mean_lengths = (state[k] for k in ("position", "greso", "mean_lengths"))
-        self.surplus = [group_from_json(g) for g in state["surplus"]]
-        self.pending, self.ahead = ([partial.from_json(p) for p in state.get(k, [])] for k in ("pending", "ahead"))
+    def state(self) -> tuple[dict, dict[str, np.ndarray]]:
+        """(JSON-able numbers, arrays); `restore` continues from them bit for bit."""
+        numbers = {"position": self.position, "greso": self.greso, "mean_lengths": self.mean_lengths}
+        waiting = {"surplus": self.surplus, "pending": self.pending, "ahead": self.ahead}
+        arrays = {f"{name}/{k}": v for name, r in waiting.items() for k, v in r.to_arrays().items()}
+        return numbers | {"version": STATE_VERSION}, arrays
+
+    def restore(self, numbers: dict, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from a `state`. Raises UserError for one of another version."""
+        if (version := numbers.get("version", 1)) != STATE_VERSION:
+            raise UserError(
+                f"the checkpoint's waiting rollouts are of version {version}, this program reads {STATE_VERSION}: go "
+                "on with the program that wrote it, or start anew in another config.run_dir"
+            )
+        self.position, self.greso, self.mean_lengths = (numbers[k] for k in ("position", "greso", "mean_lengths"))
+        for name in ("surplus", "pending", "ahead"):
+            mine = {k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")}
+            setattr(self, name, Rollouts.from_arrays(mine))
+
+    # ---- one step
 
     def collect(self, params, step: int) -> Collected:
-        """Groups for one training step. params: in the sampler's layout.
+        """Rollouts for one training step. params: in the sampler's layout.
 
         Raises UserError when the limit of generation batches is reached with config.batch.on_short="error",
-        or when too many completions could not be graded.
+        or when too many responses could not be graded.
         """
         b, a = self.config.batch, self.config.algorithm
-        counts = {"time/rollout": 0.0, "time/grade": 0.0, "tokens": 0, "slot_steps": 0}
-        self._age()
-        chosen, self.surplus = self.surplus, []
-        sampled, why, dropped, batches, accepted = [], [], {}, 0, 0
-        while len(chosen) < b.prompts:
-            if 0 < b.max_generation_batches <= batches:
+        hyper = {name: dict(a.selection_hyper[name]) for name in a.selection.split("+")}
+        costs, selected, sampled, reasons = Costs(), self.surplus, [], []
+        while selected.num_groups < b.prompts:
+            if 0 < b.max_generation_batches <= len(sampled):
                 if b.on_short == "error":
                     raise UserError(
-                        f"step {step}: {len(chosen)} of {b.prompts} groups after {batches} batches; "
+                        f"step {step}: {selected.num_groups} of {b.prompts} groups after {len(sampled)} batches; "
                         "raise config.batch.max_generation_batches or set config.batch.on_short=smaller"
                     )
                 break
-            groups = self._generate(params, step, counts)
-            hyper = {name: dict(a.selection_hyper[name]) for name in a.selection.split("+")}
-            kept, reasons = explain(groups, a.selection, hyper)
-            batches += 1
-            chosen += kept
-            sampled += groups
-            accepted += sum(int(g.lengths.sum()) for g in kept)
-            # by the prompt's array: one a group, while a problem may have been drawn twice
-            ids = {id(g.prompt_tokens) for g in kept}
-            by_group = {id(g.prompt_tokens): "" if id(g.prompt_tokens) in ids else a.selection for g in groups}
-            for reason, what in reasons.items():
-                key, of_groups = f"selection/dropped/{reason}", not isinstance(what, int)
-                dropped[key] = dropped.get(key, 0) + (len(what) if of_groups else what)
-                by_group |= {id(g.prompt_tokens): reason for g in what} if of_groups else {}
-            why += [by_group[id(g.prompt_tokens)] for g in groups]
-        if b.keep_surplus:
-            self.surplus = chosen[b.prompts :]
-        self._check_failures(sampled, step)
-        lengths = [round(mean_length(g), 2) for g in sampled]
-        trained = [c for g in chosen[: b.prompts] for c in g.completions]
+            finished = self._generate(params, step, costs)
+            keep, reason = select(finished, a.selection, hyper)
+            selected = records.concat([selected, finished.where(keep)])
+            sampled.append(finished)
+            reasons.append(reason)
+        chosen, beyond = selected.split_groups(b.prompts)
+        self.surplus = beyond if b.keep_surplus else records.begin([])
+        everything, reason = records.concat(sampled), np.concatenate([np.zeros(0, object), *reasons])
+        self._check_failures(everything, step)
+        thrown_away = 0 if b.keep_surplus else len(beyond.tokens)
+        batch = Collected(chosen, everything, reason, step)
         metrics = {
-            "time/rollout": counts["time/rollout"],
-            "time/grade": counts["time/grade"],
-            "perf/slot_utilisation": counts["tokens"] / max(counts["slot_steps"], 1),
-            "generated_tokens": counts["tokens"],
-            "acceptance_rate": accepted / max(sum(int(g.lengths.sum()) for g in sampled), 1),
-            "selection/generation_batches": batches,
-            "selection/groups": min(len(chosen), b.prompts),
-            "selection/surplus": len(self.surplus),
-            "selection/pending": len(self.pending) + len(self.ahead),
-            "selection/stale_tokens": sum(c.stale for c in trained) / max(sum(c.length for c in trained), 1),
-            "selection/kept_lengths": [n for n, reason in zip(lengths, why, strict=True) if not reason],
-            "selection/dropped_lengths": [n for n, reason in zip(lengths, why, strict=True) if reason],
-            "selection/dropped_reasons": [reason.rpartition("/")[2] for reason in why if reason],
-            **dict(sorted(dropped.items())),
-            **(group_metrics(sampled) if sampled else {}),
+            "time/rollout": costs.rollout,
+            "time/grade": costs.grade,
+            "perf/slot_utilisation": costs.tokens / max(costs.slot_steps, 1),
+            "generated_tokens": costs.tokens,
+            "selection/generation_batches": len(sampled),
+            "selection/surplus": self.surplus.num_groups,
+            "selection/pending": self.pending.num_groups + self.ahead.num_groups,
+            **selection_metrics(batch, thrown_away),
+            **(sampled_metrics(everything) if len(everything) else {}),
         }
-        return Collected(chosen[: b.prompts], sampled, why, metrics)
+        return batch._replace(metrics=metrics)
 
-    def _age(self) -> None:
-        """The parameters are new: mark what was drawn under older ones."""
-        self.surplus = [dataclasses.replace(g, completions=partial.aged(g.completions)) for g in self.surplus]
-        for groups in (self.pending, self.ahead):
-            groups[:] = [dataclasses.replace(p, completions=partial.aged(p.completions)) for p in groups]
-
-    def _generate(self, params, step: int, counts: dict) -> list[Group]:
+    def _generate(self, params, step: int, costs: Costs) -> Rollouts:
         """Sample, grade and shape one generation batch: the groups that it finishes.
 
-        A batch has room for generation_prompts groups of running completions: those left by the batch before, then
+        A batch has room for generation_prompts groups of running responses: those left by the batch before, then
         those begun ahead of time, then new ones.
         """
-        c, s = self.config, self.config.sampling
+        c = self.config
         room = c.batch.generation_prompts or c.batch.prompts
-        running = sum(p.running for p in self.pending)
-        fresh = room - running // c.batch.group_size - len(self.ahead)
-        batch = self.pending + self.ahead + self._begin(max(fresh, 0), step)
-        ahead = self._begin(room, step) if s.prefetch else []
-        before = sum(p.drawn for p in batch + ahead)
+        running = int(self.pending.unfinished.sum())
+        fresh = room - running // c.batch.group_size - self.ahead.num_groups
+        batch = records.concat([self.pending, self.ahead, self._begin(max(fresh, 0), step)])
+        ahead = self._begin(room if c.sampling.prefetch else 0, step)
+
+        # ---- this host's share sampled and graded, then everybody's gathered
         begin = time.perf_counter()
-        mine = [groups[jax.process_index() :: jax.process_count()] for groups in (batch, ahead)]
-        mine = self._sample(params, *mine, step)
+        me = jax.process_index()
+        mine = self._sample(params, batch.take_groups(share(batch, me)), ahead.take_groups(share(ahead, me)), step)
         middle = time.perf_counter()
-        done = iter(self._grade([p for p in mine[0] if not p.running]))
-        groups = gather([p if p.running else next(done) for p in mine[0]])
-        self.ahead = gather(mine[1])
-        self.pending = [g for g in groups if isinstance(g, Partial)]
-        groups = [g for g in groups if isinstance(g, Group)]
-        drawn = sum(p.drawn for p in self.pending + self.ahead) + sum(int(g.lengths.sum()) for g in groups) - before
-        groups = shape_rewards(groups, c, self.tokenizer, length_weight(c, step))
-        for g in groups:
-            self.mean_lengths[g.problem.id] = mean_length(g) if g.valid.any() else 0.0
-        if c.batch.greso:
-            self.greso = greso_update(self.greso, groups)
-        counts["time/rollout"] += middle - begin
-        counts["time/grade"] += time.perf_counter() - middle
-        counts["tokens"] += drawn
-        counts["slot_steps"] += self.sampler.stats.slot_steps * jax.process_count()
-        return groups
+        mine = self._grade(mine[0]), mine[1]
+        done, self.ahead = (gather(part, whole) for part, whole in zip(mine, (batch, ahead), strict=True))
 
-    def _begin(self, count: int, step: int) -> list[Partial]:
-        """The next `count` problems as groups without completions."""
-        size = self.config.batch.group_size
-        return [
-            partial.begin(position, step, problem, np.array(self.task.encode(problem), np.int32), size)
+        costs.rollout += middle - begin
+        costs.tokens += sum(len(r.tokens) for r in (done, self.ahead)) - len(batch.tokens)
+        costs.slot_steps += self.sampler.stats.slot_steps * jax.process_count()
+        left = done.group_any(done.unfinished)
+        self.pending = done.take_groups(np.flatnonzero(left))
+        finished = shape_rewards(done.take_groups(np.flatnonzero(~left)), c, length_weight(c, step))
+        self._learn_from(finished)
+        costs.grade += time.perf_counter() - middle
+        return finished
+
+    def _begin(self, count: int, step: int) -> Rollouts:
+        """The next `count` problems as groups whose responses have no token yet."""
+        size, encode = self.config.batch.group_size, self.task.encode
+        return records.begin(
+            Prompt(problem, np.array(encode(problem), np.int32), size, position, step)
             for position, problem in self._draw(count)
-        ]
-
-    def _sample(self, params, batch: list[Partial], ahead: list[Partial], step: int) -> tuple[list, list]:
-        """Both lists continued; `ahead` only as far as slots idle while the batch finishes."""
-        c, s = self.config, self.config.sampling
-        requests = [
-            [
-                r
-                for p in groups
-                for r in partial.requests(p, s.max_tokens, s.carry_over, self.mean_lengths.get(p.problem.id, 0.0))
-            ]
-            for groups in (batch, ahead)
-        ]
-        out = self.sampler.generate(
-            params,
-            sum(requests, []),
-            seed=c.seed,
-            step=step,
-            sampling=sampling_settings(c),
-            background=len(requests[1]),
         )
-        pieces = iter([completion for group in out for completion in group])
-        return tuple([partial.extend(p, pieces, s.max_tokens) for p in groups] for groups in (batch, ahead))
 
     def _draw(self, count: int) -> list[tuple[int, Problem]]:
         """The next `count` problems with their positions; GRESO may skip some before they cost a rollout."""
@@ -216,36 +176,111 @@ class Collector:
             out += rows
         return [(p, with_budget(problem, self.config, p)) for p, problem in out]
 
-    def _grade(self, done: list[Partial]) -> list[Group]:
-        texts = [[self.tokenizer.decode(c.tokens) for c in p.completions] for p in done]
-        repeated = [p.problem for p, group in zip(done, texts, strict=True) for _ in group]
-        grades = iter(self.task.grade(repeated, [t for group in texts for t in group]))
-        groups = []
-        for p, group_texts in zip(done, texts, strict=True):
-            graded = [next(grades) for _ in p.completions]
-            finite = [bool(np.isfinite(c.logprobs).all()) for c in p.completions]
-            groups.append(
-                Group(
-                    problem=p.problem,
-                    prompt_tokens=p.prompt,
-                    completions=p.completions,
-                    texts=group_texts,
-                    correct=np.array([g.correct for g in graded], np.float32),
-                    rewards=np.array([g.reward for g in graded], np.float32),
-                    valid=np.array([g.valid and ok for g, ok in zip(graded, finite, strict=True)], bool),
-                    outcomes=[g.outcome if ok else "nonfinite" for g, ok in zip(graded, finite, strict=True)],
-                )
-            )
-        return groups
+    def _sample(self, params, batch: Rollouts, ahead: Rollouts, step: int) -> tuple[Rollouts, Rollouts]:
+        """Both continued; `ahead` only as far as slots idle while the batch finishes."""
+        c = self.config
+        limit = c.sampling.max_tokens
+        first, then = (requests(r, limit, c.sampling.carry_over, self.mean_lengths) for r in (batch, ahead))
+        found = self.sampler.generate(
+            params, first + then, seed=c.seed, step=step, sampling=sampling_settings(c), background=len(then)
+        )
+        completions = [completion for request in found for completion in request]
+        n = int(batch.unfinished.sum())
+        return batch.extend(completions[:n], step, limit), ahead.extend(completions[n:], step, limit)
 
-    def _check_failures(self, groups, step: int) -> None:
-        invalid = sum(int((~g.valid).sum()) for g in groups)
-        total = sum(len(g.completions) for g in groups)
+    def _grade(self, rollouts: Rollouts) -> Rollouts:
+        """Grades for the groups without unfinished responses; the others stay as they are."""
+        waiting = rollouts.per_response(rollouts.group_any(rollouts.unfinished))
+        index, tokens = np.flatnonzero(~waiting), rollouts.split_tokens()
+        texts = [self.tokenizer.decode(tokens[i]) for i in index]
+        grades = self.task.grade([rollouts.prompts[rollouts.group[i]].problem for i in index], texts)
+        finite = rollouts.token_sum(~np.isfinite(rollouts.logprobs)) == 0
+        new = {k: getattr(rollouts, k).copy() for k in ("correct", "reward", "valid", "outcome")}
+        for i, grade in zip(index, grades, strict=True):
+            new["correct"][i], new["reward"][i] = grade.correct, grade.reward
+            new["valid"][i] = grade.valid and finite[i]
+            new["outcome"][i] = grade.outcome if finite[i] else "nonfinite"
+        columns = rollouts.columns
+        if self.config.length.count == "thinking":
+            thinking = [len(self.tokenizer.encode(t.split("</think>")[0])) for t in texts]
+            counted = rollouts.lengths.copy()
+            counted[index] = np.minimum(thinking, counted[index])
+            columns = columns | {"thinking_tokens": counted}
+        return rollouts.replace(**new, columns=columns)
+
+    def _learn_from(self, finished: Rollouts) -> None:
+        """What later draws and requests go by: mean response lengths, GRESO's streaks."""
+        ids = [p.problem.id for p in finished.prompts]
+        lengths = np.nan_to_num(mean_length(finished)).tolist()
+        self.mean_lengths |= dict(zip(ids, lengths, strict=True))
+        if self.config.batch.greso:
+            self.greso = greso_update(self.greso, ids, mean_accuracy(finished))
+
+    def _check_failures(self, rollouts: Rollouts, step: int) -> None:
+        invalid, total = int((~rollouts.valid).sum()), len(rollouts)
         if total and invalid / total > self.config.task.max_failures:
             raise UserError(
-                f"step {step}: {invalid} of {total} completions could not be graded ({outcome_counts(groups)}), "
+                f"step {step}: {invalid} of {total} completions could not be graded ({outcome_counts(rollouts)}), "
                 f"more than config.task.max_failures={self.config.task.max_failures}"
             )
+
+
+def requests(rollouts: Rollouts, limit: int, most: int, mean_lengths: Mapping[str, float]) -> list[Request]:
+    """What is left to sample, in the order of the unfinished responses: one request for a group without tokens,
+    otherwise one for each unfinished response, whose tokens so far are prefilled again.
+
+    limit: response tokens allowed in all. most: of them in this call, 0 = no bound. mean_lengths: guessed response
+    length of a problem id.
+    """
+    out, tokens, lengths, most = [], rollouts.split_tokens(), rollouts.lengths, most or limit
+    begun = rollouts.per_response(rollouts.group_any(lengths > 0))
+    for i in np.flatnonzero(rollouts.unfinished):
+        prompt, sample, done = rollouts.prompts[rollouts.group[i]], int(rollouts.sample[i]), int(lengths[i])
+        expected = mean_lengths.get(prompt.problem.id, 0.0)
+        common = dict(key=prompt.position % 2**32, step=prompt.step)
+        if begun[i]:
+            out.append(
+                Request(
+                    prompt=np.concatenate([prompt.tokens, tokens[i]]),
+                    samples=1,
+                    max_tokens=min(limit - done, most),
+                    expected=max(expected, limit / 2),  # it has outlived others: start it early
+                    first_sample=sample,
+                    done=done,
+                    **common,
+                )
+            )
+        elif sample == 0:
+            out.append(Request(prompt.tokens, prompt.samples, min(limit, most), expected=expected, **common))
+    return out
+
+
+# ---- hosts
+
+
+def share(rollouts: Rollouts, host: int) -> Sequence[int]:
+    """The groups that a host samples and grades."""
+    return range(host, rollouts.num_groups, jax.process_count())
+
+
+def gather(mine: Rollouts, whole: Rollouts) -> Rollouts:
+    """The groups of `whole` with what each host made of its share, in the order of `whole`, on every host.
+
+    Sends the arrays of `mine` without the prompts, which every host has: 8 1/8 bytes a token and a few a response.
+    """
+    if jax.process_count() == 1:
+        return mine
+    found = distributed.allgather_arrays(mine.to_arrays(prompts=False))
+    shares = [share(whole, host) for host in range(len(found))]
+    parts = [
+        Rollouts.from_arrays(arrays, [whole.prompts[g] for g in groups])
+        for arrays, groups in zip(found, shares, strict=True)
+    ]
+    place = np.argsort(np.concatenate([np.array(groups, int) for groups in shares]))
+    return records.concat(parts).take_groups(place)
+
+
+# ---- what the config says of sampling, budgets and length rewards
 
 
 def sampling_settings(config) -> SamplingParams:
@@ -254,140 +289,33 @@ def sampling_settings(config) -> SamplingParams:
     return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p)
 
 
-def with_budget(problem: Problem, config, position: int) -> Problem:
-    """The problem with a length budget drawn for this position, if the config asks for one."""
-    mode = config.length.mode
-    if mode == "none" or problem.budget is not None:
-        return problem
-    rng = np.random.default_rng([config.seed, 7, position])
-    if mode == "both":
-        mode = ("exact", "max")[int(rng.integers(2))]
-    budget = int(sample_budgets(rng, 1, config.length.budgets, config.length.low, config.length.high)[0])
-    return dataclasses.replace(problem, budget=budget, mode=mode)
-
-
 def length_weight(config, step: int) -> float:
     """Weight of the length term at a step: config.length.weight, reached linearly in warmup_steps steps."""
     c = config.length
     return c.weight * min(1.0, step / c.warmup_steps) if c.warmup_steps else c.weight
 
 
-def shape_rewards(groups: list[Group], config, tokenizer=None, weight: float = 1.0) -> list[Group]:
-    """Groups with the length reward of config.length applied; invalid completions keep out of its statistics.
+def shape_rewards(rollouts: Rollouts, config, weight: float = 1.0) -> Rollouts:
+    """With the length reward of config.length in the rewards; invalid responses keep out of its statistics.
 
     The term that is added to the task's reward is weight x (shaped - correct), so that the value of a user's
     reward function is kept and the term can be warmed up.
     """
-    name = config.length.reward
-    if name == "none" or not groups:
-        return groups
-    flags = [g.valid for g in groups]
-    valid = np.concatenate(flags)
-    lengths = np.concatenate([counted_lengths(g, config.length.count, tokenizer) for g in groups])
-    sizes = [len(g.completions) for g in groups]
-    correct = np.concatenate([g.correct for g in groups])
-    shaped = correct.astype(np.float64)
-    shaped[valid] = LENGTH_REWARDS[name].fn(
-        correct[valid],
-        lengths[valid],
-        np.repeat([g.problem.budget or 0 for g in groups], sizes)[valid],
-        np.repeat(np.arange(len(groups)), sizes)[valid],
-        np.concatenate([g.truncated for g in groups])[valid],
-        config.sampling.max_tokens,
-        np.repeat([g.problem.mode for g in groups], sizes)[valid],
-        dict(config.length.hyper[name]),
+    name, r = config.length.reward, rollouts
+    if name == "none" or not len(r):
+        return r
+    lengths = r.lengths if config.length.count == "response" else r.columns["thinking_tokens"]
+    v = r.valid
+    inputs = LengthInputs(
+        correct=r.correct[v],
+        lengths=lengths[v],
+        max_length=config.sampling.max_tokens,
+        budgets=r.budgets[v],
+        modes=r.modes[v],
+        group=r.group[v],
+        truncated=r.truncated[v],
+        columns={k: column[v] for k, column in r.columns.items()},
     )
-    delta = np.split((weight * (shaped - correct)).astype(np.float32), np.cumsum(sizes)[:-1])
-    return [dataclasses.replace(g, rewards=g.rewards + d) for g, d in zip(groups, delta, strict=True)]
-
-
-def counted_lengths(group: Group, count: str, tokenizer) -> np.ndarray:
-    """int32 [G]: the tokens a length reward counts: the whole response, or its part up to </think>."""
-    if count == "response":
-        return group.lengths
-    thinking = [len(tokenizer.encode(t.split("</think>")[0])) for t in group.texts]
-    return np.minimum(np.array(thinking, np.int32), group.lengths)
-
-
-def outcome_counts(groups: list[Group]) -> dict[str, int]:
-    """How often each grading outcome occurred."""
-    counts: dict[str, int] = {}
-    for g in groups:
-        for outcome in g.outcomes:
-            counts[outcome] = counts.get(outcome, 0) + 1
-    return dict(sorted(counts.items()))
-
-
-def group_metrics(groups: list[Group]) -> dict[str, Any]:
-    """Metrics of everything that was sampled, before selection."""
-    valid = np.concatenate([g.valid for g in groups])
-    rewards = np.concatenate([g.rewards for g in groups])[valid]
-    lengths = np.concatenate([g.lengths for g in groups])
-    spread = [len(set(g.rewards[g.valid].tolist())) > 1 for g in groups]
-    targets = np.repeat([g.problem.budget or 0 for g in groups], [len(g.completions) for g in groups])
-    out = {
-        "reward/mean": float(rewards.mean()) if len(rewards) else 0.0,
-        "reward/std": float(rewards.std()) if len(rewards) else 0.0,
-        "accuracy": float(np.nanmean([mean_accuracy(g) for g in groups])) if len(rewards) else 0.0,
-        "zero_std_fraction": 1.0 - float(np.mean(spread)),
-        "response_length/mean": float(lengths.mean()),
-        "response_length/min": int(lengths.min()),
-        "response_length/max": int(lengths.max()),
-        "response_length/p10": float(np.percentile(lengths, 10)),
-        "response_length/p50": float(np.percentile(lengths, 50)),
-        "response_length/p90": float(np.percentile(lengths, 90)),
-        "truncated_fraction": float(np.mean(np.concatenate([g.truncated for g in groups]))),
-        "hist/length": length_histogram(lengths),
-        **{f"outcome/{k}": v for k, v in outcome_counts(groups).items()},
-    }
-    if targets.any():
-        has = targets > 0
-        deviation = np.abs(lengths[has] - targets[has]) / targets[has]
-        out["length/deviation"] = float(deviation.mean())
-        out["length/violations"] = float((lengths[has] > targets[has]).mean())
-    return out
-
-
-def length_histogram(lengths: np.ndarray, bins: int = 32) -> list[list[int]]:
-    """[[upper edge in tokens, count], ...] of at most `bins` bins of equal width."""
-    width = max(1, -(-int(lengths.max()) // bins))
-    index, counts = np.unique((lengths - 1) // width, return_counts=True)
-    return [[int((i + 1) * width), int(n)] for i, n in zip(index, counts, strict=True)]
-
-
-def group_to_json(group: Group) -> dict:
-    """JSON-able form of a group: floats keep their exact value."""
-    return {
-        "problem": dataclasses.asdict(group.problem),
-        "prompt_tokens": group.prompt_tokens.tolist(),
-        "completions": [partial.completion_to_json(c) for c in group.completions],
-        "texts": group.texts,
-        "correct": group.correct.tolist(),
-        "rewards": group.rewards.tolist(),
-        "valid": group.valid.tolist(),
-        "outcomes": group.outcomes,
-    }
-
-
-def group_from_json(data: dict) -> Group:
-    """Inverse of group_to_json."""
-    return Group(
-        problem=Problem(**data["problem"]),
-        prompt_tokens=np.array(data["prompt_tokens"], np.int32),
-        completions=[partial.completion_from_json(c) for c in data["completions"]],
-        texts=data["texts"],
-        correct=np.array(data["correct"], np.float32),
-        rewards=np.array(data["rewards"], np.float32),
-        valid=np.array(data["valid"], bool),
-        outcomes=data["outcomes"],
-    )
-
-
-def gather(groups: list[Group | Partial]) -> list[Group | Partial]:
-    """The groups of all hosts, in the order the problems were drawn, on every host."""
-    if jax.process_count() == 1:
-        return groups
-    shares = distributed.allgather([partial.to_json(g) if isinstance(g, Partial) else group_to_json(g) for g in groups])
-    longest = max(map(len, shares))
-    items = [share[i] for i in range(longest) for share in shares if i < len(share)]
-    return [partial.from_json(item) if "position" in item else group_from_json(item) for item in items]
+    shaped = r.correct.astype(np.float64)
+    shaped[v] = length_rewards(name, inputs, dict(config.length.hyper[name]))
+    return r.replace(reward=r.reward + (weight * (shaped - r.correct)).astype(np.float32))

@@ -6,7 +6,9 @@
 --data lists files (jsonl, jsonl.gz, parquet), names of benchmarks, or the embedded task with its settings
 ("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over lengths: asked for in the prompt (--budget_mode=exact
 or max), enforced from outside by s1's budget forcing (forced), or only compared with (none).
---reward=module:function grades with a function of yours. --distributed joins the processes of several hosts.
+--template=chat|boxed|plain, --system_prompt=TEXT and --enable_thinking=on|off (of chat templates that have the switch)
+are as a run was trained, unless given. --reward=module:function grades with a function of yours. --distributed joins
+the processes of several hosts.
 --server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
 time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
 grader or the reward function's file are others by then, it says so instead.
@@ -31,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl import build
-from jaxrl.collect import with_budget
+from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
 from jaxrl.evaluation.identity import model_identity
@@ -48,22 +50,28 @@ from jaxrl.evaluation.server import Server, ask
 from jaxrl.evaluation.tables import accuracy_table, length_table, profile_table, sweep_table
 from jaxrl.rollout.engine import Engine, SamplingParams
 from jaxrl.rollout.placement import place
-from jaxrl.runtime import cli, distributed
+from jaxrl.rollout.requests import decodable
+from jaxrl.runtime import cli, distributed, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
+from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
 from jaxrl.tasks.task import Task
+from jaxrl.tasks.templates import THINKING
 from jaxrl.types import Problem
 
 FLAGS = dict(
-    model=str, data=str, out=str, server="", samples=1, limit=0, max_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0,
-    min_p=0.0, seed=0, template="", data_dir="", split="", problem_field="", answer_field="", id_field="",
-    skip_bad_rows=False, reward="", budgets="", budget_mode="exact", soft_tolerance=500, step=-1, all_checkpoints=False,
-    waits=0, answer_tokens=0, end_thinking="</think>",
-    distributed=False, batch=0, slots=64, tensor=1, dtype="float32", grader_workers=2, grader_timeout=5.0,
+    model=str, data=str, out=str, server="", **cli.SAMPLING_FLAGS, samples=Integer(1, 1), limit=Integer(0),
+    max_new_tokens=Integer(0), seed=Integer(0), template=Choice("", ("", "plain", "boxed", "chat")), **cli.CHAT_FLAGS,
+    data_dir="",
+    split="", problem_field="", answer_field="", id_field="", skip_bad_rows=Flag(False), reward="", budgets="",
+    budget_mode=Choice("exact", MODES), soft_tolerance=Integer(500), step=Integer(-1, -1), all_checkpoints=Flag(False),
+    waits=Integer(0), answer_tokens=Integer(0), end_thinking="</think>", distributed=Flag(False), batch=Integer(0),
+    slots=Integer(64, 1), tensor=Integer(1, 1), grader_workers=Integer(2, 1),
+    grader_timeout=Number(5.0, 0, above=True),
 )  # fmt: skip
 
 
@@ -95,7 +103,8 @@ def main(argv: list[str]) -> None:
     """The command line above; returns nothing, writes --out. Raises UserError for flags that cannot be used."""
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     _check(flags)
-    out = pathlib.Path(flags["out"])
+    kept = storage.output(flags["out"], "--out")
+    out = kept.local
     (out / "completions").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         limits = (flags["grader_workers"], flags["grader_timeout"])
@@ -105,7 +114,9 @@ def main(argv: list[str]) -> None:
         results, info = evaluate(flags, out, grader, reward)
     if distributed.is_main():
         print(write_results(out, results, info, flags))
-        print(f"written to {out}")
+        with storage.user_errors("--out"):
+            kept.close()
+        print(f"written to {flags['out']}")
 
 
 def evaluate_checkpoints(flags: dict, out: pathlib.Path, grader: Grader, reward: UserReward | None):
@@ -145,6 +156,8 @@ def evaluate_served(flags: dict, out: pathlib.Path, grader: Grader, reward: User
     with Server(flags["server"], flags["model"], key=key, concurrency=flags["slots"]) as server:
         settings = {k: flags[k] for k, off in (("temperature", None), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
                     if flags[k] != off}  # fmt: skip
+        if flags["enable_thinking"] in ("on", "off"):  # as vLLM and SGLang take it
+            settings["chat_template_kwargs"] = {"enable_thinking": THINKING[flags["enable_thinking"]]}
 
         def answer(job: Job, part: Sequence[int]) -> Records:
             asked = ([job.problems[i] for i in part], [job.prompts[i] for i in part])
@@ -157,30 +170,17 @@ def evaluate_served(flags: dict, out: pathlib.Path, grader: Grader, reward: User
 def _check(flags: dict) -> None:
     if flags["positional"]:
         raise UserError(f"unexpected argument {flags['positional'][0]!r}; settings are --name=value")
-    if flags["budget_mode"] not in MODES:
-        raise UserError(f"--budget_mode={flags['budget_mode']!r}: choose one of {', '.join(MODES)}")
-    if flags["dtype"] not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype={flags['dtype']!r}: choose float32 or bfloat16")
-    lows = dict.fromkeys(("limit", "max_new_tokens", "batch", "waits", "answer_tokens", "seed"), 0)
-    lows |= dict.fromkeys(("samples", "slots", "tensor", "grader_workers"), 1)
-    for name, low in lows.items():
-        if flags[name] < low:
-            raise UserError(f"--{name}={flags[name]} must be at least {low}")
     if flags["server"]:
         unfit = {"step": -1, "all_checkpoints": False, "distributed": False}
         if changed := [name for name, default in unfit.items() if flags[name] != default]:
             raise UserError(f"--{changed[0]} is about checkpoints and cannot be used with --server")
         if flags["budgets"] and flags["budget_mode"] == "forced":
             raise UserError("--budget_mode=forced: a server's answers cannot be cut and continued; choose exact or max")
-    _sampling(flags)
     _budgets(flags)
 
 
 def _sampling(flags: dict) -> SamplingParams:
-    try:
-        return SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
-    except ValueError as e:
-        raise UserError(f"--{e}") from None
+    return SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
 
 
 def _budgets(flags: dict) -> list[int]:
@@ -244,8 +244,6 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
     params: as load_model returns them.
     """
     longest = max((len(p) for job in jobs for p in job.prompts if len(p) < config.max_position_embeddings), default=1)
-    if flags["budget_mode"] == "forced":  # the answer is asked for with the thinking in the prompt
-        longest += max((job.limit for job in jobs if job.budget), default=0)
     replicas = placement.row_multiple if placement else 1
     sampler = Engine(
         config,
@@ -255,6 +253,7 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
         slots=-(-flags["slots"] // replicas) * replicas,
         dtype=jnp.dtype(flags["dtype"]),
         placement=placement,
+        allowed=decodable(tokenizer, config.vocab_size),
     )
     layout = sampler.layout(params)
 

@@ -5,23 +5,23 @@
 DIR is a Hugging Face directory or a run directory. The prompt goes through the tokenizer's chat template if it has
 one and --chat is not false. Flags and their defaults: --max_new_tokens=256 --temperature=1.0 --top_k=0 --top_p=1.0
 --min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32 --prompt_logprobs=false (true: the log-probability of
-each token of the prompt but the first). Text goes to stdout, the rest to stderr.
+each token of the prompt but the first). --system_prompt=TEXT and --enable_thinking=on|off (of templates that have the
+switch) are as a run was trained, unless given. Text goes to stdout, the rest to stderr.
 """
 
 from __future__ import annotations
 
 import itertools
-import queue
 import sys
-import threading
 import time
 
+from jaxrl.algorithms.hyper import Flag, Integer
 from jaxrl.errors import UserError
 from jaxrl.runtime import cli
 
 DEFAULTS = dict(
-    model=str, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, samples=1, chat=True,
-    dtype="float32", prompt_logprobs=False,
+    model=str, **cli.SAMPLING_FLAGS, max_new_tokens=Integer(256, 1), seed=0, samples=Integer(1, 1), chat=Flag(True),
+    **cli.CHAT_FLAGS, prompt_logprobs=Flag(False),
 )  # fmt: skip
 
 
@@ -33,26 +33,23 @@ def main(argv: list[str]) -> int:
     import jax.numpy as jnp
 
     from jaxrl.rollout.engine import Engine, SamplingParams
-    from jaxrl.runtime.model_source import load_model
+    from jaxrl.rollout.requests import decodable
+    from jaxrl.runtime.model_source import load_model, run_settings
+    from jaxrl.tasks.templates import prompt_options
 
-    if flags["dtype"] not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype={flags['dtype']!r}: float32 or bfloat16")
-    try:
-        sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
-    except ValueError as e:
-        raise UserError(f"--{e}") from None
-    for name in ("max_new_tokens", "samples"):
-        if flags[name] < 1:
-            raise UserError(f"--{name}={flags[name]}: must be at least 1")
+    sampling = SamplingParams(*(flags[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     cli.use_compilation_cache()
     config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]))
-    prompt = encode(tokenizer, flags["positional"][0], flags["chat"])
+    given = {key: flags[key] for key in cli.CHAT_FLAGS if flags[key]}
+    trained = run_settings(flags["model"]).get("task", {}) if flags["chat"] else {}
+    prompt = encode(tokenizer, flags["positional"][0], flags["chat"], **prompt_options(trained | given))
     room = config.max_position_embeddings - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model a context of {config.max_position_embeddings}")
     limit = min(flags["max_new_tokens"], room)
     sizes = dict(max_prompt=len(prompt), max_tokens=limit, slots=1, chunk=8)
-    sampler = Engine(config, tokenizer.eos_ids, **sizes, dtype=flags["dtype"])
+    sizes |= dict(dtype=flags["dtype"], allowed=decodable(tokenizer, config.vocab_size))
+    sampler = Engine(config, tokenizer.eos_ids, **sizes)
     params = sampler.layout(params)
     if flags["prompt_logprobs"]:
         (logprobs,) = sampler.prompt_logprobs(params, [prompt])
@@ -70,16 +67,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def encode(tokenizer, text: str, chat: bool):
-    """int32 [p] prompt ids: the chat template's, or the plain text's after BOS. Raises UserError if empty."""
+def encode(tokenizer, text: str, chat: bool, system: str = "", enable_thinking: bool | None = None):
+    """int32 [p] prompt ids: the chat template's (system, enable_thinking: see encode_prompt), or the plain text's
+    after BOS. Raises UserError if empty, or for text or options that the tokenizer cannot encode.
+    """
     import numpy as np
 
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else None
-    if ids is None:
-        try:
-            ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
-        except ValueError as e:
-            raise UserError(str(e)) from None
+    from jaxrl.tasks.templates import encode_prompt
+    from jaxrl.types import Problem
+
+    chat = chat and tokenizer.chat_template is not None
+    if (system or enable_thinking is not None) and not chat:
+        raise UserError("--system_prompt and --enable_thinking need a tokenizer with a chat template, and --chat=true")
+    asked = Problem("prompt", text, "", info={"messages": [{"role": "user", "content": text}]})
+    try:
+        ids = encode_prompt(asked, tokenizer, "chat" if chat else "plain", system, enable_thinking)
+    except ValueError as e:
+        raise e if isinstance(e, UserError) else UserError(str(e)) from None
     if not ids:
         raise UserError("the prompt is empty, and the tokenizer has no BOS to start from")
     return np.array(ids, np.int32)
@@ -90,34 +94,23 @@ def stream(sampler, params, tokenizer, prompt, limit: int, sample: int, seed: in
     from jaxrl.rollout.engine import Request
     from models.tokenizers import stream_text
 
-    ids: queue.Queue = queue.Queue()
-    out: list = []
+    sampler.submit(Request(prompt, 1, limit, 0, first_sample=sample), seed=seed)
+    completion = None
 
-    def send(_, __, tokens):
-        for token in tokens:
-            ids.put(int(token))
+    def ids():
+        nonlocal completion
+        while completion is None:
+            for event in sampler.step(params, sampling):
+                completion = event.completion
+                yield from event.tokens.tolist()
 
-    def work():
-        request = Request(prompt, 1, limit, 0, first_sample=sample)
-        try:
-            [[completion]] = sampler.generate(params, [request], seed=seed, sampling=sampling, on_tokens=send)
-            out.append(completion)
-        except BaseException as e:  # handed to the thread that prints
-            out.append(e)
-        ids.put(None)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
     # a tokenizer may drop the space before the first token it sees, so it sees the prompt's last one too
     last = int(prompt[-1])
     skip = len(tokenizer.decode([last]))
-    for text in stream_text(tokenizer, itertools.chain([last], iter(ids.get, None))):
+    for text in stream_text(tokenizer, itertools.chain([last], ids())):
         print(text[skip:], end="", flush=True)
         skip = max(skip - len(text), 0)
-    worker.join()
-    if isinstance(out[0], BaseException):
-        raise out[0]
-    return out[0]
+    return completion
 
 
 if __name__ == "__main__":

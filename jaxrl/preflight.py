@@ -34,13 +34,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl import build
-from jaxrl.batch import most_rows, row_lengths
+from jaxrl.batch import most_rows, row_length
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner, needs_reference
 from jaxrl.learner.state import HOST
 from jaxrl.learner.update import abstract_batch
-from jaxrl.rollout.device import bucket
-from jaxrl.rollout.programs import Rows, SamplingArrays
+from jaxrl.rollout.cache import bucket
+from jaxrl.rollout.kernels import Rows, SamplingArrays
 from jaxrl.runtime import cli, compilers, hardware, roofline
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import get, parse_config, validate
@@ -91,7 +91,7 @@ def programs(config, decoder, mesh) -> list[Program]:
 
 def _learner_programs(config, learner: Learner, mesh, state, reference: float) -> Iterator[Program]:
     b, shards = config.batch, meshes.num_batch_shards(mesh)
-    row = max(row_lengths(config))
+    row = row_length(config)
     rows = max(1, b.micro_tokens // (row * shards)) * shards
     sequences = b.prompts * b.group_size / b.updates
     micro = max(1.0, sequences * mean_tokens(config) / (rows * row))
@@ -107,9 +107,10 @@ def _learner_programs(config, learner: Learner, mesh, state, reference: float) -
 
 
 def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[Program]:
-    sampler = build.sampler(config, decoder, types.SimpleNamespace(eos_ids=(0, 1)), mesh)
+    tokenizer = types.SimpleNamespace(eos_ids=(0, 1), vocab_size=decoder.vocab_size, unused_ids=())
+    sampler = build.sampler(config, decoder, tokenizer, mesh)
     placement, run = sampler.placement, sampler.programs
-    slots, chunk, width = sampler.slots, sampler.chunk, sampler.windows[-1]
+    slots, chunk, width = sampler.slots, sampler.chunk, sampler.cache.windows[-1]
     on_host = NamedSharding(placement.mesh, P())
     array = lambda d, *shape: jax.ShapeDtypeStruct(shape, d, sharding=on_host)  # noqa: E731
 
@@ -126,12 +127,12 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
     cache, layer = empty_cache(slots, width), empty_cache(slots, width).v[0]
     group, longest = config.batch.group_size, bucket(sampler.max_prompt - 1, 32)
     needed = -(-slots // group)  # prompts that fill the pool
-    prompts = min(n for n in sampler.prefill_sizes() if n >= needed or n == max(sampler.prefill_sizes()))
+    prompts = next((n for n in sampler.cache.prefill_sizes if n >= needed), sampler.cache.prefill_sizes[-1])
     waiting = _bytes(empty_cache(prompts, longest))
     i32 = jnp.int32
     rows = Rows(*(array(i32, slots) for _ in range(4)), array(bool, slots), array(jnp.uint32, slots, 2),
                 array(i32, slots))
-    knobs = SamplingArrays(array(jnp.float32), array(i32, 2))
+    settings = SamplingArrays(array(jnp.float32), array(i32, 2))
 
     hosts = mesh.size // placement.mesh.size
     total = (config.batch.generation_prompts or config.batch.prompts) / hosts  # prompts of one host
@@ -144,11 +145,11 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
         lives + _bytes(cache), 1, prompts * longest * hosts, total / prompts,
     )
     yield Program(
-        "move layer", lambda: lower(run.rebase, layer, None, array(i32), window=width),
+        "move layer", lambda: lower(run.resize, layer, None, array(i32), window=width),
         lives + _bytes(weights) + waiting + _bytes(cache) - _bytes(layer), 1, 0, calls * 2 * decoder.num_layers,
     )
     yield Program(
-        "decode", lambda: lower(run.decode, weights, cache, rows, knobs, array(i32), array(i32)),
+        "decode", lambda: lower(run.decode, weights, cache, rows, settings, array(i32), array(i32)),
         lives + waiting, chunk, chunk * slots * hosts, calls, passes=chunk,
     )
 
@@ -271,7 +272,7 @@ def _remedies(name: str, config) -> Iterator[tuple[str, Any]]:
     if name in ("update", "score"):
         if config.model.remat != "full":
             yield "model.remat", "full"
-        micro, least = config.batch.micro_tokens, max(row_lengths(config))
+        micro, least = config.batch.micro_tokens, row_length(config)
         while micro > least:
             micro = max(micro // 2, least)
             yield "batch.micro_tokens", micro

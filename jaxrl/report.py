@@ -9,6 +9,7 @@ follows the light or dark theme of its reader; it is written to RUN/report.html,
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -17,8 +18,8 @@ from jaxrl.reporting.page import Figure, beside, render
 from jaxrl.reporting.panels import PANELS
 from jaxrl.reporting.runs import Setting, group_runs, read_run
 from jaxrl.reporting.style import SERIES, drawing, save_png, to_svg
-from jaxrl.runtime import cli
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime import cli, storage
+from jaxrl.runtime.storage import atomic_write
 
 WIDE = (10.6, 4.0)  # inches, across the page
 SMALL = (3.9, 2.6)  # three beside each other
@@ -37,11 +38,14 @@ def main(argv: list[str]) -> None:
 def write_report(paths: Sequence[str], out: str) -> str:
     """Writes the page and its PNGs; returns the page's path. Raises UserError for what is not a run."""
     settings = group_runs([read_run(path) for path in paths])
-    target = pathlib.Path(out)
-    pngs = target.with_name(f"{target.stem}_png")
+    folder, name = os.path.split(out)
+    where = storage.Mirror(storage.as_path(folder or ".", "--out"), kind=f"results-{os.getpid()}")
+    pngs = where.local / f"{pathlib.Path(name).stem}_png"
     pngs.mkdir(parents=True, exist_ok=True)
-    atomic_write(target, render(settings, draw_all(settings, pngs)))
-    return str(target)
+    atomic_write(where.local / name, render(settings, draw_all(settings, pngs)))
+    with storage.user_errors("--out"):
+        where.close()
+    return out
 
 
 def draw_all(settings: Sequence[Setting], pngs: pathlib.Path) -> dict[str, list[Figure]]:

@@ -9,7 +9,6 @@ The same learner as RL, with the loss -log pi and advantage 1 on every token. `j
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,18 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl import build
-from jaxrl.batch import most_rows, row_lengths
+from jaxrl.batch import pack_settings
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import combine
 from jaxrl.learner.packing import pack
 from jaxrl.learner.state import build_optimizer, init_state
 from jaxrl.learner.update import Objective, build_programs, place_batch
-from jaxrl.runtime import cli
+from jaxrl.rollouts import from_sequences
+from jaxrl.runtime import cli, storage
 from jaxrl.runtime.config import parse_config, validate
 from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.tasks import dial
 from jaxrl.tasks.data import load_problems
-from jaxrl.tasks.templates import encode_prompt
+from jaxrl.tasks.templates import encode_prompt, prompt_options
 from jaxrl.types import Problem
 from models.weights import save_params
 
@@ -60,14 +60,15 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
             return [(tokenizer.encode(prompt), tokenizer.encode(text) + eos) for prompt, text in rows]
 
         return phase("full", s.full_steps), phase("sloppy", s.steps - s.full_steps)
-    loaded = load_problems(config.sft.data, skip_bad_rows=config.task.skip_bad_rows)
+    t = config.task
+    loaded = load_problems(config.sft.data, skip_bad_rows=t.skip_bad_rows)
     rows, rng = [], np.random.default_rng([config.seed, 9])
     for problem in loaded.problems:
         if "solution" not in problem.info:
             raise UserError(f"config.sft.data={config.sft.data}: problem {problem.id!r} has no field 'solution'")
         response = tokenizer.encode(problem.info["solution"]) + eos
         problem = _asked_for(problem, len(response), rng)
-        rows.append((encode_prompt(problem, tokenizer, config.task.template), response))
+        rows.append((encode_prompt(problem, tokenizer, t.template, **prompt_options(t)), response))
     fits = [r for r in rows if len(r[0]) <= config.sampling.max_prompt and len(r[1]) <= config.sampling.max_tokens]
     if not fits:
         raise UserError(f"config.sft.data={config.sft.data}: no demonstration fits sampling.max_prompt/max_tokens")
@@ -88,7 +89,7 @@ def _asked_for(problem: Problem, length: int, rng: np.random.Generator) -> Probl
 
 def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
     """config.sft.steps packed mini-batches: full_steps from the first phase, the rest from the second."""
-    s = config.sft
+    s, settings = config.sft, pack_settings(config, config.sft.batch, shards)
     for rows, steps, phase in zip(phases, (s.full_steps, s.steps - s.full_steps), (0, 1), strict=True):
         rng = np.random.default_rng([config.seed, 5, phase])
         passes = -(-steps * s.batch // max(len(rows), 1))
@@ -96,11 +97,7 @@ def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
         for i in range(steps):
             chosen = [rows[j] for j in order[i * s.batch : (i + 1) * s.batch]]
             prompts, responses = ([np.array(r[k], np.int32) for r in chosen] for k in (0, 1))
-            zeros = [np.zeros(len(r), np.float32) for r in responses]
-            yield pack(
-                prompts, responses, np.ones(len(chosen)), zeros, row_lengths(config), config.batch.micro_tokens,
-                shards, most_rows=most_rows(config, s.batch),
-            )[0]  # fmt: skip
+            yield pack(from_sequences(prompts, responses), np.ones(len(chosen)), settings)[0]
 
 
 def warm_start(config, decoder, mesh, params, tokenizer, note=print):
@@ -147,8 +144,11 @@ def main(argv: list[str]) -> int:
     decoder = build.decoder_config(config, tokenizer)
     params = build.params_maker(config, decoder, mesh)()
     params = warm_start(config, decoder, mesh, params, tokenizer)
-    out = pathlib.Path(config.run_dir) / "model"
-    save_params(out, params, decoder, tokenizer)
+    out = f"{config.run_dir}/model"
+    written = storage.output(out, "config.run_dir")
+    save_params(written.local, params, decoder, tokenizer)
+    with storage.user_errors("config.run_dir"):
+        written.close()
     print(f"written to {out}; train from it with --config.model.path={out} --config.sft.steps=0")
     return 0
 

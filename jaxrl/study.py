@@ -47,7 +47,7 @@ from jaxrl.evaluation.tables import markdown
 from jaxrl.reporting.comparison import draw
 from jaxrl.reporting.runs import Run, Setting, read_run
 from jaxrl.runtime import cli
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
 
 FLAGS = dict(config=str, out="", only="", seeds="", images="", print_commands=False, table=False, in_process=False)
 DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"], "sweeps": {}}

@@ -1,9 +1,4 @@
-"""The host-side records that flow through a training step, in the order they are made.
-
-    Problem -> Completion -> Group -> (selection) -> packed batch -> update
-
-All arrays here are NumPy; nothing in this file touches a device.
-"""
+"""What goes into the sampler and what comes out: a problem, a completion. Batches of them: `jaxrl.rollouts`."""
 
 from __future__ import annotations
 
@@ -38,46 +33,37 @@ class Completion:
     tokens: int32 [n], the end-of-sequence token included when there was one.
     logprobs: float32 [n], log-probability of each token under the tempered sampling distribution
         before top-k/top-p/min-p truncation.
-    finish: "eos" (an end token was sampled), "length" (the token limit was reached), "stop" (a stop sequence) or
+    finish: "eos" (an EOS token was sampled), "length" (the token limit was reached), "stop" (a stop sequence) or
         "partial" (to be continued).
-    stale: so many tokens, from the first on, were drawn by older parameters than those that are trained next.
+    sampled: bool [n], False where a token was forced by somebody else than the policy (a tool's result, budget
+        forcing): its log-prob is 0 and it takes no gradient. None: all were drawn.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     finish: str
-    stale: int = 0
+    sampled: np.ndarray | None = None
 
     @property
     def length(self) -> int:
         return len(self.tokens)
 
+    def head(self, n: int) -> Completion:
+        """The first n tokens, to be continued."""
+        sampled = None if self.sampled is None else self.sampled[:n]
+        begun = dict(tokens=self.tokens[:n], logprobs=self.logprobs[:n], sampled=sampled)
+        return dataclasses.replace(self, finish="partial", **begun)
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """A problem, its G completions and their grades: the unit that selection keeps or drops.
+    def joined(self, rest: Completion) -> Completion:
+        """This and its continuation, which says how it ends."""
+        both, sampled = (self, rest), None
+        if any(c.sampled is not None for c in both):
+            sampled = np.concatenate([np.ones(c.length, bool) if c.sampled is None else c.sampled for c in both])
+        tokens, logprobs = (np.concatenate([getattr(c, name) for c in both]) for name in ("tokens", "logprobs"))
+        return dataclasses.replace(self, tokens=tokens, logprobs=logprobs, finish=rest.finish, sampled=sampled)
 
-    prompt_tokens: int32 [p]. completions: G of them. texts: their decoded texts.
-    correct: float32 [G], 0 or 1 (accuracy before any shaping). rewards: float32 [G], what advantages see.
-    valid: bool [G]; False where grading failed (timed out, crashed): such completions carry no gradient.
-    outcomes: G of "correct", "wrong", "unparsed", "timeout", "crashed".
-    """
-
-    problem: Problem
-    prompt_tokens: np.ndarray
-    completions: list[Completion]
-    texts: list[str]
-    correct: np.ndarray
-    rewards: np.ndarray
-    valid: np.ndarray
-    outcomes: list[str]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int32 [G]: response lengths in tokens, end-of-sequence token included."""
-        return np.array([c.length for c in self.completions], np.int32)
-
-    @property
-    def truncated(self) -> np.ndarray:
-        """bool [G]: responses that ran into the token limit."""
-        return np.array([c.finish == "length" for c in self.completions], bool)
+    def forced(self, tokens) -> Completion:
+        """This with tokens appended that the policy did not draw, to be continued."""
+        tokens = np.asarray(tokens, np.int32)
+        zeros = np.zeros(len(tokens), np.float32)
+        return self.joined(Completion(tokens, zeros, "partial", sampled=zeros > 0))

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+SHARES_PROMPTS = ("xla", "cudnn")  # those that take any mask
 
 
 def default_implementation(platform: str) -> str:
@@ -86,21 +87,26 @@ def attend(q, k, v, mask, scales=()):
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-def segment_mask(segment_ids, window=0):
+def segment_mask(segment_ids, window=0, shared=None):
     """bool [B, T, T]: causal, only within equal segment ids, and only the last `window` tokens (0: all).
 
-    segment_ids: int32 [B, T]. window: int or traced int32 [].
+    segment_ids: int32 [B, T]. window: int or traced int32 []. shared: (parents, positions), int32 [B, T] both: the id
+    of one more segment that a token sees, 0 for none (a prompt that several responses stand behind), and the token's
+    place in its sequence, by which a window then counts.
     """
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    T = segment_ids.shape[1]
+    same, T = segment_ids[:, :, None] == segment_ids[:, None, :], segment_ids.shape[1]
+    place = jnp.arange(T)[None]
+    if shared is not None:
+        parents, place = shared
+        same |= (parents[:, :, None] == segment_ids[:, None, :]) & (parents > 0)[:, :, None]
     mask = same & jnp.tril(jnp.ones((T, T), bool))
     if isinstance(window, int) and window == 0:
         return mask
-    distance = jnp.arange(T)[:, None] - jnp.arange(T)
-    return mask & ((distance < window) | (window == 0))
+    return mask & ((place[:, :, None] - place[:, None] < window) | (window == 0))
 
 
-def attend_packed(q, k, v, segment_ids, implementation: str, windows: tuple[int, ...] = (0,), kind=None):
+def attend_packed(q, k, v, segment_ids, implementation: str, windows: tuple[int, ...] = (0,), kind=None,
+                  shared=None):
     """Block-causal self-attention of packed rows.
 
     Args:
@@ -108,13 +114,16 @@ def attend_packed(q, k, v, segment_ids, implementation: str, windows: tuple[int,
       implementation: one of IMPLEMENTATIONS.
       windows: tokens that a token sees, 0 for all, of each kind of layer. kind: which; traced int32 [], or None
         for the only one.
+      shared: see segment_mask.
 
     Returns:
       [B, T, N, H]. Values at padding positions are finite and meaningless.
 
     Raises:
-      ValueError: unknown implementation.
+      ValueError: unknown implementation, or one that cannot share prompts.
     """
+    if shared is not None and implementation not in SHARES_PROMPTS:
+        raise ValueError(f"attention={implementation!r} cannot share prompts: choose {', '.join(SHARES_PROMPTS)}")
     kind = None if len(set(windows)) == 1 else kind
     if implementation == "splash":
         branches = [functools.partial(_splash, window=w) for w in windows]
@@ -122,9 +131,9 @@ def attend_packed(q, k, v, segment_ids, implementation: str, windows: tuple[int,
         return branches[0](*args) if kind is None else lax.switch(kind, branches, *args)
     window = windows[0] if kind is None else jnp.array(windows, jnp.int32)[kind]
     if implementation == "xla":
-        return attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), segment_mask(segment_ids, window))
+        return attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), segment_mask(segment_ids, window, shared))
     if implementation == "cudnn":
-        mask = segment_mask(segment_ids, window)[:, None]
+        mask = segment_mask(segment_ids, window, shared)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     raise ValueError(f"attention={implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
 

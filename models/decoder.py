@@ -168,7 +168,7 @@ class Attention(Part):
     kinds: tuple[LayerKind, ...]
 
     @nn.compact
-    def __call__(self, x, layer_cache, kind, views, segment_ids, end):
+    def __call__(self, x, layer_cache, kind, views, segments, end):
         """x: [B, T, D] -> ([B, T, D], layer_cache). See Decoder.__call__ for the rest."""
         c, (B, T, _) = self.config, x.shape
         q, k, v = self.linear(x, "q", "k", "v")
@@ -182,7 +182,7 @@ class Attention(Part):
             q = q * (c.query_scale * c.head_dim**0.5)
         if layer_cache is None:
             windows = tuple(kind.window for kind in self.kinds)
-            out = attend_packed(q, k, v, segment_ids, self.implementation, windows, kind)
+            out = attend_packed(q, k, v, segments[0], self.implementation, windows, kind, segments[1])
         else:
             layer_cache = write_cache(layer_cache, k, v, end)
             keys, values, *scales = layer_cache
@@ -230,7 +230,7 @@ class Block(nn.Module):
     kinds: tuple[LayerKind, ...]
 
     @nn.compact
-    def __call__(self, x, layer, views, segment_ids, end):
+    def __call__(self, x, layer, views, segments, end):
         """x: [B, T, D]; layer: (its cache arrays or None, its kind or None) -> (x, layer's cache)."""
         fields = (self.config, self.dtype, self.param_dtype)
 
@@ -239,7 +239,7 @@ class Block(nn.Module):
 
         layer_cache, kind = layer
         attention = Attention(*fields, self.implementation, self.kinds, name="attn")
-        h, layer_cache = attention(norm("attn_norm", x), layer_cache, kind, views, segment_ids, end)
+        h, layer_cache = attention(norm("attn_norm", x), layer_cache, kind, views, segments, end)
         x = nn.with_logical_constraint(x + norm("attn_post_norm", h), ("batch", "seq", "act_embed"))
         h = MLP(*fields, name="mlp")(norm("mlp_norm", x))
         return nn.with_logical_constraint(x + norm("mlp_post_norm", h), ("batch", "seq", "act_embed")), layer_cache
@@ -262,13 +262,14 @@ class Decoder(nn.Module):
     scan_layers: bool = True
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | None = None):
+    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | None = None, parents=None):
         """Hidden states of every position.
 
         Args:
           tokens: int32 [B, T]. positions: int32 [B, T], position of each token in its own sequence.
           segment_ids: int32 [B, T] for packed rows without a cache; attention is causal within equal ids,
             0 is padding. None means one sequence per row.
+          parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
           cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on.
 
         Returns:
@@ -285,6 +286,7 @@ class Decoder(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
         if cache is None and segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
+        segments = (segment_ids, None if parents is None else (parents, positions))
         views = [self._view(kind, positions, cache) for kind in c.kinds]
         layers, end = (None, None) if cache is None else (cache.arrays, cache.end)
         block = Block
@@ -300,13 +302,13 @@ class Decoder(nn.Module):
             )
             which = jnp.array(c.kind_of_layer, jnp.int32) if len(views) > 1 else None
             scanned = scanned(*parts, self.attention, c.kinds, name="layers")
-            x, layers = scanned(x, (layers, which), views, segment_ids, end)
+            x, layers = scanned(x, (layers, which), views, segments, end)
         else:
             updated = []
             for i, kind in enumerate(c.kind_of_layer):
                 layer = block(*parts, self.attention, (c.kinds[kind],), name=f"layer_{i}")
                 own = None if cache is None else tuple(a[i] for a in layers)
-                x, own = layer(x, (own, None), [views[kind]], segment_ids, end)
+                x, own = layer(x, (own, None), [views[kind]], segments, end)
                 updated.append(own)
             layers = None if cache is None else tuple(zip(*updated, strict=True))
         x = RMSNorm(*parts, name="final_norm")(x)

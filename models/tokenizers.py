@@ -26,16 +26,22 @@ KINDS = (
 )
 
 
+class ChatTemplateError(ValueError):
+    """A chat template is broken, or refuses a conversation."""
+
+
 class Tokenizer:
     """What the rest of the code sees of any tokenizer.
 
     name: for messages. vocab_size: ids are below it; larger ones (padded embeddings) decode to nothing.
+    unused_ids: ids below it that stand for nothing.
     eos_ids: every id that ends a response, at least one. pad_id: fills rows, never trained on. bos_id: the id
     the model expects before plain text, None if it was not trained with one (chat templates write their own).
     Raises ValueError if there is no end-of-sequence id.
     """
 
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None
+    unused_ids: Sequence[int] = ()
 
     def __init__(
         self, name: str, vocab_size: int, eos_ids: Iterable[int], pad_id: int | None, bos_id: int | None
@@ -60,11 +66,35 @@ class Tokenizer:
     def apply_chat_template(self, messages: list[dict[str, str]], **options) -> list[int] | None:
         """Ids of a conversation ([{"role", "content"}]) up to where the assistant starts to write.
 
-        None if the tokenizer has no chat template. options go to the template (e.g. enable_thinking=False).
+        None if the tokenizer has no chat template. Of several named templates "default" is taken, or the only one, or
+        the one that options call chat_template. Other options go to the template (e.g. enable_thinking=False).
+        Raises ChatTemplateError, one line, for a template that is broken or refuses the conversation.
         """
-        if self.chat_template is None:
+        template = self._template(options.pop("chat_template", "default"))
+        if template is None:
             return None
-        return self.encode(_render(self.chat_template, messages, self._template_tokens(), options))
+        try:
+            text = self._render(template, messages, {"add_generation_prompt": True} | options)
+        except Exception as e:  # a template is a program: it raises whatever it likes
+            line = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ChatTemplateError(f"{self.name}: chat template: {line}") from e
+        return self.encode(text)
+
+    def _template(self, name: str) -> str | None:
+        """The chat template of that name; where there is only one, it needs none."""
+        if not isinstance(self.chat_template, dict):
+            return self.chat_template
+        if name not in self.chat_template and len(self.chat_template) > 1:
+            names = ", ".join(self.chat_template)
+            raise ChatTemplateError(f"{self.name}: no chat template is called {name!r}; valid: {names}")
+        return self.chat_template.get(name, next(iter(self.chat_template.values()), None))
+
+    def _render(self, template: str, messages: list[dict], options: dict) -> str:
+        """The template's text, with what transformers gives templates: sandbox, strftime_now, loop controls, ...."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        values = self._template_tokens() | options
+        return render_jinja_template(conversations=[messages], chat_template=template, **values)[0][0]
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write what load_tokenizer(directory) reads back; the EOS set goes to generation_config.json."""
@@ -90,7 +120,9 @@ class HFTokenizer(Tokenizer):
         # a tokenizer may name a BOS token without ever adding it: trust what it does
         bos = inner.bos_token_id
         bos = bos if bos is not None and inner("a")["input_ids"][:1] == [bos] else None
-        size = max(inner.get_vocab().values()) + 1  # len(inner) is too small when ids have gaps
+        ids = set(inner.get_vocab().values())
+        size = max(ids) + 1  # len(inner) is too small when ids have gaps
+        self.unused_ids = sorted(set(range(size)) - ids)
         super().__init__(name, size, eos, inner.pad_token_id if pad_id is None else pad_id, bos)
         self.inner, self.chat_template = inner, inner.chat_template
 
@@ -100,11 +132,8 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **options) -> list[int] | None:
-        if self.chat_template is None:
-            return None
-        options = {"add_generation_prompt": True} | options
-        return self.encode(self.inner.apply_chat_template(messages, tokenize=False, **options))
+    def _render(self, template: str, messages: list[dict], options: dict) -> str:
+        return self.inner.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
 
     def _save(self, root: pathlib.Path) -> None:
         self.inner.save_pretrained(root)
@@ -116,21 +145,28 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(
         self, model: bytes, name: str, eos_ids: Iterable[int] = (), pad_id: int | None = None, **config
     ):
-        """config: the parts of tokenizer_config.json that matter, add_bos_token and chat_template."""
+        """config: of tokenizer_config.json, add_bos_token, added_tokens_decoder, chat_template and *_token matter."""
         import sentencepiece
 
         try:
             self.inner = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as e:
             raise ValueError(f"{name}: truncated or not a sentencepiece model ({e})") from None
-        sp = self.inner
-        eos = [*eos_ids, *([sp.eos_id()] if sp.eos_id() >= 0 else [])]
-        pad = sp.pad_id() if pad_id is None and sp.pad_id() >= 0 else pad_id
-        bos = sp.bos_id() if sp.bos_id() >= 0 and config.get("add_bos_token", True) else None
-        super().__init__(name, sp.get_piece_size(), eos, pad, bos)
+        sp, size = self.inner, self.inner.get_piece_size()
+        added = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items() if int(i) >= size}
+        self.added = dict(sorted(added.items()))
+        control = {sp.id_to_piece(i): i for i in range(size) if sp.is_control(i)}
+        self._control = control | {token["content"]: i for i, token in self.added.items()}
+        pieces = {key: self._control.get(_content(config.get(key))) for key in ("eos_token", "pad_token", "bos_token")}
+        self._eos = sp.eos_id() if pieces["eos_token"] is None else pieces["eos_token"]
+        eos = [*eos_ids, *([self._eos] if self._eos >= 0 else [])]
+        pad = next((i for i in (pad_id, pieces["pad_token"], sp.pad_id()) if i is not None and i >= 0), None)
+        bos = sp.bos_id() if pieces["bos_token"] is None else pieces["bos_token"]
+        bos = bos if bos >= 0 and config.get("add_bos_token", True) else None
+        super().__init__(name, max([size - 1, *self.added]) + 1, eos, pad, bos)
         self.model, self.chat_template = model, config.get("chat_template")
-        self._control = {sp.id_to_piece(i): i for i in range(sp.get_piece_size()) if sp.is_control(i)}
-        self._split = re.compile("|".join(map(re.escape, self._control)) or "(?!)")
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._split = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def encode(self, text: str) -> list[int]:
         """As in Tokenizer; control pieces spelled out in the text (chat templates do) become their ids."""
@@ -141,25 +177,30 @@ class SentencePieceTokenizer(Tokenizer):
         return ids + self.inner.encode(text[start:])
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        text, run = "", []
-        for i in (int(i) for i in ids if i < self.vocab_size):
-            if not skip_special and self.inner.is_control(i):
-                # sentencepiece itself drops control pieces, so decode the runs between them
-                text, run = text + self.inner.decode(run) + self.inner.id_to_piece(i), []
-            else:
-                run.append(i)
+        text, run, size = "", [], self.inner.get_piece_size()
+        for i in map(int, ids):
+            if i < size and (skip_special or not self.inner.is_control(i)):
+                run.append(i)  # sentencepiece itself drops control pieces
+                continue
+            token = self.added.get(i, {"content": ""}) if i >= size else {"content": self.inner.id_to_piece(i)}
+            hidden = skip_special and (token.get("special") or i in self.eos_ids or i == self.pad_id)
+            text, run = text + self.inner.decode(run) + ("" if hidden else token["content"]), []
         return text + self.inner.decode(run)
 
     def _template_tokens(self) -> dict[str, str]:
         piece, sp = self.inner.id_to_piece, self.inner
-        ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
-        return {name: piece(i) for name, i in ids.items() if i >= 0}
+        bos = sp.bos_id() if self.bos_id is None else self.bos_id
+        ids = {"bos_token": bos, "eos_token": self._eos, "unk_token": sp.unk_id()}
+        return {name: self.added[i]["content"] if i in self.added else piece(i) for name, i in ids.items() if i >= 0}
 
     def _save(self, root: pathlib.Path) -> None:
         (root / "tokenizer.model").write_bytes(self.model)
         config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": self.bos_id is not None}
-        config |= {"add_eos_token": False, **self._template_tokens()}
-        config |= {} if self.chat_template is None else {"chat_template": self.chat_template}
+        config |= {"add_eos_token": False, **self._template_tokens(), "added_tokens_decoder": self.added}
+        template = self.chat_template
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        config |= {} if template is None else {"chat_template": template}
         _write_json(root / "tokenizer_config.json", config)
 
 
@@ -233,6 +274,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def _load(path: pathlib.Path) -> Tokenizer:
     root = path if path.is_dir() else path.parent
     config = _optional_json(root / "tokenizer_config.json")
+    config["chat_template"] = _chat_template(root, config)
+    if "added_tokens_decoder" not in config:  # how older directories say it
+        older = _optional_json(root / "added_tokens.json").items()
+        config["added_tokens_decoder"] = {id_: {"content": text} for text, id_ in older}
     generation = _optional_json(root / "generation_config.json")
     model = _optional_json(root / "config.json")
     eos = next((v for c in (generation, model) if (v := c.get("eos_token_id")) is not None), [])
@@ -250,13 +295,27 @@ def _load(path: pathlib.Path) -> Tokenizer:
     elif file.name == "tokenizer_config.json":
         tokenizer = _character_tokenizer(config, name)
     elif file.name == "vocab.json" and not (root / "merges.txt").exists():
-        tokenizer = _saved_vocab(file, name)
+        tokenizer = _saved_vocab(file, config, name)
     else:
         tokenizer = HFTokenizer(_load_hf(file, config), name, eos, pad)
     for id_ in (*tokenizer.eos_ids, tokenizer.pad_id):
         if not isinstance(id_, int) or not 0 <= id_ < tokenizer.vocab_size:
             raise ValueError(f"{path}: eos or pad token id {id_!r} is not in 0..{tokenizer.vocab_size - 1}")
     return tokenizer
+
+
+def _chat_template(root: pathlib.Path, config: dict) -> str | dict[str, str] | None:
+    """The template or templates of a directory: *.jinja files before tokenizer_config.json, as in transformers."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {one["name"]: one["template"] for one in template}
+    files = {file.stem: file for file in sorted(root.glob("additional_chat_templates/*.jinja"))}
+    if (root / "chat_template.jinja").exists():
+        files["default"] = root / "chat_template.jinja"
+    if not files:
+        return template
+    named = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    return named["default"] if list(named) == ["default"] else named
 
 
 def _find(path: pathlib.Path, config: dict) -> pathlib.Path | None:
@@ -287,11 +346,12 @@ def _load_hf(file: pathlib.Path, config: dict) -> Any:
             )
         text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         special = {}
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template"):
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
             if value := config.get(key):
-                special[key] = value["content"] if isinstance(value, dict) else value
+                special[key] = _content(value)
         inner = tokenizers.Tokenizer.from_str(text.decode("utf-8"))
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+        chat = config["chat_template"]
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat, **special)
     except Exception as e:  # the libraries raise anything, bare Exception included, for a damaged file
         line = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ValueError(f"{file}: not a tokenizer that transformers can load: {line}") from e
@@ -341,25 +401,17 @@ def _character_tokenizer(config: dict, name: str) -> VocabTokenizer:
     )
 
 
-def _saved_vocab(file: pathlib.Path, name: str) -> VocabTokenizer:
+def _saved_vocab(file: pathlib.Path, config: dict, name: str) -> VocabTokenizer:
     content = read_json(file)
     pieces, special = content.get("pieces"), content.get("special")
     if not isinstance(pieces, list) or not isinstance(special, dict):
         raise ValueError(f"{file}: need keys 'pieces' and 'special', or a merges.txt beside a BPE vocabulary")
-    return VocabTokenizer(pieces, special, name, content.get("chat_template"))
+    return VocabTokenizer(pieces, special, name, content.get("chat_template", config["chat_template"]))
 
 
-def _render(template: str, messages: list[dict], tokens: dict[str, str], options: dict) -> str:
-    """A Hugging Face chat template's text, rendered in a sandbox as transformers does."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message):
-        raise ValueError(f"chat template: {message}")
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    values = {"add_generation_prompt": True, **tokens, **options}
-    return environment.from_string(template).render(messages=messages, **values)
+def _content(token: str | dict | None) -> str | None:
+    """The text of a special token, which tokenizer_config.json gives as it is or as {"content": ...}."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _optional_json(path: pathlib.Path) -> dict:

@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from models.config import DecoderConfig, read_json, to_hf
+from models.ranges import RangeFile
 from models.table import MATRIX, Weight, get_path, set_path, weights, whole_shape
 
 INDEX = "model.safetensors.index.json"
@@ -42,7 +44,7 @@ def load_params(
     Raises ValueError, one line naming file and tensor: missing, unexpected or misshapen tensors, values that
     are not finite in `dtype`, truncated or missing files.
     """
-    root, dtype = pathlib.Path(directory), np.dtype(dtype)
+    root, dtype = epath.Path(directory), np.dtype(dtype)
     with contextlib.ExitStack() as stack:
         where = _open_tensors(root, stack)
         _check(root, where, config)
@@ -64,11 +66,13 @@ def load_params(
     return params
 
 
-def _open_tensors(root: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
-    """Tensor name -> (file, open safetensors handle); the files stay mapped until the stack closes."""
+def _open_tensors(root: epath.Path, stack: contextlib.ExitStack) -> dict[str, tuple[epath.Path, Any]]:
+    """Tensor name -> (file, open safetensors handle); local files stay mapped until the stack closes."""
     from safetensors import SafetensorError, safe_open
 
     def open_file(path):
+        if "://" in str(path):
+            return RangeFile(path)
         try:
             return stack.enter_context(safe_open(path, "numpy"))
         except (SafetensorError, OSError) as e:

@@ -4,13 +4,16 @@
 
 runs `python -m MODULE ARGS`, which must train into RUN_DIR and go on from there when it is started again.
 If REFERENCE_DIR is empty, the command is first run there once, undisturbed, with RUN_DIR in its arguments replaced.
+RUN_DIR may be gs://bucket/... on a store of tests/stores.py (found by the environment); then the proxy before it kills.
 
 Kinds of kill, all SIGKILL to the whole process group:
   start   at a random moment of the start-up, before the first new record
   step    a random moment after a random number of new records in metrics.jsonl
   save    as soon as a half-written checkpoint is seen, plus a random moment
-  write   by the process itself, just before the N-th call that makes something durable (fsync, rename, rmtree):
+  write   by the process itself, just before the N-th call that makes something durable (fsync, replace, rmtree):
           the start of every gap in the commit protocol
+On a store, `save` and `write` are a kill before the N-th request that changes something, or after it but before its
+answer.
 
 Each start is a fork of this process, which has imported MODULE but touched no device: a start then costs what comes
 after the imports.
@@ -26,14 +29,17 @@ import runpy
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 
 import numpy as np
 
+from jaxrl.runtime import storage
 from jaxrl.runtime.manifest import list_checkpoints
 from jaxrl.runtime.metrics import read_metrics
+from tests.stores import Client
 
 KINDS = ("step", "save", "write", "start")
 
@@ -56,25 +62,31 @@ def run_until_done(module, args, run_dir, kills, seed, *, kinds=KINDS, limit=360
     so often (give it more steps), or if all this takes longer than `limit` seconds.
     """
     importlib.import_module(module)
-    run_dir, rng, begin = pathlib.Path(run_dir), random.Random(seed), time.monotonic()
+    rng, begin, store, log = random.Random(seed), time.monotonic(), store_of(run_dir), run_dir.rstrip("/") + ".log"
+    if store:
+        log, run_dir = f"{tempfile.mkdtemp()}/log", run_dir.removeprefix(store.url + "/")
     landed, half_written, starts, startup = dict.fromkeys(KINDS, 0), 0, 0, 1.0
-    log = run_dir.with_name(run_dir.name + ".log")
+    records_in = storage.scratch(f"{store.url}/{run_dir}", "runs") if store else pathlib.Path(run_dir)
     while True:
         kind = rng.choice(kinds) if sum(landed.values()) < kills else None
         write = rng.randint(1, 24) if kind == "write" else 0
         moment = rng.uniform(0, {"start": startup, "step": 0.05, "save": 0.03}.get(kind, 0))
-        records, started, torn = _records(run_dir), time.monotonic(), _half_written(run_dir)
+        records, started, torn = _records(records_in), time.monotonic(), _half_written(run_dir, store)
         wanted = records + rng.randint(1, 3)
-        pid, code = _fork(module, args, log, write), None
+        pid, code = _fork(module, args, log, 0 if store else write), None
+        if store:
+            fault = {"match": "^(POST|PUT|DELETE)", "skip": rng.randint(0, 40), "kill": pid}
+            store.faults(*[fault | {"after": rng.random() < 0.5}] * (kind in ("save", "write")))
         starts += 1
         try:
             while code is None:
                 assert time.monotonic() - begin < limit, f"not done after {limit} s and {landed}:\n{_tail(log)}"
-                now = _records(run_dir)
+                now = _records(records_in)
                 if now > records and startup == 1.0:
                     startup = time.monotonic() - started
                 if (kind == "start" and time.monotonic() - started >= moment) or (
-                        kind == "step" and now >= wanted) or (kind == "save" and _half_written(run_dir) - torn):
+                        kind == "step" and now >= wanted) or (
+                        kind == "save" and not store and _half_written(run_dir) - torn):
                     time.sleep(0 if kind == "start" else moment)
                     _kill(pid)
                 time.sleep(0.002)
@@ -85,7 +97,7 @@ def run_until_done(module, args, run_dir, kills, seed, *, kinds=KINDS, limit=360
                 _kill(pid)
         if code == -signal.SIGKILL:
             landed[kind] += 1
-            half_written += bool(_half_written(run_dir) - torn)
+            half_written += bool(_half_written(run_dir, store) - torn)
         else:
             assert code == 0, f"exit code {code} after {landed}:\n{_tail(log)}"
             assert sum(landed.values()) >= kills, f"done after {landed} of {kills} kills: it needs more steps"
@@ -127,7 +139,13 @@ def _fork(module, args, log, write):
 
 
 def _tail(log):
-    return log.read_text(errors="replace")[-4000:]
+    return pathlib.Path(log).read_text(errors="replace")[-4000:]
+
+
+def store_of(run_dir):
+    """The store of tests/stores.py that a run directory is on, found as its clients find it; None for a disk."""
+    variable = {"gs": "STORAGE_EMULATOR_HOST", "s3": "AWS_ENDPOINT_URL"}.get(run_dir.partition("://")[0])
+    return Client(run_dir[:2], os.environ[variable]) if variable else None
 
 
 def _kill(pid):
@@ -147,11 +165,15 @@ def deterministic_view(record):
     return {k: v for k, v in record.items() if not k.startswith(("time/", "perf/")) and k != "tokens_per_second"}
 
 
-def _half_written(run_dir):
-    """(name, inode) of every checkpoint that has no final name yet."""
+def _half_written(run_dir, store=None):
+    """(name, inode or any object) of every checkpoint that has no marker yet."""
+    if store:
+        found = [n.removeprefix(f"{run_dir}/checkpoints/").split("/") for n in store.names(f"{run_dir}/checkpoints/")]
+        whole = {step for step, file in found if file == "COMMITTED"}
+        return {(step, file) for step, file in found if step not in whole}
     try:
-        with os.scandir(run_dir / "checkpoints") as found:
-            return {(entry.name, entry.inode()) for entry in found if entry.name.endswith(".tmp")}
+        with os.scandir(f"{run_dir}/checkpoints") as found:
+            return {(e.name, e.inode()) for e in found if not os.path.exists(f"{e.path}/COMMITTED")}
     except FileNotFoundError:
         return set()
 
@@ -159,6 +181,9 @@ def _half_written(run_dir):
 def assert_same_run(run_dir, reference_dir):
     """Same records (all but timings) and the same final checkpoint, bit for bit; no step missing, none
     twice."""
+    if store := store_of(str(run_dir)):
+        name, run_dir = run_dir.removeprefix(store.url + "/"), tempfile.mkdtemp()
+        store.download(name, pathlib.Path(run_dir))
     runs = [pathlib.Path(d) for d in (run_dir, reference_dir)]
     records = [read_metrics(d / "metrics.jsonl") for d in runs]
     steps = [[r["step"] for r in rs] for rs in records]
@@ -174,7 +199,7 @@ def assert_same_run(run_dir, reference_dir):
     a, b = (arrays_of(c.path) for c in (ours, theirs))
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), f"{name} differs"
+        assert a[name] == b[name], f"{name} differs"
     # All but the writer's, which counts bytes, and timings have different lengths.
     host = [json.loads((c.path / "host.json").read_text()) for c in (ours, theirs)]
     assert len({json.dumps({k: v for k, v in h.items() if k not in ("writer", "metrics")}) for h in host}) == 1
@@ -193,17 +218,15 @@ def _blobs(path):
 
 
 def arrays_of(path):
-    """All arrays of a checkpoint by name, as NumPy, read with orbax alone."""
-    import orbax.checkpoint as ocp
+    """{name: dtype, shape, bytes} of all tensors of a checkpoint, read with the library of the file format alone."""
+    from safetensors import deserialize
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        names = reader.metadata(path / "arrays").item_metadata.tree
-        args = {k: ocp.RestoreArgs(restore_type=np.ndarray) for k in names}
-        return reader.restore(path / "arrays", args=ocp.args.PyTreeRestore(restore_args=args))
+    found = [entry for file in sorted(path.glob("*.safetensors")) for entry in deserialize(file.read_bytes())]
+    return {name: (e["dtype"], e["shape"], bytes(e["data"])) for name, e in found}
 
 
 def die_at_write(n):
-    """From now on the n-th call of fsync, rename, replace or rmtree in this process is a kill -9 of its
+    """From now on the n-th call of fsync, remove, replace or rmtree in this process is a kill -9 of its
     group."""
     lock, left = threading.Lock(), [n]
 
@@ -216,7 +239,7 @@ def die_at_write(n):
             return call(*args, **kwargs)
         return wrapper
 
-    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+    for module, name in ((os, "fsync"), (os, "remove"), (os, "replace"), (shutil, "rmtree")):
         setattr(module, name, dying(getattr(module, name)))
 
 

@@ -10,6 +10,7 @@ from hypothesis import settings
 _WORKER = "PYTEST_XDIST_WORKER" in os.environ  # it shares the directory of the process that started it
 _CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] if _WORKER else tempfile.mkdtemp(prefix="jaxrl-tests-xla-")
 # Before anything imports jax, which reads these once.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks a service of Google that the emulator does not have
 os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": _CACHE,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 
 from jaxrl import collect
-from jaxrl.algorithms.length import LENGTH_REWARDS
-from jaxrl.algorithms.selection import SELECTIONS, Selection
-from jaxrl.batch import sample_rows, trained_completions
-from jaxrl.collect import Collector, group_from_json, group_to_json, shape_rewards, with_budget
+from jaxrl import rollouts as records
+from jaxrl.algorithms.hyper import Method
+from jaxrl.algorithms.length import LENGTH_REWARDS, LengthInputs
+from jaxrl.algorithms.selection import SELECTIONS
+from jaxrl.batch import make_batches, with_advantages
+from jaxrl.collect import Collector, shape_rewards
 from jaxrl.errors import UserError
+from jaxrl.rollout_metrics import sample_rows
+from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime.config import base_config
+from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Grade, Task
-from jaxrl.types import Completion, Group, Problem
+from jaxrl.types import Completion, Problem
 from tests.chaos import deterministic_view
 
 WRONG, RIGHT, CRASH = 10, 11, 12  # the first token of a completion says how it will be graded
@@ -86,6 +91,10 @@ def make(rule=mixed, changes=(), problems=50):
     return Collector(c, task_of(problems), Tokenizer(), sampler), sampler
 
 
+def ids(rollouts):
+    return [p.problem.id for p in rollouts.prompts]
+
+
 def positions(sampler):
     return [[r.key for r in requests] for requests in sampler.requests]
 
@@ -95,20 +104,20 @@ def test_tops_up_until_full_and_reports_what_it_cost():
     got = collector.collect(None, 0)
     assert positions(sampler) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     order = [collector.task.train[int(collector.order[p])].id for p in range(8)]
-    assert [g.problem.id for g in got.chosen] == order[::2]
-    assert [g.problem.id for g in got.sampled] == order
-    assert got.reasons == ["", "accuracy/all_correct"] * 4
-    rows = sample_rows(got, got.chosen, collector.config, Tokenizer(), 1)
+    assert ids(got.chosen) == order[::2] and ids(got.sampled) == order
+    assert got.reason.tolist() == ([""] * G + ["accuracy/all_correct"] * G) * 4
+    trained = with_advantages(got.chosen, collector.config)
+    rows = sample_rows(got, trained, Tokenizer(), 1)
     assert [(r["id"], r["selected"], r["reason"]) for r in rows[::G]] == [
         (order[0], True, ""), (order[1], False, "accuracy/all_correct")]  # fmt: skip
     m = got.metrics
     assert m["selection/generation_batches"] == 2 and m["selection/groups"] == 4
     assert m["selection/dropped/accuracy/all_correct"] == 4
-    kept, everything = (sum(int(g.lengths.sum()) for g in gs) for gs in (got.chosen, got.sampled))
+    kept, everything = len(got.chosen.tokens), len(got.sampled.tokens)
     assert everything == kept + 4 * G * 3 == m["generated_tokens"]
     assert m["acceptance_rate"] == kept / everything
     assert m["perf/slot_utilisation"] == 0.5
-    assert m["selection/kept_lengths"] == [round(float(g.lengths.mean()), 2) for g in got.chosen]
+    assert m["selection/kept_lengths"] == [round(float(x.mean()), 2) for x in got.chosen.lengths.reshape(4, G)]
     assert m["selection/dropped_lengths"] == [3.0] * 4 and m["selection/dropped_reasons"] == ["all_correct"] * 4
     assert m["accuracy"] == 0.75 and m["zero_std_fraction"] == 0.5
     assert m["outcome/correct"] == 8 * G - 8 and m["outcome/wrong"] == 8
@@ -118,26 +127,28 @@ def test_tops_up_until_full_and_reports_what_it_cost():
 def test_samples_show_the_advantages_that_are_trained_on(advantage):
     collector, _ = make(even_mixed, {"algorithm.advantage": advantage})
     got = collector.collect(None, 0)
-    rows = sample_rows(got, got.chosen, collector.config, Tokenizer(), 1)
-    trained = [t.advantage for t in trained_completions(got.chosen, collector.config)]
-    assert [r["advantage"] for r in rows[:G]] == pytest.approx(trained[:G], abs=1e-4)
+    trained = with_advantages(got.chosen, collector.config)
+    rows = sample_rows(got, trained, Tokenizer(), 1)
+    assert [r["advantage"] for r in rows[:G]] == pytest.approx(trained.columns["advantage"][:G], abs=1e-4)
     assert not rows[-1]["selected"] and {r["advantage"] for r in rows[G:]} == {None}
 
 
-def test_a_rule_that_only_counts_still_tells_kept_from_dropped(monkeypatch):
-    monkeypatch.setitem(SELECTIONS, "odd", Selection(lambda groups, hyper: (groups[1::2], {"even": 2}), {}))
+def test_a_rule_without_reasons_still_tells_kept_from_dropped(monkeypatch):
+    odd = lambda rollouts, hyper: (rollouts.group % 2 == 1, np.full(len(rollouts), ""))  # noqa: E731
+    monkeypatch.setitem(SELECTIONS, "odd", Method(odd))
     got = make(changes={"algorithm.selection": "odd"})[0].collect(None, 0)
-    assert got.reasons == ["odd", ""] * 4
-    assert got.metrics["selection/dropped/odd/even"] == 4
+    assert got.reason.tolist() == (["odd"] * G + [""] * G) * 4
+    assert got.metrics["selection/dropped/odd"] == 4 and got.metrics["selection/dropped_reasons"] == ["odd"] * 4
 
 
 def test_groups_beyond_the_batch_are_discarded_or_kept():
     wide = {"batch.generation_prompts": 6}
     collector, sampler = make(changes=wide)
     first = collector.collect(None, 0)
-    assert [len(first.chosen), len(first.sampled), first.metrics["selection/surplus"]] == [4, 6, 0]
+    assert [first.chosen.num_groups, first.sampled.num_groups, first.metrics["selection/surplus"]] == [4, 6, 0]
     assert first.metrics["selection/groups"] == 4
-    assert first.metrics["acceptance_rate"] == 1.0  # selected, though not used: the filter let them pass
+    # two were selected and are thrown away: they do not count
+    assert first.metrics["acceptance_rate"] == len(first.chosen.tokens) / len(first.sampled.tokens) < 1
     collector.collect(None, 1)
     assert positions(sampler) == [[*range(6)], [*range(6, 12)]]
 
@@ -145,9 +156,10 @@ def test_groups_beyond_the_batch_are_discarded_or_kept():
     steps = [collector.collect(None, s) for s in range(3)]
     assert positions(sampler) == [[*range(6)], [*range(6, 12)]]  # 2 of 6 wait, then 4 of 8: the third needs none
     assert [s.metrics["selection/surplus"] for s in steps] == [2, 4, 0]
-    ids = [g.problem.id for s in steps for g in s.chosen]
-    assert ids == [collector.task.train[int(collector.order[p])].id for p in range(12)]
-    assert steps[2].metrics["generated_tokens"] == 0 and steps[2].sampled == []
+    assert [s.metrics["acceptance_rate"] for s in steps] == [1, 1, 0]  # none is thrown away; then none was sampled
+    order = [collector.task.train[int(collector.order[p])].id for p in range(12)]
+    assert sum((ids(s.chosen) for s in steps), []) == order
+    assert steps[2].metrics["generated_tokens"] == 0 and len(steps[2].sampled) == 0
     assert steps[2].metrics["selection/generation_batches"] == 0
 
 
@@ -156,25 +168,25 @@ def test_what_happens_when_the_limit_of_generation_batches_is_reached():
     limit = {"batch.max_generation_batches": 3}
     collector, sampler = make(never, limit)
     got = collector.collect(None, 0)
-    assert got.chosen == [] and len(sampler.requests) == 3 and len(got.sampled) == 12
+    assert len(got.chosen) == 0 and len(sampler.requests) == 3 and got.sampled.num_groups == 12
     assert got.metrics["selection/dropped/accuracy/all_wrong"] == 12 and got.metrics["acceptance_rate"] == 0
     collector, _ = make(even_mixed, {"batch.max_generation_batches": 1})
-    assert len(collector.collect(None, 0).chosen) == 2
+    assert collector.collect(None, 0).chosen.num_groups == 2
     collector, _ = make(never, {**limit, "batch.on_short": "error"})
     with pytest.raises(UserError, match="step 7: 0 of 4 groups after 3 batches; raise config.batch.max_gen"):
         collector.collect(None, 7)
     # A limit that is met just in time is no error; no limit at all goes on.
     collector, _ = make(even_mixed, {"batch.max_generation_batches": 2, "batch.on_short": "error"})
-    assert len(collector.collect(None, 0).chosen) == 4
+    assert collector.collect(None, 0).chosen.num_groups == 4
     late = lambda position, i: mixed(position, i) if position >= 60 else (WRONG, 2)  # noqa: E731
     collector, sampler = make(late, {"batch.max_generation_batches": 0})
-    assert len(collector.collect(None, 0).chosen) == 4 and len(sampler.requests) == 16
+    assert collector.collect(None, 0).chosen.num_groups == 4 and len(sampler.requests) == 16
 
 
 def test_a_problem_drawn_twice_is_two_groups():
     collector, _ = make(even_mixed, problems=1)
     got = collector.collect(None, 0)
-    assert [not r for r in got.reasons] == [True, False] * 4
+    assert [not r for r in got.reason[::G]] == [True, False] * 4
     assert len(got.metrics["selection/dropped_lengths"]) == 4
 
 
@@ -186,11 +198,12 @@ def crashing(share):
 def test_completions_without_a_grade_take_no_part():
     collector, _ = make(crashing(1))
     got = collector.collect(None, 0)
-    for g in got.chosen:
-        assert g.valid.tolist() == [False, True, True, True] and g.outcomes[0] == "crashed"
-    trained = trained_completions(got.chosen, collector.config)
-    assert [t.index for t in trained] == [1, 2, 3] * 4
-    assert trained[0].advantage == pytest.approx((1 - 2 / 3) / np.std([1, 0, 1], ddof=1), rel=1e-5)
+    assert got.chosen.valid.tolist() == [False, True, True, True] * 4
+    assert got.chosen.outcome[::G].tolist() == ["crashed"] * 4
+    advantage = with_advantages(got.chosen, collector.config).columns["advantage"]
+    assert advantage[0] == 0 and advantage[1] == pytest.approx((1 - 2 / 3) / np.std([1, 0, 1], ddof=1), rel=1e-5)
+    (batch,) = make_batches(got.chosen, collector.config, 0)
+    assert sorted(batch.index) == np.flatnonzero(got.chosen.valid).tolist()
     assert got.metrics["accuracy"] == pytest.approx(2 / 3) and got.metrics["reward/mean"] == pytest.approx(2 / 3)
     assert got.metrics["outcome/crashed"] == 4
 
@@ -211,9 +224,9 @@ def test_nonfinite_log_probs_of_the_sampler_are_not_trained_on():
         out[1][2].logprobs[-1] = np.nan
         return out
     sampler.generate = broken
-    groups = collector.collect(None, 0).chosen
-    assert groups[1].outcomes == ["wrong", "correct", "nonfinite", "correct"]
-    assert groups[1].valid.tolist() == [True, True, False, True] and groups[0].valid.all()
+    chosen = collector.collect(None, 0).chosen
+    assert chosen.outcome[G : 2 * G].tolist() == ["wrong", "correct", "nonfinite", "correct"]
+    assert chosen.valid[: 2 * G].tolist() == [True] * (G + 2) + [False, True]
 
 
 def test_longest_first_next_time():
@@ -239,45 +252,43 @@ def test_budgets_depend_on_seed_and_position_only():
     own = dataclasses.replace(problem, budget=3, mode="max")
     assert with_budget(own, c, 0) is own
     got = collector.collect(None, 0)
-    for position, (group, request) in enumerate(zip(got.sampled, sampler.requests[0], strict=True)):
-        assert (group.problem.budget, group.problem.mode) == (drawn[position].budget, drawn[position].mode)
+    for position, (prompt, request) in enumerate(zip(got.sampled.prompts, sampler.requests[0], strict=True)):
+        assert (prompt.problem.budget, prompt.problem.mode) == (drawn[position].budget, drawn[position].mode)
         assert request.prompt.tolist() == [1, 2, drawn[position].budget]
-    lengths = np.concatenate([g.lengths for g in got.sampled])
+    lengths = got.sampled.lengths
     budgets = np.repeat([p.budget for p in drawn[:4]], G)
     assert got.metrics["length/deviation"] == pytest.approx(np.mean(np.abs(lengths - budgets) / budgets))
     c.length.mode = "none"
     assert with_budget(problem, c, 0) is problem
 
 
-def random_groups(rng, count, mode="exact"):
-    """Groups of G with everything that can vary: lengths, truncation, ungraded completions, budgets or none."""
-    groups = []
+def random_rollouts(rng, count, mode="exact"):
+    """Groups of G with everything that can vary: lengths, truncation, ungraded responses, budgets or none."""
+    prompts = []
     for i in range(count):
-        lengths = np.minimum(rng.integers(1, 17, G), 12)
         budget, kind = (int(rng.integers(4, 12)), (mode, "exact")[i % 3 - 1]) if i % 3 else (None, "none")
         problem = Problem(f"p{i}", "q", "1", budget=budget, mode=kind, info={"source": ["x", {"y": 0.1}]})
-        correct = (rng.random(G) < 0.6).astype(np.float32)
-        valid = rng.random(G) < 0.8
-        groups.append(
-            Group(
-                problem=problem,
-                prompt_tokens=rng.integers(0, 9, 3).astype(np.int32),
-                completions=[
-                    Completion(
-                        rng.integers(0, 9, n).astype(np.int32),
-                        rng.normal(size=n).astype(np.float32),
-                        "length" if n == 12 else "eos",
-                    )
-                    for n in lengths
-                ],
-                texts=[f"täxt {n}" for n in lengths],
-                correct=correct,
-                rewards=correct.copy(),
-                valid=valid,
-                outcomes=["correct" if x else "wrong" for x in correct],
-            )
-        )
-    return groups
+        prompts.append(Prompt(problem, rng.integers(0, 9, 3).astype(np.int32), G, 10 + i, i))
+    n = count * G
+    lengths = np.minimum(rng.integers(1, 17, n), 12)
+    total, correct = int(lengths.sum()), (rng.random(n) < 0.6).astype(np.float32)
+    return Rollouts(
+        prompts=tuple(prompts),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        group=np.repeat(np.arange(count), G),
+        tokens=rng.integers(0, 9, total).astype(np.int32),
+        logprobs=rng.normal(size=total).astype(np.float32),
+        sampled=rng.random(total) < 0.9,
+        version=np.sort(rng.integers(0, 4, total)).astype(np.int32),
+        sample=np.tile(np.arange(G, dtype=np.int32), count),
+        correct=correct,
+        reward=correct.copy(),
+        valid=rng.random(n) < 0.8,
+        finish=np.where(lengths == 12, "length", "eos").astype(object),
+        outcome=np.where(correct > 0, "correct", "wrong").astype(object),
+        columns={"waits": rng.integers(0, 3, n)},
+        token_columns={"entropy": rng.random(total)},
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(LENGTH_REWARDS) - {"none"}))
@@ -285,53 +296,42 @@ def test_length_rewards_are_computed_over_what_was_graded(name):
     c = base_config()
     c.length.reward, c.sampling.max_tokens = name, 12
     mode = "exact" if name == "lcpo_exact" else "max"  # lcpo_max takes both
-    groups = random_groups(np.random.default_rng(3), 6, mode)
-    flat = [(i, g, j) for i, g in enumerate(groups) for j in range(G) if g.valid[j]]
-    assert 0 < len(flat) < 6 * G and len({g.problem.mode for g in groups}) >= 2
-    assert any(g.correct[j] and g.truncated[j] for _, g, j in flat)
-    expected = LENGTH_REWARDS[name].fn(
-        np.array([g.correct[j] for _, g, j in flat]),
-        np.array([g.completions[j].length for _, g, j in flat]),
-        np.array([g.problem.budget or 0 for _, g, j in flat]),
-        np.array([i for i, _, _ in flat]),
-        np.array([g.completions[j].finish == "length" for _, g, j in flat]),
+    r = random_rollouts(np.random.default_rng(3), 6, mode)
+    graded = [i for i in range(len(r)) if r.valid[i]]
+    assert 0 < len(graded) < 6 * G and len(set(r.modes)) >= 2
+    assert any(r.correct[i] and r.finish[i] == "length" for i in graded)
+    problems = [r.prompts[i // G].problem for i in graded]
+    inputs = LengthInputs(
+        [r.correct[i] for i in graded],
+        [r.offsets[i + 1] - r.offsets[i] for i in graded],
         12,
-        np.array([g.problem.mode for _, g, j in flat]),
-        LENGTH_REWARDS[name].defaults,
+        [p.budget or 0 for p in problems],
+        [p.mode for p in problems],
+        [i // G for i in graded],
+        [r.finish[i] == "length" for i in graded],
     )
-    shaped = shape_rewards(groups, c)
-    np.testing.assert_allclose([shaped[i].rewards[j] for i, _, j in flat], expected, rtol=1e-6, atol=1e-6)
-    for before, after in zip(groups, shaped, strict=True):
-        assert np.array_equal(after.rewards[~before.valid], before.rewards[~before.valid])
-        assert after.rewards.dtype == np.float32 and after.prompt_tokens is before.prompt_tokens
+    expected = LENGTH_REWARDS[name].fn(inputs, LENGTH_REWARDS[name].defaults)
+    shaped = shape_rewards(r, c)
+    np.testing.assert_allclose(shaped.reward[graded], expected, rtol=1e-6, atol=1e-6)
+    assert np.array_equal(shaped.reward[~r.valid], r.reward[~r.valid]) and shaped.reward.dtype == np.float32
     # A user's reward of another scale keeps its value; the length term comes on top.
-    partial = [dataclasses.replace(g, rewards=g.rewards * 3 + 1) for g in groups]
-    for a, b, g in zip(shape_rewards(partial, c), shaped, groups, strict=True):
-        np.testing.assert_allclose(a.rewards - (g.rewards * 3 + 1), b.rewards - g.rewards, atol=1e-6)
+    other = shape_rewards(r.replace(reward=r.reward * 3 + 1), c)
+    np.testing.assert_allclose(other.reward - (r.reward * 3 + 1), shaped.reward - r.reward, atol=1e-6)
 
 
 def test_thinking_counts_up_to_the_end_of_thinking():
-    group = dataclasses.replace(
-        random_groups(np.random.default_rng(0), 1)[0], texts=["1 2 3 </think> 4 5", "1 2 3 4", "</think> 1", "1"]
+    class Words(Tokenizer):
+        def decode(self, tokens, skip_special=True):
+            return super().decode(tokens).replace("13", "</think>")
+
+    whole = [[RIGHT, 2, 3, 13, 4, 5], [WRONG, 2, 3, 4], [RIGHT, 13, 1], [WRONG]]
+    collector, sampler = make(changes={"batch.prompts": 1, "length.count": "thinking", "length.reward": "laser"})
+    collector.tokenizer = Words()
+    sampler.draw = lambda r, i, most: Completion(
+        np.array(whole[i], np.int32), np.zeros(len(whole[i]), np.float32), "eos"
     )
-    group.completions[:] = [Completion(np.zeros(6, np.int32), np.zeros(6, np.float32), "eos")] * G
-    counted = collect.counted_lengths(group, "thinking", Tokenizer())
-    assert counted.tolist() == [3, 4, 0, 1] and collect.counted_lengths(group, "response", None).tolist() == [6] * G
-
-
-def test_groups_survive_json_exactly():
-    groups = random_groups(np.random.default_rng(5), 4, "max")
-    extremes = np.array([1e-45, -3.4028235e38, np.float32(0.1), -0.0, np.nan, -np.inf, 1 / 3], np.float32)
-    groups[0].completions[0] = Completion(np.arange(7, dtype=np.int32), extremes, "eos")
-    for before in groups:
-        after = group_from_json(json.loads(json.dumps(group_to_json(before))))
-        assert after.problem == before.problem and after.texts == before.texts and after.outcomes == before.outcomes
-        for name in ("prompt_tokens", "correct", "rewards", "valid", "lengths", "truncated"):
-            a, b = getattr(after, name), getattr(before, name)
-            assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), name
-        for a, b in zip(after.completions, before.completions, strict=True):
-            assert a.finish == b.finish and a.tokens.dtype == np.int32 and a.logprobs.dtype == np.float32
-            assert a.tokens.tobytes() == b.tokens.tobytes() and a.logprobs.tobytes() == b.logprobs.tobytes()
+    chosen = collector.collect(None, 0).chosen
+    assert chosen.lengths.tolist() == [6, 4, 3, 1] and chosen.columns["thinking_tokens"].tolist() == [3, 4, 1, 1]
 
 
 BOTH = {"sampling.carry_over": 2, "sampling.prefetch": True}
@@ -343,32 +343,37 @@ def ragged(position, i):
     return (RIGHT if i % 2 else WRONG), int(np.clip(n, 1, LIMIT))
 
 
-def content(groups):
-    """(id, tokens, log-probs, finish) of every completion."""
-    return [(g.problem.id, c.tokens.tolist(), c.logprobs.tolist(), c.finish) for g in groups for c in g.completions]
+def content(rollouts):
+    """(id, tokens, log-probs, finish) of every response."""
+    rows = rollouts.group, rollouts.split_tokens(), rollouts.split_tokens(rollouts.logprobs), rollouts.finish
+    return [(ids(rollouts)[g], t.tolist(), x.tolist(), f) for g, t, x, f in zip(*rows, strict=True)]
 
 
 @pytest.mark.parametrize("changes", [{"sampling.carry_over": 3}, {"sampling.carry_over": 1}, BOTH], ids=str)
-def test_carrying_over_loses_no_completion_and_changes_none(changes):
+def test_carrying_over_loses_no_response_and_changes_none(changes):
     changes = {"algorithm.selection": "none", "batch.keep_surplus": True, "batch.max_generation_batches": 4} | changes
     collector, sampler = make(ragged, changes, problems=1000)
     steps = [collector.collect(None, s) for s in range(25)]
     budget = changes["sampling.carry_over"]
     assert all(np.max(r.max_tokens) <= budget for requests in sampler.requests for r in requests)
     order = [collector.task.train[int(collector.order[p])].id for p in range(collector.position)]
-    finished = [g for s in steps for g in s.chosen] + collector.surplus
-    begun = [p.problem.id for p in collector.pending + collector.ahead]
-    assert sorted([g.problem.id for g in finished] + begun) == sorted(order)  # each once, none lost
-    assert len(finished) > 60 and len(begun) < 30
-    for g in finished:
-        for i, c in enumerate(g.completions):
-            first, n = ragged(order.index(g.problem.id), i)
-            assert c.tokens.tolist() == [first] + [5] * (n - 1) and len(c.logprobs) == n
-            assert c.finish == ("length" if n == LIMIT else "eos")
+    finished = records.concat([*(s.chosen for s in steps), collector.surplus])
+    begun = ids(collector.pending) + ids(collector.ahead)
+    assert sorted(ids(finished) + begun) == sorted(order)  # each once, none lost
+    assert finished.num_groups > 60 and len(begun) < 30
+    for (name, tokens, logprobs, finish), i in zip(content(finished), finished.sample, strict=True):
+        first, n = ragged(order.index(name), int(i))
+        assert tokens == [first] + [5] * (n - 1) and len(logprobs) == n
+        assert finish == ("length" if n == LIMIT else "eos")
     # No length bias: what waits at the end is what was begun last, so all but the newest are there.
     newest = min(order.index(i) for i in begun)
     assert newest > collector.position - 40
-    assert {g.problem.id for g in finished} >= set(order[:newest])
+    assert set(ids(finished)) >= set(order[:newest])
+
+
+def stale(collected, step):
+    """Tokens of each response to train on that older parameters drew."""
+    return collected.chosen.token_sum(collected.chosen.version < step).astype(int).tolist()
 
 
 def test_stale_tokens_are_those_of_earlier_steps():
@@ -377,34 +382,33 @@ def test_stale_tokens_are_those_of_earlier_steps():
                "batch.max_generation_batches": 1, "sampling.carry_over": 3}  # fmt: skip
     collector, sampler = make(lambda position, i: (RIGHT, lengths[i]), changes)
     steps = [collector.collect(None, s) for s in range(5)]
-    assert [len(s.chosen) for s in steps] == [0, 0, 0, 1, 1]  # 12 tokens take four steps
-    first = steps[3].chosen[0]
-    assert [c.stale for c in first.completions] == [2, 3, 7, 9] and first.lengths.tolist() == [2, 3, 7, 12]
+    assert [s.chosen.num_groups for s in steps] == [0, 0, 0, 1, 1]  # 12 tokens take four steps
+    assert stale(steps[3], 3) == [2, 3, 7, 9] and steps[3].chosen.lengths.tolist() == [2, 3, 7, 12]
+    assert steps[3].chosen.version.tolist() == [0, 0] + [0] * 3 + [0] * 3 + [1] * 3 + [2] + [n // 3 for n in range(12)]
     assert steps[3].metrics["selection/stale_tokens"] == 21 / 24
     assert [[(r.key, r.step, r.first_sample, r.done, r.max_tokens) for r in rs if r.key == 0]
             for rs in sampler.requests[:4]] == [
         [(0, 0, 0, 0, 3)], [(0, 0, 2, 3, 3), (0, 0, 3, 3, 3)], [(0, 0, 2, 6, 3), (0, 0, 3, 6, 3)], [(0, 0, 3, 9, 3)],
     ]  # fmt: skip
-    assert all(0 < g.completions[3].stale < 12 for g in steps[4].chosen)
+    assert 0 < stale(steps[4], 4)[3] < 12
     # Surplus groups are stale as a whole, fresh ones not at all.
     collector, _ = make(changes={"batch.generation_prompts": 6, "batch.keep_surplus": True})
     for s, old in ((0, 0), (1, 2)):
         got = collector.collect(None, s)
-        for k, g in enumerate(got.chosen):
-            assert [c.stale for c in g.completions] == (g.lengths.tolist() if k < old else [0] * G)
+        assert stale(got, s) == got.chosen.lengths[: old * G].tolist() + [0] * (4 - old) * G
 
 
 def test_prefetch_trains_on_the_same_groups():
     plain, _ = make(even_mixed)
     ahead, sampler = make(even_mixed, {"sampling.prefetch": True})
-    stale = []
+    found = []
     for s in range(6):
         a, b = plain.collect(None, s), ahead.collect(None, s)
         assert content(a.chosen) == content(b.chosen) and content(a.sampled) == content(b.sampled)
-        assert a.reasons == b.reasons and a.metrics["accuracy"] == b.metrics["accuracy"]
-        stale.append(b.metrics["selection/stale_tokens"])
+        assert a.reason.tolist() == b.reason.tolist() and a.metrics["accuracy"] == b.metrics["accuracy"]
+        found.append(b.metrics["selection/stale_tokens"])
         assert b.metrics["selection/pending"] == 4 and a.metrics["selection/pending"] == 0
-    assert stale[0] == 0 and all(0 < x < 1 for x in stale[1:])
+    assert found[0] == 0 and all(0 < x < 1 for x in found[1:])
     begun = [r for requests in sampler.requests[1:] for r in requests if r.done]
     assert begun and all(1 <= r.done <= 3 for r in begun)
 
@@ -416,15 +420,15 @@ def test_two_hosts_hold_the_same_and_carry_over_is_that_of_one(changes, monkeypa
     alone = [one.collect(None, s) for s in range(5)]
     here, barrier, slots, results = threading.local(), threading.Barrier(2), [None, None], [None, None]
 
-    def allgather(mine):
+    def allgather_bytes(mine):
         barrier.wait(30)
-        slots[here.index] = json.loads(json.dumps(mine))
+        slots[here.index] = mine
         barrier.wait(30)
         return list(slots)
 
     monkeypatch.setattr(collect.jax, "process_count", lambda: 2)
     monkeypatch.setattr(collect.jax, "process_index", lambda: here.index)
-    monkeypatch.setattr(collect.distributed, "allgather", allgather)
+    monkeypatch.setattr(collect.distributed, "allgather_bytes", allgather_bytes)
 
     def host(index):
         here.index = index
@@ -437,21 +441,28 @@ def test_two_hosts_hold_the_same_and_carry_over_is_that_of_one(changes, monkeypa
     for t in threads:
         t.join(60)
     (first, state), (second, other) = results
-    assert state == other and [content(s.chosen) for s in first] == [content(s.chosen) for s in second]
+    assert same_state(state, other) and [content(s.chosen) for s in first] == [content(s.chosen) for s in second]
     if changes.get("sampling.prefetch") is None:
         assert [content(s.chosen) for s in first] == [content(s.chosen) for s in alone]
-        assert state == json.loads(json.dumps(one.state()))
+        assert same_state(state, one.state())
 
 
 def hard_or_easy(position, i):
     return [(WRONG, 3), (RIGHT, 2), mixed(position, i)][position % 3]
 
 
+def same_state(a, b):
+    """The same numbers, and the same arrays bit for bit."""
+    arrays = [{k: (v.dtype, v.shape, v.tobytes()) for k, v in state[1].items()} for state in (a, b)]
+    return json.dumps(a[0]) == json.dumps(b[0]) and arrays[0] == arrays[1]
+
+
 def views(collected):
     return [
-        (repr(sorted(deterministic_view(c.metrics).items())), [group_to_json(g) for g in c.chosen], c.reasons)
+        (repr(sorted(deterministic_view(c.metrics).items())), content(c.chosen), c.chosen.version.tolist(),
+         c.reason.tolist())
         for c in collected
-    ]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("partial", [{}, {"sampling.carry_over": 2}, {"sampling.prefetch": True}, BOTH], ids=str)
@@ -462,12 +473,13 @@ def test_goes_on_from_its_state_as_if_nothing_had_happened(partial):
     for split in (2, 5) if partial else range(1, 8):
         first, first_sampler = make(hard_or_easy, changes, problems=20)
         before = [first.collect(None, s) for s in range(split)]
-        state = json.loads(json.dumps(first.state()))
+        state, arrays = first.state()
+        state = json.loads(json.dumps(state))
         assert state["greso"]["streaks"] and state["mean_lengths"]
-        waiting += len(state["surplus"])
-        unfinished += len(state["pending"]) + len(state["ahead"])
+        waiting += first.surplus.num_groups
+        unfinished += first.pending.num_groups + first.ahead.num_groups
         second, second_sampler = make(hard_or_easy, changes, problems=20)
-        second.restore(state)
+        second.restore(state, arrays)
         after = [second.collect(None, s) for s in range(split, 8)]
         assert views(whole) == views(before + after)
         requests = first_sampler.requests + second_sampler.requests
@@ -480,13 +492,32 @@ def test_goes_on_from_its_state_as_if_nothing_had_happened(partial):
     assert partial or len(set(drawn)) == len(drawn)  # none came twice
 
 
-def test_the_shares_of_two_hosts_come_together_in_order(monkeypatch):
-    groups = random_groups(np.random.default_rng(1), 5)
-    shares = [groups[0::2], groups[1::2]]
+def test_the_shares_of_two_hosts_come_together_in_order_at_under_twelve_bytes_a_token(monkeypatch):
+    """What a host makes of its share goes to the others without its prompts, and comes back bit for bit."""
+    rng, sent = np.random.default_rng(1), []
+    r = random_rollouts(rng, 40)
+    lengths = rng.integers(100, 900, len(r))
+    n = int(lengths.sum())
+    r = r.replace(
+        offsets=np.concatenate([[0], np.cumsum(lengths)]), tokens=rng.integers(0, 150000, n).astype(np.int32),
+        logprobs=rng.normal(size=n).astype(np.float32), sampled=rng.random(n) < 0.9, token_columns={},
+        version=np.sort(rng.integers(0, 4, n)).astype(np.int32),
+    )  # fmt: skip
     monkeypatch.setattr(collect.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(
-        collect.distributed, "allgather", lambda mine: [[group_to_json(g) for g in share] for share in shares]
-    )
-    gathered = collect.gather(shares[0])
-    assert [g.problem.id for g in gathered] == [g.problem.id for g in groups]
-    assert [g.lengths.tolist() for g in gathered] == [g.lengths.tolist() for g in groups]
+    shares = [r.take_groups(collect.share(r, host)) for host in range(2)]
+
+    def allgather_arrays(mine):
+        sent.append(sum(v.nbytes for v in mine.values()))
+        return [share.to_arrays(prompts=False) for share in shares]
+
+    monkeypatch.setattr(collect.distributed, "allgather_arrays", allgather_arrays)
+    assert same_state(({}, collect.gather(shares[0], r).to_arrays()), ({}, r.to_arrays()))
+    assert sent[0] < 9 * len(shares[0].tokens)
+
+
+def test_a_checkpoint_of_another_version_is_one_line():
+    collector, _ = make()
+    numbers, arrays = collector.state()
+    with pytest.raises(UserError, match="waiting rollouts are of version 1, this program reads 2: go on with") as e:
+        collector.restore({k: v for k, v in numbers.items() if k != "version"}, arrays)
+    assert "\n" not in str(e.value)

@@ -19,12 +19,12 @@ from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS, select
-from jaxrl.batch import make_batches
+from jaxrl.batch import fill_in, make_batches, with_advantages
 from jaxrl.collect import shape_rewards
 from jaxrl.learner.learner import Learner
+from jaxrl.rollouts import Prompt, concat, from_sequences
 from jaxrl.runtime.mesh import make_mesh
 from jaxrl.tasks import dial
-from jaxrl.types import Completion, Group
 from tests.tiny import get_config
 
 GROUPS, G, LONGEST, ROW, MICRO = 8, 6, 12, 128, 8
@@ -54,7 +54,7 @@ def graded_groups(mode):
     """Groups with every accuracy from none to all correct, ungraded and truncated completions, lengths 1 to 12."""
     rng = np.random.default_rng(11)
     tokenizer = build.tokenizer(config_for())
-    groups = []
+    parts = []
     for i, problem in enumerate(dial.problems("train", 0, GROUPS, 2, 3, mode)):
         lengths = rng.integers(1, LONGEST + 1, G)
         lengths[0] = LONGEST if i % 2 else 1
@@ -62,39 +62,32 @@ def graded_groups(mode):
         rng.shuffle(correct)
         valid = np.ones(G, bool)
         valid[1] = i != 3
-        groups.append(
-            Group(
-                problem,
-                np.array(tokenizer.encode(dial.prompt_text(problem)), np.int32),
-                [
-                    Completion(
-                        rng.integers(1, tokenizer.vocab_size, n).astype(np.int32),
-                        np.zeros(n, np.float32),
-                        "length" if n == LONGEST else "eos",
-                    )
-                    for n in lengths
-                ],
-                [""] * G,
-                correct,
-                correct.copy(),
-                valid,
-                ["correct" if x else "wrong" for x in correct],
-            )
+        prompt = np.array(tokenizer.encode(dial.prompt_text(problem)), np.int32)
+        group = from_sequences(
+            [prompt],
+            [rng.integers(1, tokenizer.vocab_size, n) for n in lengths],
+            group=[0] * G,
+            correct=correct,
+            reward=correct,
+            valid=valid,
+            finish=np.where(lengths == LONGEST, "length", "eos").astype(object),
         )
-    return groups
+        parts.append(group.replace(prompts=(Prompt(problem, prompt, G, i),)))
+    return concat(parts)
 
 
 @functools.cache
 def batch_for(advantage, selection, length):
     """The one mini-batch of a step, padded to one shape for all; None where selection keeps nothing."""
     c = config_for("grpo", advantage, selection, length)
-    groups = shape_rewards(graded_groups("exact" if length == "lcpo_exact" else "max"), c)
-    kept, _ = select(groups, selection, {name: dict(h) for name, h in c.algorithm.selection_hyper.items()})
-    made = make_batches(kept, c, step=0)
+    rollouts = shape_rewards(graded_groups("exact" if length == "lcpo_exact" else "max"), c)
+    keep, _ = select(rollouts, selection, {name: dict(h) for name, h in c.algorithm.selection_hyper.items()})
+    kept = rollouts.where(keep)
+    made = fill_in(make_batches(kept, c, step=0), with_advantages(kept, c))
     if not made:
         return None
-    ((data, packing),) = made
-    return one_shape(data), packing
+    ((data, packing, index),) = made
+    return one_shape(data), packing, with_advantages(kept, c).columns["advantage"][index]
 
 
 def one_shape(data):
@@ -129,7 +122,7 @@ def check(loss, advantage, selection, length):
         state, metrics = learner_for(loss).update(state, [])
         assert metrics == {} and int(state.step) == 0
         return False
-    batch, packing = made
+    batch, packing, advantages = made
     state, metrics = learner_for(loss).update(state, [batch])
     assert int(state.step) == 1 and metrics["nonfinite"] == 0 and "nonfinite/updates" not in metrics
     assert all(math.isfinite(v) for v in metrics.values()), metrics
@@ -137,7 +130,6 @@ def check(loss, advantage, selection, length):
     for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(state.params), strict=True):
         assert jnp.isfinite(b).all()
         moved = max(moved, float(jnp.abs(a - b).max()))
-    advantages = np.array([a[0] for a in packing.collect(batch.advantages)])
     assert np.isfinite(advantages).all()
     if not advantages.any():
         assert moved == 0 and metrics["grad_norm"] == 0
@@ -145,7 +137,7 @@ def check(loss, advantage, selection, length):
     gains = packing.collect(score(state.params, batch) - score(before.params, batch))
     # What a loss raises per completion: the mean over its tokens where it averages them first, else the sum.
     mean = LOSSES[loss].aggregation == "seq-mean-token-mean"
-    gains = np.array([x.mean() if mean else x.sum() for x in gains])
+    gains = np.add.reduceat(gains, packing.offsets[:-1]) / (np.diff(packing.offsets) if mean else 1)
     assert (advantages * gains).sum() > 0, (advantages, gains)
     assert 0 < moved < 2e-4
     return True
@@ -179,11 +171,10 @@ def test_every_combination(loss):
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "maspo", "dr_grpo"])
 def test_completions_with_positive_advantage_become_more_likely(loss):
     """One completion alone has an advantage: it gains with a positive one and loses with a negative one."""
-    ((data, packing),) = make_batches(graded_groups("max")[4:5], config_for(loss), step=0)
-    sign = np.zeros(len(packing.lengths))
-    sign[packing.lengths.argmax()] = 1.0
+    ((data, packing, _),) = make_batches(graded_groups("max").take_groups([4]), config_for(loss), step=0)
+    sign = np.arange(G) == np.diff(packing.offsets).argmax()
     for flip in (1, -1):
         batch = one_shape(data.replace(advantages=packing.spread(flip * sign)))
         state, _ = learner_for(loss).update(jax.tree.map(jnp.copy, start()), [batch])
         gains = packing.collect(score(state.params, batch) - score(start().params, batch))
-        assert flip * gains[packing.lengths.argmax()].sum() > 0
+        assert flip * gains[np.repeat(sign, np.diff(packing.offsets))].sum() > 0

@@ -14,7 +14,7 @@ import pytest
 
 from jaxrl.errors import UserError
 from jaxrl.runtime.cli import parse_flags
-from jaxrl.runtime.config import base_config, get, parse_config, validate
+from jaxrl.runtime.config import SETTINGS, base_config, get, parse_config, validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -126,7 +126,7 @@ def test_commands_name_what_exists(page, monkeypatch):
 def test_config_keys_in_the_pages_exist(page):
     config = base_config()
     for key in re.findall(r"config\.((?:\w+\.)*\w+)", FENCE.sub("", page.read_text(encoding="utf-8"))):
-        if "NAME" in key or key in ("KEY", "py", "json") or "tempered" in key:  # a placeholder, a file, an example
+        if "NAME" in key or "tempered" in key or key in ("KEY", "py", "json", "md"):  # placeholders, an example, files
             continue
         get(config, key)
 
@@ -147,6 +147,12 @@ def test_wrong_commands_are_noticed(monkeypatch):
     ):
         with pytest.raises((AssertionError, UserError, ImportError)):
             check_command(wrong)
+
+
+def test_the_page_of_settings_is_up_to_date():
+    written = runpy.run_path(str(ROOT / "docs" / "settings.py"))
+    assert written["FILE"].read_text(encoding="utf-8") == written["page"](), "python docs/settings.py"
+    assert all(meaning for _, meaning in SETTINGS.values())
 
 
 def test_the_picture_of_the_code_is_up_to_date():

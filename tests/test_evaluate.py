@@ -12,7 +12,7 @@ import pytest
 
 from jaxrl import evaluate
 from jaxrl.errors import UserError
-from jaxrl.evaluation.benchmarks import default_template, grade_text
+from jaxrl.evaluation.benchmarks import asked_as, grade_text
 from jaxrl.rollout.engine import Engine
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.config import base_config
@@ -262,10 +262,10 @@ def test_held_out_metrics_of_a_training_run(model):
     ("--budgets=5,x", "need distinct positive token counts"),
     ("--data=dial:count=0", "count must be at least 1"),
     ("--data=dial:seed=-1", "seed at least 0"),
-    ("--samples=0", "--samples=0 must be at least 1"),
-    ("--seed=-1", "--seed=-1 must be at least 0"),
-    ("--min_p=1.5", "--min_p=1.5: must be in "),
-    ("--budget_mode=about", "choose one of exact, max"),
+    ("--samples=0", "--samples='0': must be an integer of at least 1"),
+    ("--seed=-1", "--seed='-1': must be an integer of at least 0"),
+    ("--min_p=1.5", "--min_p='1.5': must be a number of at least 0 and at most 1"),
+    ("--budget_mode=about", "--budget_mode='about': must be one of exact, max"),
     ("--all_checkpoints", "not a run directory with checkpoints"),
     ("--step=3", "no checkpoint of step 3"),
 ])  # fmt: skip
@@ -290,15 +290,26 @@ def test_grades_of_text_answers():
     assert [g.valid for g in grades] == [True, True, True, True, False, True]
 
 
-def test_template_of_a_run_is_the_one_it_was_trained_with(tmp_path):
+def test_problems_are_asked_as_a_run_was_trained_unless_flags_say_else(tmp_path):
     class Chat:
         chat_template = "x"
 
-    assert default_template(str(tmp_path), Chat()) == "chat"
+    def asked(**flags):
+        off = {"model": str(tmp_path), "template": "", "system_prompt": "", "enable_thinking": ""}
+        return tuple(asked_as(off | flags, Chat()).values())
+
+    assert asked() == ("chat", "", None)
+    assert asked(system_prompt="Be brief.", enable_thinking="off") == ("chat", "Be brief.", False)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "config.json").write_text('{"task": {"template": "boxed"}}')
-    assert default_template(str(tmp_path), Chat()) == "boxed"
+    (tmp_path / "config.json").write_text('{"task": {"template": "boxed"}}')  # of an older run
+    assert asked() == ("boxed", "", None)
+    with pytest.raises(UserError, match="--system_prompt needs --template=chat, not boxed"):
+        asked(system_prompt="Be brief.")
+    task = {"template": "chat", "system_prompt": "Think.", "enable_thinking": "off"}
+    (tmp_path / "config.json").write_text(json.dumps({"task": task}))
+    assert asked() == ("chat", "Think.", False)
+    assert asked(enable_thinking="default") == ("chat", "Think.", None)
 
 
 def test_trained_stories_model_on_gsm8k(tmp_path):

@@ -1,6 +1,7 @@
 """Preflight: real TPU compilations of small and of shipped configs (slow), and every way to ask wrongly (fast)."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import math
 import pathlib
@@ -15,7 +16,8 @@ import pytest
 from jaxrl import build, preflight
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
-from jaxrl.runtime import compilers, hardware
+from jaxrl.runtime import compilers, gpu_targets, hardware
+from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import base_config, parse_config, validate
 from models.decoder import abstract_params
 
@@ -34,10 +36,22 @@ PODS = [
     ("maspo_r1_distill_14b.py", 14_770_033_664),
 ]
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+cuda = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)), reason="no GPU compiler"
+)
+GPUS = [
+    ("l1_r1_distill_1_5b.py:exact", 1),
+    ("l1_r1_distill_1_5b.py:max", 1),
+    ("lspo_llama32_3b.py", 1),
+    ("lspo_qwen25_math_7b.py:gspo", 8),
+    ("lspo_qwen25_math_7b_16.py:gspo", 16),
+    ("maspo_qwen3_4b.py", 1),
+    ("maspo_r1_distill_7b.py", 8),
+]
 
 
-def pod(name):
-    config = parse_config(["preflight", f"--config={ROOT}/configs/pods/{name}"])
+def pod(name, folder="pods"):
+    config = parse_config(["preflight", f"--config={ROOT}/configs/{folder}/{name}"])
     config.model.path = ""
     return config
 
@@ -85,6 +99,76 @@ def test_missing_libtpu(monkeypatch):
         preflight.preflight(small(), "v5e:2x2")
 
 
+def test_missing_gpu_compiler(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "cuda" in name else find(name, *a))
+    version = importlib.metadata.version("jaxlib")
+    with pytest.raises(UserError, match=f"pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt"):
+        preflight.preflight(small(), "h100:8")
+
+
+@libtpu
+def test_slots_of_another_number_of_hosts_are_refused():
+    """64 hosts, each with 192 slots, start 12,288 answers at once; eight hosts of four chips would need 1,536."""
+    config = pod("lspo_qwen25_math_7b_256.py:gspo")
+    with pytest.raises(UserError, match="slots=192 is what each of 64 host.*v5p:2x4x4 has 8 hosts"):
+        preflight.find_target(config, "v5p:2x4x4")
+    config.topology = "v5p:2x4x4"
+    assert preflight.find_target(config, "v5p:2x4x4").hosts == 8
+
+
+@libtpu
+@pytest.mark.parametrize(
+    ("topology", "devices", "hosts", "slices"),
+    [("v5e:2x4", 8, 1, 1), ("v6e:2x4", 8, 1, 1), ("v5e:2x2", 4, 1, 1), ("v5p:2x2x2", 8, 2, 1), ("v5e:4x4", 16, 4, 1),
+     ("tpu7x:2x2x1", 8, 1, 1), ("2xv5e:2x4", 16, 2, 2), ("2xtpu7x:2x2x1", 16, 2, 2)],
+)
+def test_layout_of_hosts_and_slices(topology, devices, hosts, slices):
+    """A v5litepod-8 and a v6e-8 are one machine; a chip of tpu7x is two devices."""
+    target = compilers.target(topology)
+    assert (len(target.devices), target.hosts, target.slices) == (devices, hosts, slices)
+    mesh = meshes.make_mesh(slices, -1, 1, target.devices, slices)
+    assert preflight.slices_of(mesh) == tuple(i * slices // devices for i in range(devices))
+    assert target.chip.clock > 0 and target.chip.network > 0
+
+
+@libtpu
+def test_several_slices_must_be_said():
+    with pytest.raises(UserError, match="mesh.slices=1: the 16 devices are on 2 slice"):
+        preflight.preflight(small(), "2xv5e:2x4")
+
+
+@cuda
+@pytest.mark.parametrize("card", sorted(gpu_targets.GPUS))
+def test_every_card_is_known_to_compiler_and_table(card):
+    """Published sizes and peaks of one of them are below."""
+    for topology, devices, hosts in ((card, 1, 1), (f"{card}:8", 8, 1), (f"2x{card}:4", 8, 2)):
+        target = compilers.target(topology)
+        assert (len(target.devices), target.hosts, target.slices) == (devices, hosts, hosts)
+        assert target.devices[0].device_kind == gpu_targets.GPUS[card].kind
+    assert 0 < target.chip.hbm < hardware.chip(gpu_targets.GPUS[card].kind).hbm
+
+
+def test_target_description_of_an_a6000():
+    text = gpu_targets.target_config("a6000")
+    for fact in ("major: 8 minor: 6 feature_extension: NONE", "core_count: 84", "shared_memory_per_block_optin: 101376",
+                 "memory_bandwidth: 768000000000", "clock_rate_ghz: 1.8", "threads_per_core_limit: 1536"):
+        assert fact in text, fact
+
+
+@libtpu
+def test_the_scripts_default_slice_takes_most_pod_configs():
+    default = re.search(r"ACCELERATOR_TYPE:-(\S+?)}", (ROOT / "tpu_scripts/common.sh").read_text())[1]
+    assert default == "v6e-8"
+    for name in ("l1_r1_distill_1_5b.py", "lspo_llama32_3b.py", "lspo_qwen25_math_7b.py", "maspo_qwen3_4b.py"):
+        config = pod(name)
+        target = preflight.find_target(config, "v6e:2x4")
+        mesh = build.mesh(config, target.devices)
+        assert not preflight.sampling_refused(mesh, target.chip)
+        found = preflight.programs(config, build.decoder_config(config), mesh)
+        assert all(p.resident < target.chip.hbm for p in found), name
+
+
 @libtpu
 def test_mesh_that_does_not_match_the_chips():
     config = small()
@@ -106,7 +190,9 @@ def test_one_chip_is_compiled_for_as_a_tpu():
     """Not as the machine that compiles: a CPU samples with other matrices and another cache layout."""
     config = small()
     mesh = slice_mesh(config, "v5e:1x1")
-    sampler = build.sampler(config, build.decoder_config(config), types.SimpleNamespace(eos_ids=(0, 1)), mesh)
+    decoder = build.decoder_config(config)
+    tokenizer = types.SimpleNamespace(eos_ids=(0, 1), vocab_size=decoder.vocab_size, unused_ids=())
+    sampler = build.sampler(config, decoder, tokenizer, mesh)
     assert sampler.placement.platform == "tpu"
     config.model.shape.tie_embeddings = True  # a CPU would get an untied head
     found = {p.name: p for p in preflight.programs(config, build.decoder_config(config), mesh)}
@@ -157,6 +243,21 @@ def test_every_pod_config_is_listed_here():
     assert files == {name.split(":")[0] for name, _ in PODS}
 
 
+def test_every_gpu_config_is_listed_here():
+    files = {p.name for p in (ROOT / "configs/gpus").glob("*.py")} - {"__init__.py"}
+    assert files == {name.split(":")[0] for name, _ in GPUS}
+
+
+@pytest.mark.parametrize(("name", "devices"), GPUS)
+@cuda
+def test_gpu_config_is_valid_and_places_on_its_cards(name, devices):
+    config = pod(name, "gpus")
+    validate(config)
+    target = preflight.find_target(config, config.topology)
+    found = preflight.programs(config, build.decoder_config(config), build.mesh(config, target.devices))
+    assert len(target.devices) == devices and all(p.resident < target.chip.hbm for p in found)
+
+
 @pytest.mark.parametrize(("name", "parameters"), PODS)
 def test_pod_config_is_valid_and_has_the_published_size(name, parameters):
     config = pod(name)
@@ -178,14 +279,16 @@ def test_pod_config_places_on_its_slice(name):
     assert all(p.resident < chip.hbm for p in found)
 
 
-def docstring(name):
+def docstring(name, folder="pods"):
     """Of a pod config's file, as one line."""
-    return " ".join(ast.get_docstring(ast.parse((ROOT / "configs/pods" / name.split(":")[0]).read_text())).split())
+    path = ROOT / "configs" / folder / name.split(":")[0]
+    return " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
 
 
-def documented(name):
+def documented(name, folder="pods"):
     """{program: GiB per chip} that a pod config's docstring reports, and the GiB that its chip has."""
-    figures = re.search(r"Preflight on (\S+), GiB of ([0-9.]+) a chip: (.*?)[.;] ", docstring(name) + " ")
+    text = docstring(name, folder) + " "
+    figures = re.search(r"Preflight on (\S+), GiB of ([0-9.]+) a (?:chip|card): (.*?)[.;] ", text)
     assert figures, f"{name} reports no preflight"
     needed = re.findall(r"(\w[\w ]*?) ([0-9.]+)(?:,|$)", figures[3])
     return figures[1], float(figures[2]), {program: float(value) for program, value in needed}
@@ -216,13 +319,25 @@ LATER = [pytest.param(name, marks=pytest.mark.last) for name in ONE_OF_EACH if n
 @libtpu
 def test_pod_config_fits_in_what_its_docstring_says(name):
     """One to four minutes each."""
-    config = pod(name)
+    fits_as_documented(name, "pods")
+
+
+def fits_as_documented(name, folder):
+    config = pod(name, folder)
     lines = []
     assert preflight.preflight(config, config.topology, lines.append), "\n".join(lines)
     found = dict(re.findall(r"^(\w[\w ]*?) +([0-9.]+) of ", "\n".join(lines), re.M))
-    for program, figure in documented(name)[2].items():
+    for program, figure in documented(name, folder)[2].items():
         assert float(found[program]) == pytest.approx(figure, rel=0.1), program
-    assert speed(lines[-1]) == pytest.approx(speed(docstring(name)), rel=0.1)
+    assert speed(lines[-1]) == pytest.approx(speed(docstring(name, folder)), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n if "1_5b" in n else pytest.param(n, marks=pytest.mark.last) for n, _ in GPUS])
+@cuda
+def test_gpu_config_fits_in_what_its_docstring_says(name):
+    """One to three minutes each."""
+    fits_as_documented(name, "gpus")
 
 
 # ------------------------------------------------------------------------------------------------ a small one
@@ -255,6 +370,42 @@ def test_small_config_compiles_and_counts_every_loop():
     assert rows["decode"].program.passes == steps
     text = [preflight.line(r, chip) for r in rows.values()]
     assert all(len(t) == len(preflight.HEADER) for t in text)
+
+
+@pytest.mark.slow
+@cuda
+def test_small_config_for_gpus_counts_what_the_mathematics_needs():
+    """cuDNN computes all of a masked row's scores, so a token costs attention to 512 others."""
+    config = small()
+    target = compilers.target("2xh100:2")
+    config.mesh.slices, config.mesh.data, config.mesh.fsdp = 2, 2, 2
+    decoder, mesh = build.decoder_config(config), build.mesh(config, target.devices)
+    found = preflight.programs(config, decoder, mesh)
+    rows = {p.name: preflight.check(p, target.chip, preflight.slices_of(mesh)) for p in found}
+    assert all(r.fits and r.compiled.arguments < r.needed and r.seconds > r.roofline for r in rows.values())
+    score = rows["score"].compiled.counts
+    forward = rows["score"].program.trips * 512 * hardware.model_flops_per_token(decoder, 512)
+    assert score.flops + score.kernel_flops == pytest.approx(forward, rel=0.02)
+    assert score.kernels["dot_product_attention_fwd"] == rows["score"].program.trips * 3
+    assert only_gradients_cross(rows["update"], Learner(config, decoder, mesh))
+    assert rows["decode"].compiled.counts.far == 0
+
+
+@pytest.mark.slow
+@libtpu
+def test_two_slices_send_only_gradients_to_each_other():
+    config = small()
+    config.mesh.slices, config.mesh.data, config.mesh.fsdp = 2, 2, 4
+    target = compilers.target("2xv5e:2x2")
+    decoder, mesh = build.decoder_config(config), build.mesh(config, target.devices)
+    update = preflight.check(preflight.programs(config, decoder, mesh)[-1], target.chip, preflight.slices_of(mesh))
+    assert update.fits and only_gradients_cross(update, Learner(config, decoder, mesh))
+
+
+def only_gradients_cross(update, learner):
+    """Of the layers in bfloat16 and once a micro-batch; the vocabulary's in float32, on TPU once an update."""
+    parameters = preflight._bytes(learner.abstract_state().params)
+    return 0.3 * parameters < update.compiled.counts.far < 1.3 * update.program.trips * parameters
 
 
 @pytest.mark.slow

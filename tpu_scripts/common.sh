@@ -4,7 +4,7 @@
 PROJECT="${PROJECT:-}"
 ZONE="${ZONE:-}"
 NAME="${NAME:-jaxrl}"
-ACCELERATOR_TYPE="${ACCELERATOR_TYPE:-v5litepod-16}"
+ACCELERATOR_TYPE="${ACCELERATOR_TYPE:-v6e-8}"         # one machine of eight chips: takes most configs
 RUNTIME_VERSION="${RUNTIME_VERSION:-}"      # empty: chosen from ACCELERATOR_TYPE
 SPOT="${SPOT:-1}"                           # 1: spot (cheap, can be taken away), 0: on-demand
 SERVICE_ACCOUNT="${SERVICE_ACCOUNT:-}"      # empty: the project's default
@@ -41,7 +41,7 @@ show_help() {
 Settings: each is a flag and an environment variable (--zone=Z is ZONE=Z); the flag wins.
   --project, --zone          Google Cloud project and zone (required)
   --name                     name of the slice and of its queued resource (jaxrl)
-  --accelerator-type         v5litepod-16, v5p-16, v6e-16, ... (v5p counts cores: v5p-16 is 8 chips)
+  --accelerator-type         v6e-8 (default), v5litepod-8, v5p-8, ... (v5p counts cores: v5p-8 is 4 chips)
   --runtime-version          TPU software version (chosen from the accelerator type)
   --spot | --on-demand       kind of capacity (SPOT=1 or SPOT=0; spot)
   --service-account          account the workers act as (the project's default)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Asks Google Cloud for a TPU slice through the queue (spot or on-demand) and returns at once.
 #
-#   tpu_scripts/create.sh --project=P --zone=us-west4-a --accelerator-type=v5litepod-16 [--on-demand]
+#   tpu_scripts/create.sh --project=P --zone=us-west4-a --accelerator-type=v6e-8 [--on-demand]
 #
 # Next: tpu_scripts/wait.sh
 set -euo pipefail

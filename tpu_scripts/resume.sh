@@ -6,7 +6,7 @@
 # The slice is deleted when training is done; after a failure it is left for a look (delete.sh removes it).
 # Started a second time, it takes up a running job instead of restarting it.
 #
-#   tpu_scripts/resume.sh --project=P --zone=Z --name=N --accelerator-type=v5litepod-16 \
+#   tpu_scripts/resume.sh --project=P --zone=Z --name=N --accelerator-type=v6e-8 \
 #       --config=configs/pods/lspo_qwen25_math_7b.py --run-dir=gs://bucket/runs/first \
 #       [--fetch=gs://bucket/models/M] [--config.steps=100 ...]
 set -euo pipefail

@@ -8,11 +8,8 @@ sampled with probability max(p^n, floor), p the exploration probability of its k
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-
-from jaxrl.algorithms.selection import mean_accuracy
 
 # Released constants: the target share of groups without spread is split 1 : 2 between easy and hard.
 GRESO_DEFAULTS = {
@@ -44,27 +41,26 @@ def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyp
     return drawn < probability
 
 
-def greso_update(state: Mapping, groups: Sequence[Any], hyper: Mapping = GRESO_DEFAULTS) -> dict:
+def greso_update(state: Mapping, ids: Sequence[str], accuracies: Sequence[float], hyper: Mapping = GRESO_DEFAULTS):
     """State after a step, from all groups it sampled (before any other selection); the argument is not changed.
 
-    Streaks grow, or reset at a group with spread; groups without graded completions are ignored. Then each
-    kind's exploration probability goes one step down if its share of the groups is at or above its target
-    (explore less), else one step up, within [low, high].
+    ids: problem of each group. accuracies: share of correct responses, NaN for groups without graded ones, which are
+    ignored. Streaks grow, or reset at a group with spread. Then each kind's exploration probability goes one step down
+    if its share of the groups is at or above its target (explore less), else one step up, within [low, high].
     """
     streaks, explore = dict(state["streaks"]), dict(state["explore"])
     counts, graded = {"easy": 0, "hard": 0}, 0
-    for group in groups:
-        accuracy = mean_accuracy(group)
+    for problem, accuracy in zip(ids, accuracies, strict=True):
         if np.isnan(accuracy):
             continue
         graded += 1
         kind = "easy" if accuracy == 1 else "hard" if accuracy == 0 else ""
         if not kind:
-            streaks.pop(group.problem.id, None)
+            streaks.pop(problem, None)
             continue
         counts[kind] += 1
-        before, n = streaks.get(group.problem.id, (kind, 0))
-        streaks[group.problem.id] = [kind, n + 1 if before == kind else 1]
+        before, n = streaks.get(problem, (kind, 0))
+        streaks[problem] = [kind, n + 1 if before == kind else 1]
     if graded:
         for kind, target in (("easy", hyper["target_easy"]), ("hard", hyper["target_hard"])):
             step = -hyper["step"] if counts[kind] / graded >= target else hyper["step"]

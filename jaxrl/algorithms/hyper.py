@@ -10,14 +10,17 @@ not met in a training step:
     Choice("linear", ("linear", "inf"))
     Flag(False)
 
-Each has `default`, `accepts(value)`, and as text what it accepts.
+`Text` and `Words` are for settings of the configuration, which are made of the same (`jaxrl.runtime.config`). Each has
+`default`, `accepts(value)`, and as text what it accepts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +36,6 @@ class Number:
     above: bool = False
     below: bool = False
     off: float | None = None
-    note: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is such a number; NumPy's scalars are, booleans are not."""
@@ -46,10 +48,10 @@ class Number:
         )
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
         high = f"below {self.high:g}" if self.below else f"at most {self.high:g}"
         parts = [low] * math.isfinite(self.low) + [high] * math.isfinite(self.high)
-        text = " ".join(["a number", " and ".join(parts)]) if parts else "a finite number"
+        text = f"a number {' and '.join(parts)}" if parts else "a finite number"
         return text if self.off is None else f"{text}, or {self.off:g}"
 
 
@@ -62,7 +64,6 @@ class Integer:
     high: int | None = None
     _: dataclasses.KW_ONLY
     off: int | None = None
-    note: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is such an integer; NumPy's are, booleans are not."""
@@ -81,8 +82,6 @@ class Choice:
 
     default: str
     options: tuple[str, ...]
-    _: dataclasses.KW_ONLY
-    note: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is one of the options."""
@@ -97,8 +96,6 @@ class Flag:
     """True or False."""
 
     default: bool
-    _: dataclasses.KW_ONLY
-    note: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is a boolean."""
@@ -108,7 +105,38 @@ class Flag:
         return "True or False"
 
 
-Constant = Number | Integer | Choice | Flag
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A string that matches a pattern; `meaning` says in words which those are."""
+
+    default: str
+    meaning: str = "text"
+    pattern: str = r"(?s).*"
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is such a string."""
+        return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.meaning
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A tuple of words of `options`, each at most once."""
+
+    default: tuple[str, ...]
+    options: tuple[str, ...]
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is such a tuple (or list)."""
+        return isinstance(value, tuple | list) and len(set(value)) == len(value) and set(value) <= set(self.options)
+
+    def __str__(self) -> str:
+        return f"a tuple of words of {', '.join(self.options)}, as in \"{self.options}\""
+
+
+Constant = Number | Integer | Choice | Flag | Text | Words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +149,14 @@ class Method:
     fn: Callable
     constants: Mapping[str, Constant] = dataclasses.field(default_factory=dict)
     ordered: Sequence[tuple[str, ...]] = dataclasses.field(default=(), kw_only=True)
+
+    def __post_init__(self):
+        names = list(inspect.signature(self.fn).parameters)
+        if len(names) != 2:  # columns one by one were the form of the first edition
+            raise ValueError(
+                f"a method is fn(inputs, hyper) or fn(rollouts, hyper), not {self.fn.__name__}({', '.join(names)}); "
+                "docs/extending.md shows the form of each table"
+            )
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -1,60 +1,86 @@
-"""Rewards that depend on response length, LCPO's prompt suffixes, and samplers of length budgets. NumPy, on the host.
+"""Rewards that depend on response length. NumPy, on the host.
 
-Every entry of LENGTH_REWARDS is
-
-    fn(correct [N], lengths [N], budgets [N], group_ids [N], truncated [N], max_length, modes [N], hyper) ->
-    rewards [N]
-
-correct: 0/1. lengths: response tokens, as counted by the caller (whole response, or thinking only).
-budgets: requested tokens, 0 for none. group_ids: any integers; completions of one prompt share one.
-truncated: True where the response ran into the limit. max_length: that limit in tokens. modes: "none",
-"exact" or "max" per completion. Rewards are float64, to be maximised, and include the correctness reward.
-Only completions that were graded should be passed.
+Every entry of LENGTH_REWARDS is `fn(inputs: LengthInputs, hyper) -> rewards [N]`. Rewards are float64, to be maximised,
+and include the correctness reward.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 
-from jaxrl.algorithms.hyper import Choice, Flag, Integer, Method, Number
+from jaxrl.algorithms.hyper import Choice, Flag, Integer, Method, Number, resolve
 
 
-def _floats(*arrays):
-    return tuple(np.asarray(a, np.float64) for a in arrays)
+@dataclasses.dataclass(frozen=True)
+class LengthInputs:
+    """What a length reward sees of N graded responses; whatever is given becomes an array of the type below.
+
+    correct: float64 [N], 0 or 1. lengths: float64 [N], response tokens as config.length.count counts them (the whole
+    response, or thinking only). max_length: the response limit in tokens. budgets: float64 [N], requested tokens, 0 for
+    none. modes: [N] of "none", "exact", "max", what the prompt asks for. group: int64 [N], the same number for
+    responses of one prompt. truncated: bool [N], the response ran into the limit. columns: those of the rollouts, [N].
+    """
+
+    correct: np.ndarray
+    lengths: np.ndarray
+    max_length: int
+    budgets: Any = 0
+    modes: Any = "none"
+    group: Any = 0
+    truncated: Any = False
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        types = {"correct": np.float64, "lengths": np.float64, "budgets": np.float64, "modes": object,
+                 "group": np.int64, "truncated": bool}  # fmt: skip
+        for name, dtype in types.items():
+            array = np.broadcast_to(np.array(getattr(self, name), dtype), np.shape(self.correct))
+            object.__setattr__(self, name, array)
+
+    def by_group(self, fn: Callable, *arrays: np.ndarray) -> np.ndarray:
+        """float64 [N]: fn of the arrays of each group, the results back in place."""
+        out = np.zeros(len(self.group))
+        for g in np.unique(self.group):
+            members = self.group == g
+            out[members] = fn(*(a[members] for a in arrays))
+        return out
 
 
-def _by_group(group_ids, fn, *arrays) -> np.ndarray:
-    """Apply fn to the arrays of each group and put the results back in place."""
-    group_ids = np.asarray(group_ids)
-    out = np.zeros(len(group_ids))
-    for g in np.unique(group_ids):
-        members = group_ids == g
-        out[members] = fn(*(a[members] for a in arrays))
-    return out
+def length_rewards(name: str, inputs: LengthInputs, overrides: Mapping | None = None) -> np.ndarray:
+    """float64 [N]: the length reward `name` with constants `overrides`. Raises ValueError as `resolve`, or for a
+    function that returns another shape."""
+    entry, hyper = resolve(LENGTH_REWARDS, "length reward", name, overrides)
+    found = np.asarray(entry.fn(inputs, hyper), np.float64)
+    if found.shape != inputs.correct.shape:
+        raise ValueError(f"length reward {name!r} must return [{len(inputs.correct)}], not {list(found.shape)}")
+    return found
 
 
-def none(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def none(inputs, hyper):
     """Correctness alone."""
-    return np.array(correct, np.float64)
+    return inputs.correct
 
 
-def _exact(correct, lengths, budgets, alpha):
-    return correct - alpha * np.abs(budgets - lengths)
+def _exact(inputs: LengthInputs, alpha: float) -> np.ndarray:
+    return inputs.correct - alpha * np.abs(inputs.budgets - inputs.lengths)
 
 
-def lcpo_exact(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def lcpo_exact(inputs, hyper):
     """LCPO-Exact (L1, 2503.04697 eq. 1): r = I - alpha |n_gold - n_y|; I alone without a budget.
 
     hyper: alpha, 3e-4 as printed; the first released code used 1/3000. Raises ValueError for prompts of
     mode "max": for mixed prompts use lcpo_max, which scores each by its mode.
     """
-    if np.any(np.asarray(modes) == "max"):
+    if np.any(inputs.modes == "max"):
         raise ValueError("lcpo_exact got a prompt of mode 'max'; length reward lcpo_max scores both modes")
-    correct, lengths, budgets = _floats(correct, lengths, budgets)
-    return np.where(budgets > 0, _exact(correct, lengths, budgets, hyper["alpha"]), correct)
+    return np.where(inputs.budgets > 0, _exact(inputs, hyper["alpha"]), inputs.correct)
 
 
-def lcpo_max(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def lcpo_max(inputs, hyper):
     """LCPO-Max (L1, 2503.04697 eq. 2): r = I clip(alpha (n_gold - n_y) + delta, 0, 1).
 
     Prompts of mode "exact" get the Exact reward with slope exact_alpha (the paper's dual objective);
@@ -62,24 +88,23 @@ def lcpo_max(correct, lengths, budgets, group_ids, truncated, max_length, modes,
     is not printed; the current code's own alpha is twice ours). combine: "multiply", or "add" for the current code
     without multiplier_reward (I + clip(...)). form: "linear", or "sigmoid" for I * sigmoid(alpha (n_gold - n_y)).
     """
-    correct, lengths, budgets = _floats(correct, lengths, budgets)
-    slack = hyper["alpha"] * (budgets - lengths)
+    correct = inputs.correct
+    slack = hyper["alpha"] * (inputs.budgets - inputs.lengths)
     if hyper["form"] == "sigmoid":
         term = 1 / (1 + np.exp(-np.clip(slack, -700, 700)))
     else:
         term = np.clip(slack + hyper["delta"], 0, 1)
     scored = correct * term if hyper["combine"] == "multiply" else correct + term
-    exact = _exact(correct, lengths, budgets, hyper["exact_alpha"])
-    return np.where(budgets > 0, np.where(np.asarray(modes) == "exact", exact, scored), correct)
+    scored = np.where(inputs.modes == "exact", _exact(inputs, hyper["exact_alpha"]), scored)
+    return np.where(inputs.budgets > 0, scored, correct)
 
 
-def arora(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def arora(inputs, hyper):
     """Arora & Zanette (2502.04463): r = I (1 - alpha sigmoid((len - mean) / (std + 1e-7))).
 
     Mean and (biased) std over the correct, untruncated responses of the prompt; truncated responses count as wrong.
     """
-    correct, lengths = _floats(correct, lengths)
-    correct = np.where(np.asarray(truncated, bool), 0.0, correct)
+    correct = np.where(inputs.truncated, 0.0, inputs.correct)
 
     def score(right, length):
         chosen = length[right > 0]
@@ -88,15 +113,14 @@ def arora(correct, lengths, budgets, group_ids, truncated, max_length, modes, hy
         z = (length - chosen.mean()) / (chosen.std() + 1e-7)
         return right * (1 - hyper["alpha"] / (1 + np.exp(-np.clip(z, -700, 700))))
 
-    return _by_group(group_ids, score, correct, lengths)
+    return inputs.by_group(score, correct, inputs.lengths)
 
 
-def kimi(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def kimi(inputs, hyper):
     """Kimi k1.5 (2501.12599): r = I + weight * term, lambda = 0.5 - (len - min) / (max - min) over the group.
 
     term: lambda if correct, min(0, lambda) if not, 0 if all lengths are equal. The paper raises weight during training.
     """
-    correct, lengths = _floats(correct, lengths)
 
     def term(right, length):
         spread = length.max() - length.min()
@@ -105,37 +129,35 @@ def kimi(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyp
         lam = 0.5 - (length - length.min()) / spread
         return np.where(right > 0, lam, np.minimum(0, lam))
 
-    return correct + hyper["weight"] * _by_group(group_ids, term, correct, lengths)
+    return inputs.correct + hyper["weight"] * inputs.by_group(term, inputs.correct, inputs.lengths)
 
 
-def alp(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def alp(inputs, hyper):
     """ALP (2506.05256): r = I - beta max(p_solved, 1/K) len / N: p_solved the group's accuracy, K its size.
 
     hyper: beta; N the normalising length in tokens, 0 for max_length.
     """
-    correct, lengths = _floats(correct, lengths)
-    rate = _by_group(group_ids, lambda right: np.full(len(right), max(right.mean(), 1 / len(right))), correct)
-    return correct - hyper["beta"] * rate * lengths / (hyper["N"] or max_length)
+    rate = inputs.by_group(lambda right: np.full(len(right), max(right.mean(), 1 / len(right))), inputs.correct)
+    return inputs.correct - hyper["beta"] * rate * inputs.lengths / (hyper["N"] or inputs.max_length)
 
 
-def shorter_better(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def shorter_better(inputs, hyper):
     """ShorterBetter (2504.21370): r = alpha I - beta |l* - len|, l* the shortest correct length or the group mean."""
-    correct, lengths = _floats(correct, lengths)
 
     def score(right, length):
         best = length[right > 0].min() if np.any(right > 0) else length.mean()
         return hyper["alpha"] * right - hyper["beta"] * np.abs(best - length)
 
-    return _by_group(group_ids, score, correct, lengths)
+    return inputs.by_group(score, inputs.correct, inputs.lengths)
 
 
-def laser(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def laser(inputs, hyper):
     """LASER (2505.15612): r = I + bonus * I * [len <= target]. hyper: target in tokens, 0 for half of max_length."""
-    correct, lengths = _floats(correct, lengths)
-    return correct + hyper["bonus"] * correct * (lengths <= (hyper["target"] or max_length / 2))
+    within = inputs.lengths <= (hyper["target"] or inputs.max_length / 2)
+    return inputs.correct + hyper["bonus"] * inputs.correct * within
 
 
-def laser_targets(correct, lengths, group_ids, candidates, max_length) -> dict[str, float]:
+def laser_targets(inputs: LengthInputs, candidates) -> dict[str, float]:
     """LASER-D's targets from a monitored batch: {"easy", "medium", "hard"} -> tokens.
 
     Groups with accuracy >= 2/3 are easy, >= 1/3 medium, below hard. The coverage of a level at a length L is the share
@@ -143,42 +165,40 @@ def laser_targets(correct, lengths, group_ids, candidates, max_length) -> dict[s
     is still expected in a group at the level's lower accuracy: int(coverage * int(G * level)) >= 1 with level 2/3, 1/3,
     and 1 response for hard; max_length if none. G is the largest group. (The "floor" rule of the released code.)
     """
-    correct, lengths = _floats(correct, lengths)
-    level = _levels(correct, group_ids)
-    size = int(np.max(np.bincount(np.unique(group_ids, return_inverse=True)[1]), initial=0))
+    level = _levels(inputs)
+    size = int(np.max(np.bincount(np.unique(inputs.group, return_inverse=True)[1]), initial=0))
     targets = {}
     for name, code, expected in (
         ("easy", 2, int(size * 2 / 3)),
         ("medium", 1, int(size / 3)),
         ("hard", 0, 1),
     ):
-        right = lengths[(level == code) & (correct > 0)]
+        right = inputs.lengths[(level == code) & (inputs.correct > 0)]
         fits = [c for c in sorted(candidates) if len(right) and int(np.mean(right <= c) * expected) >= 1]
-        targets[name] = float(fits[0]) if fits else float(max_length)
+        targets[name] = float(fits[0]) if fits else float(inputs.max_length)
     return targets
 
 
-def _levels(correct, group_ids) -> np.ndarray:
+def _levels(inputs: LengthInputs) -> np.ndarray:
     """Difficulty by group accuracy: 2 easy, 1 medium, 0 hard."""
-    accuracy = _by_group(group_ids, lambda right: np.full(len(right), right.mean()), correct)
+    accuracy = inputs.by_group(lambda right: np.full(len(right), right.mean()), inputs.correct)
     return (accuracy >= 2 / 3).astype(int) + (accuracy >= 1 / 3)
 
 
-def laser_d(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def laser_d(inputs, hyper):
     """LASER-D (2505.15612): LASER with one target per difficulty of the prompt.
 
     hyper: bonus, and target_easy, target_medium, target_hard in tokens. A target of 0 is found by
     `laser_targets` on this very batch (the paper uses a separate monitoring set) among `candidates` equally
     spaced lengths up to max_length.
     """
-    correct, lengths = _floats(correct, lengths)
-    grid = np.arange(1, hyper["candidates"] + 1) * max_length / hyper["candidates"]
-    found = laser_targets(correct, lengths, group_ids, grid, max_length)
+    grid = np.arange(1, hyper["candidates"] + 1) * inputs.max_length / hyper["candidates"]
+    found = laser_targets(inputs, grid)
     target = np.array([hyper[f"target_{k}"] or found[k] for k in ("hard", "medium", "easy")])
-    return correct + hyper["bonus"] * correct * (lengths <= target[_levels(correct, group_ids)])
+    return inputs.correct + hyper["bonus"] * inputs.correct * (inputs.lengths <= target[_levels(inputs)])
 
 
-def overlong(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def overlong(inputs, hyper):
     """DAPO's soft overlong punishment (2503.14476 eq. 13): r = I + factor * p.
 
         p = 0 for len <= L - cache,   ((L - cache) - len) / cache beyond,   not below -1 with floor
@@ -188,23 +208,21 @@ def overlong(correct, lengths, budgets, group_ids, truncated, max_length, modes,
     +-1; here it is 0/1, which changes no group-normalised advantage but the weight of p: factor 0.5 is the
     equivalent. Raises ValueError if cache > L.
     """
-    correct, lengths = _floats(correct, lengths)
-    limit = hyper["max_length"] or max_length
+    limit = hyper["max_length"] or inputs.max_length
     cache = hyper["cache"] or limit / 5
     if not 0 < cache <= limit:
         raise ValueError(f"overlong cache must be between 1 and max_length {limit}, not {cache}")
-    penalty = np.minimum((limit - cache - lengths) / cache, 0)
-    return correct + hyper["factor"] * (np.maximum(penalty, -1) if hyper["floor"] else penalty)
+    penalty = np.minimum((limit - cache - inputs.lengths) / cache, 0)
+    return inputs.correct + hyper["factor"] * (np.maximum(penalty, -1) if hyper["floor"] else penalty)
 
 
-def dler(correct, lengths, budgets, group_ids, truncated, max_length, modes, hyper):
+def dler(inputs, hyper):
     """DLER's truncation (2510.15110): a response beyond the limit gets 0, any other its correctness.
 
     hyper: limit in tokens (published 4000), 0 for max_length. Responses cut by the sampler get 0 too.
     """
-    correct, lengths = _floats(correct, lengths)
-    beyond = np.asarray(truncated, bool) | (lengths > (hyper["limit"] or max_length))
-    return np.where(beyond, 0.0, correct)
+    beyond = inputs.truncated | (inputs.lengths > (hyper["limit"] or inputs.max_length))
+    return np.where(beyond, 0.0, inputs.correct)
 
 
 _LCPO_MAX = {"alpha": Number(1e-3), "delta": Number(0.5, 0, 1), "exact_alpha": Number(3e-4)}
@@ -225,37 +243,3 @@ LENGTH_REWARDS: dict[str, Method] = {
     "overlong": Method(overlong, _OVERLONG),
     "dler": Method(dler, {"limit": Integer(0)}),
 }
-
-
-def prompt_suffix(mode: str, budget: int | None) -> str:
-    """What LCPO appends to the prompt: mode "exact", "max" or "none" -> text with a leading space, or "".
-
-    Raises ValueError for another mode, or a budget below 1 in a mode that needs one.
-    """
-    if mode == "none":
-        return ""
-    if mode not in ("exact", "max"):
-        raise ValueError(f"unknown budget mode {mode!r}; valid: none, exact, max")
-    if budget is None or budget < 1:
-        raise ValueError(f"budget mode {mode!r} needs a budget of at least 1 token, not {budget}")
-    return f" Think for {budget} tokens." if mode == "exact" else f" Think for maximum {budget} tokens."
-
-
-BUDGET_SAMPLERS = ("uniform", "log_uniform")
-
-
-def sample_budgets(rng: np.random.Generator, n: int, kind: str, low: int, high: int) -> np.ndarray:
-    """n length budgets in tokens, int64 in [low, high].
-
-    uniform: every integer alike (L1: 100 to 4000). log_uniform: floor(2^U(log2 low, log2 (high + 1))), as
-    much mass from 100 to 200 as from 1000 to 2000 (the released code's use_log option: 2^U(8, 14.5)).
-    Raises ValueError unless 1 <= low <= high and the kind is known.
-    """
-    if kind not in BUDGET_SAMPLERS:
-        raise ValueError(f"unknown budget sampler {kind!r}; valid: {', '.join(BUDGET_SAMPLERS)}")
-    if not 1 <= low <= high:
-        raise ValueError(f"budgets need 1 <= low <= high, not low {low}, high {high}")
-    if kind == "uniform":
-        return rng.integers(low, high, n, endpoint=True)
-    drawn = np.exp2(rng.uniform(np.log2(low), np.log2(high + 1), n))
-    return np.clip(np.floor(drawn), low, high).astype(np.int64)

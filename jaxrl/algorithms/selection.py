@@ -1,87 +1,72 @@
-"""Which graded groups are trained on. Pure functions on lists of groups; NumPy, on the host.
+"""Which graded responses are trained on. Pure functions of columns; NumPy, on the host.
 
-Every entry of SELECTIONS is `fn(groups, hyper) -> (kept, dropped)`: kept is the list of groups to train on, in their
-order (for overlong, pods and gfpo with completions masked or removed), dropped the groups by reason. Reasons that end
-in "completions" hold a count of completions instead. `select` runs a chain of them. A group is anything with the fields
-of `jaxrl.types.Group`. Completions with valid False (grading failed) take no part in any decision.
+Every entry of SELECTIONS is `fn(rollouts, hyper) -> (keep, reason)`: keep bool [N], reason [N] of words, "" where kept.
+rollouts: the graded responses of one generation batch (jaxrl.rollouts.Rollouts). Most rules decide for whole groups
+(`of_groups`); overlong, pods and gfpo for single responses, with reasons that end in "completions" and are counted as
+responses, not groups. `select` runs a chain of rules. Responses with valid False (grading failed) take no part in any
+decision.
+
+A rule may look at any column, and at any statistic of a group; STATISTICS names those that the LSPO rules can use.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from jaxrl.algorithms.hyper import Choice, Integer, Method, Number, resolve
 
-# The fields of Group that hold one entry per completion.
-PER_COMPLETION = ("completions", "texts", "correct", "rewards", "valid", "outcomes")
+# ---- statistics of groups
 
 
-def _valid(group) -> np.ndarray:
-    return np.asarray(group.valid, bool)
+def mean_length(rollouts) -> np.ndarray:
+    """float64 [P]: mean response length in tokens (LSPO's L(q)); NaN without graded responses."""
+    return rollouts.group_mean(rollouts.lengths)
 
 
-def mean_length(group) -> float:
-    """Mean response length in tokens over the group's graded completions (LSPO's L(q)); NaN if there are none."""
-    lengths = np.asarray(group.lengths)[_valid(group)]
-    return float(np.mean(lengths)) if len(lengths) else float("nan")
+def mean_accuracy(rollouts) -> np.ndarray:
+    """float64 [P]: mean of `correct`; NaN without graded responses."""
+    return rollouts.group_mean(rollouts.correct)
 
 
-def mean_accuracy(group) -> float:
-    """Mean of `correct` over the group's graded completions; NaN if there are none."""
-    correct = np.asarray(group.correct, np.float64)[_valid(group)]
-    return float(np.mean(correct)) if len(correct) else float("nan")
+STATISTICS: dict[str, Callable] = {"length": mean_length, "accuracy": mean_accuracy}  # name -> fn(rollouts) -> [P]
 
 
-def _take(group, index):
-    """The group with only the completions `index`, in that order."""
-    changes = {}
-    for name in PER_COMPLETION:
-        value = getattr(group, name)
-        changes[name] = value[index] if isinstance(value, np.ndarray) else [value[i] for i in index]
-    return dataclasses.replace(group, **changes)
+# ---- rules
 
 
-def _partition(groups, reason: Callable[[Any], str | None]) -> tuple[list, dict[str, list]]:
-    """Keep the groups for which reason(group) is None; sort the others by reason."""
-    kept, dropped = [], {}
-    for group in groups:
-        why = reason(group)
-        if why is None:
-            kept.append(group)
-        else:
-            dropped.setdefault(why, []).append(group)
-    return kept, dropped
+def of_groups(rollouts, reasons: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(keep [N], reason [N]) of a rule that gave each group a reason to drop it, or "" to keep it."""
+    reason = rollouts.per_response(reasons, object)
+    return reason == "", reason
 
 
-def none(groups, hyper):
+def none(rollouts, hyper):
     """Keep everything."""
-    return list(groups), {}
+    return of_groups(rollouts, [""] * rollouts.num_groups)
 
 
-def accuracy(groups, hyper):
-    """DAPO's dynamic sampling (2503.14476 eq. 11): drop groups whose graded completions all score the same.
+def accuracy(rollouts, hyper):
+    """DAPO's dynamic sampling (2503.14476 eq. 11): drop groups whose graded responses all score the same.
 
     hyper: metric, "correct" (accuracy, as DAPO and LSPO) or "rewards" (the shaped reward). Equality is
-    exact. A group that was sampled with a single completion is kept (it has no spread to judge); one
-    without any graded completion is dropped. Reasons: all_correct, all_wrong, all_equal, ungraded.
+    exact. A group that was sampled with a single response is kept (it has no spread to judge); one
+    without any graded response is dropped. Reasons: all_correct, all_wrong, all_equal, ungraded.
     """
+    return of_groups(rollouts, _accuracy_reasons(rollouts, hyper["metric"]))
 
-    def reason(group):
-        values = np.asarray(getattr(group, hyper["metric"]))[_valid(group)]
-        if not len(values):
-            return "ungraded"
-        if len(group.completions) == 1 or values.min() < values.max():
-            return None
-        if hyper["metric"] == "rewards":
-            return "all_equal"
-        return {1.0: "all_correct", 0.0: "all_wrong"}.get(float(values[0]), "all_equal")
 
-    return _partition(groups, reason)
+def _accuracy_reasons(rollouts, metric: str = "correct") -> np.ndarray:
+    least, most = rollouts.group_range(rollouts.correct if metric == "correct" else rollouts.reward)
+    spread = (least < most) | np.array([p.samples == 1 for p in rollouts.prompts], bool)
+    reasons = np.where(spread, "", "all_equal").astype(object)
+    if metric == "correct":
+        reasons[~spread & (least == 1)] = "all_correct"
+        reasons[~spread & (most == 0)] = "all_wrong"
+    reasons[rollouts.group_count() == 0] = "ungraded"
+    return reasons
 
 
 def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]:
@@ -97,83 +82,65 @@ def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]
     return [float(values[max(rank, 1) - 1]) for rank in ranks]
 
 
-def _by_statistic(groups, statistic: Callable, reason_for: Callable):
-    """Accuracy filter, then drop by reason_for(the survivors' statistics) -> (statistic -> reason or None)."""
-    survivors, dropped = accuracy(groups, {"metric": "correct"})
-    if not survivors:
-        return [], dropped
-    reason = reason_for([statistic(g) for g in survivors])
-    kept, more = _partition(survivors, lambda g: reason(statistic(g)))
-    return kept, {**dropped, **more}
+def _survivors(rollouts, statistic: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(reasons [P] of the accuracy filter, the statistic [P], its values at the groups that pass, NaN left out)."""
+    reasons, values = _accuracy_reasons(rollouts), STATISTICS[statistic](rollouts)
+    return reasons, values, values[reasons == ""]
 
 
-def _outside(low: float, high: float, top: float, between: str, above: str) -> Callable:
-    """The reason to drop a group of statistic m, or None for m <= low and high <= m <= top."""
-    return lambda m: None if m <= low or high <= m <= top else between if m < high else above
+def _drop(reasons: np.ndarray, which: np.ndarray, why: str) -> None:
+    reasons[(reasons == "") & which] = why
 
 
-def _two_ends(groups, statistic: Callable, hyper, between: str, above: str):
-    """LSPO's rule on a statistic: keep m <= Q(low) or Q(high) <= m <= Q(max), after the accuracy filter."""
-    fractions = hyper["low"], hyper["high"], hyper["max"]
-
-    def reason_for(values):
-        return _outside(*thresholds(values, fractions, hyper["quantile"]), between, above)
-
-    return _by_statistic(groups, statistic, reason_for)
-
-
-def lspo(groups, hyper):
+def lspo(rollouts, hyper):
     """LSPO (2510.01459): accuracy filter, then keep the groups with short or long, but not the longest, answers.
 
         keep  L(q) <= Q(low)  or  Q(high) <= L(q) <= Q(max),   L(q) the mean response length
 
     Thresholds are taken over the accuracy survivors of these groups (one generation batch), comparisons are
     inclusive: no survivor keeps nothing, one survivor or equal lengths keep all. hyper: low, high, max as
-    fractions (0.30, 0.65, 0.95; the released script runs 0.30, 0.60, 0.90), quantile (see `thresholds`).
-    Reasons beyond accuracy's: middle, longest.
+    fractions (0.30, 0.65, 0.95; the released script runs 0.30, 0.60, 0.90), quantile (see `thresholds`), statistic:
+    what L(q) is, a name in STATISTICS ("accuracy": LSPO's ablation on accuracy).
+    Reasons beyond accuracy's: middle, longest; on another statistic middle_NAME, top_NAME.
     """
-    return _two_ends(groups, mean_length, hyper, "middle", "longest")
+    fractions = hyper["low"], hyper["high"], hyper["max"]
+    name = hyper["statistic"]
+    reasons, values, passed = _survivors(rollouts, name)
+    middle, longest = ("middle", "longest") if name == "length" else (f"middle_{name}", f"top_{name}")
+    if len(passed):
+        low, high, top = thresholds(passed, fractions, hyper["quantile"])
+        _drop(reasons, (values > low) & (values < high), middle)
+        _drop(reasons, (values > low) & (values > top), longest)
+    return of_groups(rollouts, reasons)
 
 
-def lspo_accuracy(groups, hyper):
-    """LSPO's ablation on accuracy: the same rule with the group's accuracy in place of its mean length.
-
-    hyper as lspo (released constants 0.30, 0.65, 0.95). Reasons beyond accuracy's: middle_accuracy, top_accuracy.
-    """
-    return _two_ends(groups, mean_accuracy, hyper, "middle_accuracy", "top_accuracy")
-
-
-def lspo_middle(groups, hyper):
+def lspo_middle(rollouts, hyper):
     """LSPO's ablation that keeps the middle: Q(low) <= L(q) <= Q(high). Reasons: shortest, longest."""
+    reasons, values, passed = _survivors(rollouts, "length")
+    if len(passed):
+        low, high = thresholds(passed, (hyper["low"], hyper["high"]), hyper["quantile"])
+        _drop(reasons, values < low, "shortest")
+        _drop(reasons, values > high, "longest")
+    return of_groups(rollouts, reasons)
 
-    def reason_for(lengths):
-        low, high = thresholds(lengths, (hyper["low"], hyper["high"]), hyper["quantile"])
-        return lambda m: "shortest" if m < low else "longest" if m > high else None
 
-    return _by_statistic(groups, mean_length, reason_for)
-
-
-def lspo_shortest(groups, hyper):
+def lspo_shortest(rollouts, hyper):
     """Keep the shortest only: L(q) <= Q(fraction). Reason: longest."""
-
-    def reason_for(lengths):
-        (limit,) = thresholds(lengths, (hyper["fraction"],), hyper["quantile"])
-        return lambda m: "longest" if m > limit else None
-
-    return _by_statistic(groups, mean_length, reason_for)
+    reasons, values, passed = _survivors(rollouts, "length")
+    if len(passed):
+        _drop(reasons, values > thresholds(passed, (hyper["fraction"],), hyper["quantile"])[0], "longest")
+    return of_groups(rollouts, reasons)
 
 
-def lspo_longest(groups, hyper):
+def lspo_longest(rollouts, hyper):
     """Keep the longest only: L(q) >= Q(1 - fraction). Reason: shortest."""
-
-    def reason_for(lengths):
-        (limit,) = thresholds(lengths, (1 - hyper["fraction"],), hyper["quantile"])
-        return lambda m: "shortest" if m < limit else None
-
-    return _by_statistic(groups, mean_length, reason_for)
+    reasons, values, passed = _survivors(rollouts, "length")
+    if len(passed):
+        _drop(reasons, values < thresholds(passed, (1 - hyper["fraction"],), hyper["quantile"])[0], "shortest")
+    return of_groups(rollouts, reasons)
 
 
-def lspo_value(groups, hyper):
+def lspo_value(rollouts, hyper):
     """LSPO's ablation with thresholds in tokens, at fractions of the range [min, max] of the mean lengths.
 
         keep  L(q) <= min + low (max - min)  or  min + high (max - min) <= L(q) <= top
@@ -182,32 +149,30 @@ def lspo_value(groups, hyper):
     released expression evaluates to), or "range", top = min + max_fraction (max - min), which it seems to
     have meant. Reasons: middle, longest.
     """
-
-    def reason_for(lengths):
-        least, most = min(lengths), max(lengths)
+    reasons, values, passed = _survivors(rollouts, "length")
+    if len(passed):
+        least, most = passed.min(), passed.max()
         low, high, top = (least + hyper[k] * (most - least) for k in ("low", "high", "max"))
-        return _outside(low, high, hyper["max"] * most if hyper["upper"] == "released" else top, "middle", "longest")
+        top = hyper["max"] * most if hyper["upper"] == "released" else top
+        _drop(reasons, (values > low) & (values < high), "middle")
+        _drop(reasons, (values > low) & (values > top), "longest")
+    return of_groups(rollouts, reasons)
 
-    return _by_statistic(groups, mean_length, reason_for)
 
+def overlong(rollouts, hyper):
+    """DAPO's overlong filtering (2503.14476 section 3.4): truncated responses are not trained on.
 
-def overlong(groups, hyper):
-    """DAPO's overlong filtering (2503.14476 section 3.4): truncated completions are not trained on.
-
-    hyper: max_truncated, the largest share of truncated completions a group may have; above it (and always when nothing
-    graded is left) the whole group is dropped. Kept groups have valid False at truncated completions, so they leave the
-    advantage statistics as well. Reasons: overlong_completions (masked, in kept groups), overlong.
+    hyper: max_truncated, the largest share of truncated responses a group may have; above it (and always when nothing
+    graded is left) the whole group is dropped. The responses leave the advantage statistics of kept groups as well.
+    Reasons: overlong_completions (responses of kept groups), overlong (groups).
     """
-    kept, masked, gone = [], 0, []
-    for group in groups:
-        cut = np.asarray(group.truncated, bool)
-        valid = _valid(group) & ~cut
-        if (len(cut) and cut.mean() > hyper["max_truncated"]) or (cut.any() and not valid.any()):
-            gone.append(group)
-            continue
-        masked += int((_valid(group) & cut).sum())
-        kept.append(dataclasses.replace(group, valid=valid) if cut.any() else group)
-    return kept, {k: v for k, v in (("overlong_completions", masked), ("overlong", gone)) if v}
+    cut, graded = rollouts.truncated, rollouts.valid
+    counts = [rollouts.group_count(which) for which in (cut, graded & ~cut, np.ones(len(rollouts), bool))]
+    truncated, left, size = counts
+    gone = (truncated / size > hyper["max_truncated"]) | ((truncated > 0) & (left == 0))
+    reason = rollouts.per_response(np.where(gone, "overlong", ""), object)
+    reason[(reason == "") & cut & graded] = "overlong_completions"
+    return reason == "", reason
 
 
 def max_variance_subset(rewards, keep: int) -> np.ndarray:
@@ -227,51 +192,46 @@ def max_variance_subset(rewards, keep: int) -> np.ndarray:
     return np.sort(np.concatenate([order[:best], order[n - keep + best :]]))
 
 
-def _reduce(groups, choose: Callable, keep: int):
-    """Cut each group with more than `keep` graded completions to those that choose(group, graded indices) names."""
-    kept, removed = [], 0
-    for group in groups:
-        graded = np.flatnonzero(_valid(group))
-        if len(graded) > keep:
-            index = choose(group, graded)
-            removed += len(group.completions) - len(index)
-            group = _take(group, index)
-        kept.append(group)
-    return kept, {"unselected_completions": removed} if removed else {}
+def _cheapest(cost: np.ndarray, keep: int) -> np.ndarray:
+    """Indices of the `keep` lowest costs [n]; ties go by order."""
+    return np.argsort(cost, kind="stable")[:keep]
 
 
-def pods(groups, hyper):
-    """PODS (2504.13818): of each group's n completions keep the m = hyper["keep"] with the largest reward variance.
+def _reduce(rollouts, values: np.ndarray, keep: int, choose: Callable):
+    """In each group with more than `keep` graded responses, keep those that choose(their values, keep) names."""
+    kept = np.ones(len(rollouts), bool)
+    for group in np.flatnonzero(rollouts.group_count() > keep):
+        members = rollouts.group == group
+        graded = np.flatnonzero(members & rollouts.valid)
+        kept[members] = False
+        kept[graded[choose(values[graded], keep)]] = True
+    return kept, np.where(kept, "", "unselected_completions").astype(object)
 
-    Groups with at most m graded completions stay as they are. Reason: unselected_completions.
+
+def pods(rollouts, hyper):
+    """PODS (2504.13818): of each group's n responses keep the m = hyper["keep"] with the largest reward variance.
+
+    Groups with at most m graded responses stay as they are. Reason: unselected_completions.
     """
-
-    def choose(group, graded):
-        return graded[max_variance_subset(np.asarray(group.rewards)[graded], hyper["keep"])]
-
-    return _reduce(groups, choose, hyper["keep"])
+    return _reduce(rollouts, rollouts.reward, hyper["keep"], max_variance_subset)
 
 
-def gfpo(groups, hyper):
-    """GFPO (2508.09726): keep each group's k = hyper["keep"] shortest completions, or the most rewarding per token.
+def gfpo(rollouts, hyper):
+    """GFPO (2508.09726): keep each group's k = hyper["keep"] shortest responses, or the most rewarding per token.
 
     hyper: metric, "length" or "efficiency" (reward / length). The rest gets no gradient and advantages are normalised
     over the kept ones, which is what removing the rest does. Ties go by order. Reason: unselected_completions.
     """
-
-    def choose(group, graded):
-        lengths = np.asarray(group.lengths, np.float64)[graded]
-        cost = lengths
-        if hyper["metric"] == "efficiency":
-            cost = -np.asarray(group.rewards, np.float64)[graded] / np.maximum(lengths, 1)
-        return np.sort(graded[np.argsort(cost, kind="stable")[: hyper["keep"]]])
-
-    return _reduce(groups, choose, hyper["keep"])
+    cost = rollouts.lengths.astype(np.float64)
+    if hyper["metric"] == "efficiency":
+        cost = -rollouts.reward.astype(np.float64) / np.maximum(cost, 1)
+    return _reduce(rollouts, cost, hyper["keep"], _cheapest)
 
 
 _ENDS = {"low": Number(0.30, 0, 1), "high": Number(0.65, 0, 1)}
 _QUANTILE = {"quantile": Choice("linear", ("linear", "inf"))}
 _LSPO = {**_ENDS, "max": Number(0.95, 0, 1), **_QUANTILE}
+_BY = {name: {"statistic": Choice(name, STATISTICS.keys())} for name in ("length", "accuracy")}
 _ONE_END = {"fraction": Number(0.6, 0, 1), **_QUANTILE}
 _VALUE = {"low": Number(0.3, 0, 1), "high": Number(0.7, 0, 1), "max": Number(0.98, 0, 1)}
 _VALUE |= {"upper": Choice("released", ("released", "range"))}
@@ -280,16 +240,19 @@ _RISING = [("low", "high", "max")]
 SELECTIONS: dict[str, Method] = {
     "none": Method(none),
     "accuracy": Method(accuracy, {"metric": Choice("correct", ("correct", "rewards"))}),
-    "lspo": Method(lspo, _LSPO, ordered=_RISING),
+    "lspo": Method(lspo, {**_LSPO, **_BY["length"]}, ordered=_RISING),
     "lspo_middle": Method(lspo_middle, {**_ENDS, **_QUANTILE}, ordered=[("low", "high")]),
     "lspo_shortest": Method(lspo_shortest, _ONE_END),
     "lspo_longest": Method(lspo_longest, _ONE_END),
     "lspo_value": Method(lspo_value, _VALUE, ordered=_RISING),
-    "lspo_accuracy": Method(lspo_accuracy, _LSPO, ordered=_RISING),
+    "lspo_accuracy": Method(lspo, {**_LSPO, **_BY["accuracy"]}, ordered=_RISING),
     "overlong": Method(overlong, {"max_truncated": Number(1.0, 0, 1)}),
     "pods": Method(pods, {"keep": Integer(16, 1)}),
     "gfpo": Method(gfpo, {"keep": Integer(8, 1), "metric": Choice("length", ("length", "efficiency"))}),
 }
+
+
+# ---- chains
 
 
 def parse_chain(chain: str | Sequence[str]) -> list[str]:
@@ -301,27 +264,40 @@ def parse_chain(chain: str | Sequence[str]) -> list[str]:
 
 
 def select(
-    groups: Sequence[Any], chain: str | Sequence[str], hyper: Mapping[str, Mapping] | None = None
-) -> tuple[list, dict[str, int]]:
-    """Run the selections of a chain such as "overlong+lspo" from left to right.
+    rollouts, chain: str | Sequence[str], hyper: Mapping[str, Mapping] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run the selections of a chain such as "overlong+lspo" from left to right, each on what is left.
 
-    groups: of one generation batch (percentiles are over it). hyper: {selection name: constants that differ
-    from its defaults}. Returns the kept groups, in order, and {"name/reason": count} of what each dropped.
-    Raises ValueError for unknown names or constants.
+    rollouts: of one generation batch (percentiles are over it). hyper: {selection name: constants that differ
+    from its defaults}. Returns keep, bool [N], and reason, object [N]: "name/reason" of the rule that dropped the
+    response, "" where it is kept. Raises ValueError for unknown names or constants, or what is not (keep, reason).
     """
-    kept, dropped = explain(groups, chain, hyper)
-    return kept, {reason: x if isinstance(x, int) else len(x) for reason, x in dropped.items()}
-
-
-def explain(
-    groups: Sequence[Any], chain: str | Sequence[str], hyper: Mapping[str, Mapping] | None = None
-) -> tuple[list, dict[str, Any]]:
-    """As `select`, but with the dropped groups themselves; reasons that end in "completions" stay counts."""
-    kept, dropped = list(groups), {}
+    reason = np.full(len(rollouts), "", object)
+    left = np.arange(len(rollouts))
     for name in parse_chain(chain):
         entry, constants = resolve(SELECTIONS, "selection", name, (hyper or {}).get(name))
-        kept, reasons = entry.fn(kept, constants)
-        for reason, what in reasons.items():
-            key = f"{name}/{reason}"
-            dropped[key] = dropped[key] + what if key in dropped else what
-    return kept, dropped
+        keep, why = (np.asarray(x) for x in entry.fn(rollouts.take(left), constants))
+        if keep.dtype != bool or keep.shape != left.shape or why.shape != left.shape:
+            raise ValueError(f"selection {name!r} must return (keep, reason), bool [N] and words [N] of N {len(left)}")
+        reason[left[~keep]] = [f"{name}/{w}" if w else name for w in why[~keep]]
+        left = left[keep]
+    return reason == "", reason
+
+
+def dropped(rollouts, reason: np.ndarray) -> dict[str, int]:
+    """{"name/reason": how many}, in the order of the names: groups, or responses where it ends in "completions"."""
+    return {
+        str(why): int((reason == why).sum()) if why.endswith("completions") else
+        int(rollouts.group_any(reason == why).sum())
+        for why in sorted(set(reason[reason != ""]))
+    }  # fmt: skip
+
+
+def group_reasons(rollouts, reason: np.ndarray) -> np.ndarray:
+    """object [P]: why no response of the group is kept, "" for groups with a response that is."""
+    out = np.full(rollouts.num_groups, "", object)
+    single = np.array([why.endswith("completions") for why in reason], bool)
+    for which in (single, ~single):  # what dropped the whole group counts before what dropped single responses of it
+        out[rollouts.group[which]] = reason[which]
+    out[rollouts.group_any(reason == "")] = ""
+    return out

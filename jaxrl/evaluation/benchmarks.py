@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxrl.errors import UserError
 from jaxrl.evaluation.identity import reward_identity
 from jaxrl.rollout.budget_forcing import Delimiters
-from jaxrl.runtime.model_source import is_run
+from jaxrl.runtime.model_source import run_settings
 from jaxrl.tasks import dial
 from jaxrl.tasks.answers import choice_letter, extract
 from jaxrl.tasks.data import load_problems
@@ -20,7 +20,7 @@ from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.readers import SUFFIXES
 from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Grade
-from jaxrl.tasks.templates import TEMPLATES, encode_prompt, messages, prompt_text
+from jaxrl.tasks.templates import encode_prompt, messages, prompt_options, prompt_text
 from jaxrl.types import Problem
 
 log = logging.getLogger(__name__)
@@ -108,16 +108,15 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
     )
     if loaded.skipped:
         log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])
-    template = flags["template"] or default_template(flags["model"], tokenizer)
-    if template not in TEMPLATES[:3]:
-        raise UserError(f"--template={template!r}: choose one of {', '.join(TEMPLATES[:3])}")
+    asked = asked_as(flags, tokenizer)
+    template = asked["template"]
     file = pathlib.Path(spec).name
     return EvalSet(
         spec=spec,
         name=next((file.removesuffix(end) for end in SUFFIXES if file.endswith(end)), file),
         problems=loaded.problems,
-        encode=lambda problem: _encode(problem, tokenizer, template),
-        text=lambda problem: messages(problem) if template == "chat" else prompt_text(problem, template),
+        encode=lambda problem: _encode(problem, tokenizer, asked),
+        text=lambda p: messages(p, asked["system"]) if template == "chat" else prompt_text(p, template),
         shown=lambda prompt: _shown(prompt, tokenizer),
         grade=lambda problems, texts: grade_text(problems, texts, grader, reward),
         vote=_vote,
@@ -137,22 +136,28 @@ def _shown(prompt: str | list, tokenizer) -> str:
     return json.dumps(prompt, ensure_ascii=False) if chat else tokenizer.decode(prompt)
 
 
-def _encode(problem: Problem, tokenizer, template: str) -> list[int]:
+def _encode(problem: Problem, tokenizer, asked: dict) -> list[int]:
     """The prompt's tokens; [] if the tokenizer has no tokens for its text, as that of a toy model may not."""
     try:
-        return encode_prompt(problem, tokenizer, template)
+        return encode_prompt(problem, tokenizer, **asked)
     except UserError:
         raise
     except ValueError:
         return []
 
 
-def default_template(model: str, tokenizer) -> str:
-    """What a run was trained with; else "chat" if the tokenizer has a chat template, or "boxed"."""
-    config = pathlib.Path(model) / "config.json"
-    if is_run(model) and config.exists():
-        return json.loads(config.read_text())["task"]["template"]
-    return "chat" if tokenizer.chat_template else "boxed"
+def asked_as(flags: dict, tokenizer) -> dict[str, Any]:
+    """The options of encode_prompt: what the flags say, else what a run was trained with.
+
+    Without either, template is "chat" if the tokenizer has a chat template, or "boxed". Raises UserError for a system
+    prompt or --enable_thinking without template "chat".
+    """
+    trained = run_settings(flags["model"]).get("task", {})
+    template = flags["template"] or trained.get("template") or ("chat" if tokenizer.chat_template else "boxed")
+    given = {key: flags[key] for key in ("system_prompt", "enable_thinking") if flags[key]}
+    if given and template != "chat":
+        raise UserError(f"--{next(iter(given))} needs --template=chat, not {template}")
+    return {"template": template, **prompt_options(trained | given)}
 
 
 def grade_text(

@@ -10,9 +10,11 @@ import importlib.util
 import pathlib
 from collections.abc import Iterable
 
+from etils import epath
+
 from jaxrl.errors import UserError
-from jaxrl.runtime import manifest
-from jaxrl.runtime.model_source import is_run
+from jaxrl.runtime import manifest, storage
+from jaxrl.runtime.model_source import description, is_run
 
 WEIGHTS = ("*.safetensors",)
 TEXT = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, chat template, generation config
@@ -22,20 +24,20 @@ def digest_files(paths: Iterable[pathlib.Path]) -> str:
     """16 hexadecimal digits over the names and contents of files, whatever their order and folder."""
     whole = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
-        with open(path, "rb") as f:
-            whole.update(path.name.encode() + b"\0" + hashlib.file_digest(f, "sha256").digest())
+        whole.update(path.name.encode() + b"\0" + bytes.fromhex(storage.sha256(path)))
     return whole.hexdigest()[:16]
 
 
 def model_identity(model: str, step: int | None) -> dict[str, str]:
     """{"weights", "tokenizer"}: digests of the weights of a Hugging Face directory or of a run's checkpoint, and of the
     text files beside them (config, tokenizer, chat template)."""
-    root = pathlib.Path(model)
-    home = root / "model" if is_run(root) else root
+    root, home = epath.Path(model), description(model, "--model")
     if is_run(root):
         # a checkpoint's manifest holds the digests of all its files
         path = dict(manifest.step_paths(root / "checkpoints")).get(step)
-        weights = digest_files([path / manifest.MANIFEST]) if path and (path / manifest.MANIFEST).exists() else ""
+        weights = digest_files([path / manifest.MANIFEST]) if path and storage.exists(path / manifest.MANIFEST) else ""
+    elif storage.is_remote(root):  # by the store's own digests, or all weights would cross the network for a name
+        weights = storage.fingerprint(root, ".safetensors")
     else:
         weights = digest_files(p for pattern in WEIGHTS for p in root.glob(pattern))
     return {"weights": weights, "tokenizer": digest_files(p for pattern in TEXT for p in home.glob(pattern))}

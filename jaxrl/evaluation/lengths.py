@@ -18,7 +18,6 @@ from jaxrl.errors import UserError
 from jaxrl.evaluation.scoring import Records
 from jaxrl.rollout.budget_forcing import Delimiters, generate_forced
 from jaxrl.rollout.engine import Engine
-from jaxrl.types import Completion
 
 MODES = ("exact", "max", "forced", "none")
 MAX_MODE_CAP = 8192  # L1's generation limit for "at most" budgets
@@ -50,8 +49,7 @@ def forced_generate(sampler: Engine, budget: int, delimiters: Delimiters, answer
     def generate(params, requests, *, seed, step, sampling):
         limits = dict(max_thinking=thinking, max_answer=answer_tokens, ignore=waits)
         options = dict(seed=seed, step=step, sampling=sampling)
-        drawn = generate_forced(sampler, params, requests, delimiters, **limits, **options)
-        return [[Completion(r.tokens, r.logprobs, r.finish) for r in group] for group in drawn]
+        return generate_forced(sampler, params, requests, delimiters, **limits, **options)
 
     return generate
 

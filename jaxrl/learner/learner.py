@@ -13,6 +13,7 @@ from jaxrl.learner.packing import PackedBatch
 from jaxrl.learner.state import TrainState, abstract_state, build_optimizer, init_state
 from jaxrl.learner.update import Objective, build_programs, place_batch
 from jaxrl.runtime import compiles
+from models.attention import SHARES_PROMPTS, default_implementation
 from models.config import DecoderConfig
 
 
@@ -67,6 +68,13 @@ class Learner:
         if config.mesh.sequence_parallel and row % tensor:
             raise UserError(
                 f"config.mesh.sequence_parallel: mesh.tensor={tensor} does not divide config.batch.row_tokens={row}"
+            )
+        kernel = config.model.attention
+        kernel = default_implementation(mesh.devices.flat[0].platform) if kernel == "auto" else kernel
+        if config.batch.share_prompts and kernel not in SHARES_PROMPTS:
+            raise UserError(
+                f"config.batch.share_prompts: attention {kernel} cannot; set config.model.attention to "
+                f"{' or '.join(SHARES_PROMPTS)}"
             )
         self.decoder, self.mesh = decoder, mesh
         self.param_dtype = jnp.dtype(config.model.param_dtype)

@@ -29,15 +29,15 @@ def performance(batches: list[tuple[PackedBatch, Packing]], learner, seconds: fl
     if not batches:
         return {}
     out = {
-        "perf/padding_waste": float(np.mean([packing.waste for _, packing in batches])),
-        "perf/padding_waste_unpacked": float(np.mean([packing.waste_to_longest for _, packing in batches])),
-        "perf/update_tokens_per_second": sum(float((b.segment_ids > 0).sum()) for b, _ in batches) / seconds,
+        "perf/padding_waste": float(np.mean([packing.waste for _, packing, *_ in batches])),
+        "perf/padding_waste_unpacked": float(np.mean([packing.waste_to_longest for _, packing, *_ in batches])),
+        "perf/update_tokens_per_second": sum(float((b.segment_ids > 0).sum()) for b, *_ in batches) / seconds,
         "perf/learner_compiles": float(learner.compiles),
     }
     devices = list(learner.mesh.devices.flat)
     chip = hardware.chip(devices[0].device_kind)
     if chip is not None:
         passes = 3 + (not learner.objective.on_policy) + learner.objective.scores_reference
-        flops = passes * sum(needed_flops(learner.decoder, b) for b, _ in batches)
+        flops = passes * sum(needed_flops(learner.decoder, b) for b, *_ in batches)
         out["perf/mfu"] = flops / (seconds * len(devices) * chip.flops)
     return out | hardware.peak_memory(devices)

@@ -270,7 +270,8 @@ def _micro_loss(parts: Parts, params, micro: PackedBatch, whole: Whole):
 def _forward(parts: Parts, params, micro: PackedBatch):
     """(logp, entropy) [R, T] of a micro-batch."""
     with use(parts.mesh, parts.rules):
-        hidden, _ = parts.model.apply({"params": params}, micro.tokens, micro.positions, micro.segment_ids)
+        arguments = (micro.tokens, micro.positions, micro.segment_ids, None, micro.parents)
+        hidden, _ = parts.model.apply({"params": params}, *arguments)
     matrix = params["embed"]["embedding"] if parts.head.tied else params["lm_head"]["kernel"]
     return response_logprobs(hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, parts.head)
 
@@ -296,7 +297,8 @@ def _inputs(parts: Parts, batch: PackedBatch, logp, entropy) -> LossInputs:
 
 def _micro(batch: PackedBatch, i) -> PackedBatch:
     """Micro-batch i: the same record with [R, T] arrays."""
-    return batch.replace(**{k: lax.dynamic_index_in_dim(getattr(batch, k), i, 0, keepdims=False) for k in PER_TOKEN})
+    names = PER_TOKEN if batch.parents is None else (*PER_TOKEN, "parents")
+    return batch.replace(**{k: lax.dynamic_index_in_dim(getattr(batch, k), i, 0, keepdims=False) for k in names})
 
 
 def _cast(params, dtype):
@@ -356,13 +358,14 @@ def place_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
     return jax.tree.map(put, batch)
 
 
-def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int) -> PackedBatch:
+def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share_prompts: bool = False) -> PackedBatch:
     """PackedBatch of jax.ShapeDtypeStruct for [M, R, T] = shape."""
     rows = NamedSharding(mesh, P(None, BATCH))
     fields: dict[str, Any] = {
         k: jax.ShapeDtypeStruct(shape, jnp.int32 if i < 3 else jnp.float32, sharding=rows)
         for i, k in enumerate(PER_TOKEN)
     }
+    fields["parents"] = fields["segment_ids"] if share_prompts else None
     scalar = lambda d: jax.ShapeDtypeStruct((), d, sharding=replicated(mesh))  # noqa: E731
     return PackedBatch(**fields, num_micro=scalar(jnp.int32), num_tokens=scalar(jnp.float32),
                        num_sequences=scalar(jnp.float32), capacity=capacity)

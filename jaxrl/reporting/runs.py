@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxrl.errors import UserError
 from jaxrl.evaluation.seeds import t_half_width
+from jaxrl.runtime import storage
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.metrics import read_metrics
 
@@ -74,9 +75,9 @@ def _is_number(value: Any) -> bool:
 
 def read_run(path: str | os.PathLike) -> Run:
     """Reads a run directory. Raises UserError if it has no metrics.jsonl or that is damaged."""
-    root = pathlib.Path(path)
+    root = storage.local_copy(os.fspath(path), "RUN", _shown)
     if not (root / "metrics.jsonl").is_file():
-        raise UserError(f"{root}: no metrics.jsonl; need a run directory of jaxrl.train")
+        raise UserError(f"{path}: no metrics.jsonl; need a run directory of jaxrl.train")
     config = root / "config.json"
     evaluations = []
     for result in sorted(root.glob("*/result.json")):
@@ -93,6 +94,13 @@ def read_run(path: str | os.PathLike) -> Run:
             samples[int(file.stem.rpartition("_")[2])] = rows
     flat = flatten(json.loads(config.read_text())) if config.exists() else {}
     return Run(root, flat, read_metrics(root / "metrics.jsonl"), evaluations, samples)
+
+
+def _shown(names: list[str]) -> list[str]:
+    """Of all files of a run, those that a report reads."""
+    sampled = [n for n in names if n.startswith("samples/step_")]
+    return [n for n in names if n in ("config.json", "metrics.jsonl") or n.endswith("/result.json")
+            or n in sampled[:1] + sampled[-1:]]  # fmt: skip
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

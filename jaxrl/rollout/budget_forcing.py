@@ -1,6 +1,6 @@
 """Budget forcing of s1 (arXiv 2501.19393, section 3): thinking is cut at a maximum, or prolonged to a minimum.
 
-A response is sampled in segments. Thinking runs until the end-of-thinking tokens, an end token, or its budget.
+A response is sampled in segments. Thinking runs until the end-of-thinking tokens, an EOS token, or its budget.
 Ended early, and while `ignore` lasts: the end is taken back, "Wait" appended, thinking resumed. At the budget the
 end of thinking and "Final Answer:" are appended. Then the answer is sampled, with a budget of its own.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrl.rollout.engine import Engine, Request, SamplingParams
+from jaxrl.types import Completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,45 +31,57 @@ class Delimiters:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forced:
-    """One response. tokens: int32 [n], appended ones included. logprobs: float32 [n], 0 where appended.
-    sampled: bool [n], False where appended. thinking, answer: tokens in either part, appended ones included in
-    thinking. waits: how often thinking was prolonged. cut: whether it reached its budget. finish: of the answer.
+class Forced(Completion):
+    """One response; what was appended is not `sampled`. finish: of the answer. thinking: tokens of that part, appended
+    ones included. waits: how often thinking was prolonged. cut: whether it reached its budget.
     """
 
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    sampled: np.ndarray
-    thinking: int
-    answer: int
-    waits: int
-    cut: bool
-    finish: str
+    thinking: int = 0
+    waits: int = 0
+    cut: bool = False
+
+    @property
+    def answer(self) -> int:
+        """Tokens of the answer."""
+        return self.length - self.thinking
 
 
+@dataclasses.dataclass
 class _Draft:
-    def __init__(self, request: Request, sample: int):
-        self.request, self.sample = request, sample
-        self.tokens, self.logprobs, self.sampled = [], [], []
-        self.waits, self.cut, self.thinking = 0, False, 0
+    """One response under way: sample `sample` of a request for its thinking."""
 
-    def extend(self, tokens, logprobs=None):
-        self.tokens += [int(t) for t in tokens]
-        self.logprobs += [0.0] * len(tokens) if logprobs is None else [float(x) for x in logprobs]
-        self.sampled += [logprobs is not None] * len(tokens)
+    request: Request
+    sample: int
+    max_answer: int
+    ignore: int
+    done: Forced = Forced(np.zeros(0, np.int32), np.zeros(0, np.float32), "partial", sampled=np.zeros(0, bool))
 
-    def next(self, segment: int, **changes) -> Request:
-        """The request that continues this response; its random keys are those of no other segment."""
-        prompt = np.concatenate([self.request.prompt, np.array(self.tokens, np.int32)]).astype(np.int32)
-        key = (self.request.key + segment * 0x9E3779B1) % 2**32
-        changes |= dict(
-            prompt=prompt, samples=1, key=key, first_sample=self.request.first_sample + self.sample
-        )
-        return dataclasses.replace(self.request, **changes)
+    def follow(self, segment: Completion, d: Delimiters) -> Request | None:
+        """Take in what was drawn; the request for the next segment, None if this was the answer."""
+        done = self.done = self.done.joined(segment)
+        if done.thinking:
+            return None
+        size = len(d.end_thinking)
+        closed = tuple(done.tokens[-size:].tolist()) == d.end_thinking
+        ended = size if closed else int(segment.finish == "eos")  # tokens that end the thinking
+        kept = done.head(done.length - ended)
+        if ended and done.waits < self.ignore and kept.length + len(d.wait) < self.request.max_tokens:
+            self.done = dataclasses.replace(kept.forced(d.wait), waits=done.waits + 1)
+            return dataclasses.replace(self._rest(), min_tokens=self.done.length + 1)
+        if not ended:
+            cut_line = d.newline and tuple(done.tokens[-len(d.newline) :].tolist()) != d.newline
+            done = done.forced((d.newline if cut_line else ()) + d.end_thinking + d.final_answer)
+        elif not closed:
+            done = kept.forced(d.end_thinking)
+        self.done = dataclasses.replace(done, thinking=done.length, cut=not ended)
+        return dataclasses.replace(self._rest(), max_tokens=self.max_answer, stop=())
+
+    def _rest(self) -> Request:
+        return self.request.resumed(self.sample, self.done)
 
 
 def generate_forced(
-    sampler: Engine,
+    engine: Engine,
     params,
     requests: Sequence[Request],
     delimiters: Delimiters,
@@ -83,7 +96,7 @@ def generate_forced(
     """Responses under a thinking budget and an answer budget.
 
     Args:
-      params: from `sampler.layout`. requests: their max_tokens, min_tokens and stop are not used.
+      params: from `engine.layout`. requests: their max_tokens, min_tokens and stop are not used.
       max_thinking: thinking tokens sampled or appended ("Wait") at most, before the closing delimiters.
       max_answer: answer tokens. ignore: how often an early end of thinking is taken back.
 
@@ -91,73 +104,44 @@ def generate_forced(
       One list of `samples` responses per request.
 
     Raises:
-      ValueError: no end_thinking, `ignore` without wait tokens, budgets below 1, or a response so far that
-        exceeds the sampler's max_prompt (it must hold prompt + thinking + delimiters).
+      ValueError: no end_thinking, `ignore` without wait tokens, budgets below 1, or above the sampler's max_tokens
+        together with the delimiters.
     """
-    d = delimiters
+    _check(delimiters, max_thinking, max_answer, ignore, engine.max_tokens if requests else None)
+    drafts: list[list[_Draft]] = []
+    running: dict[tuple[int, int], _Draft] = {}  # by (ticket, sample)
+    try:
+        for request in requests:
+            thinking = dataclasses.replace(
+                request, max_tokens=max_thinking, min_tokens=0, stop=(delimiters.end_thinking,)
+            )
+            ticket = engine.submit(thinking, seed=seed, step=step)
+            drafts.append([_Draft(thinking, sample, max_answer, ignore) for sample in range(request.samples)])
+            running |= {(ticket, draft.sample): draft for draft in drafts[-1]}
+        while running:
+            for event in engine.step(params, sampling):
+                if event.completion is None:
+                    continue
+                draft = running.pop((event.ticket, event.sample))
+                rest = draft.follow(event.completion, delimiters)
+                if rest is not None:
+                    running[engine.submit(rest, seed=seed, step=step), 0] = draft
+    finally:
+        for ticket, _ in running:
+            engine.cancel(ticket)
+    return [[draft.done for draft in group] for group in drafts]
+
+
+def _check(d: Delimiters, max_thinking: int, max_answer: int, ignore: int, max_tokens: int | None) -> None:
     if not d.end_thinking or (ignore and not d.wait):
         raise ValueError("delimiters: end_thinking must not be empty, nor wait when ignore is above 0")
     if max_thinking < 1 or max_answer < 1 or ignore < 0:
         raise ValueError(
             f"max_thinking={max_thinking}, max_answer={max_answer}: at least 1; ignore={ignore}: at least 0"
         )
-    drafts = [[_Draft(r, j) for j in range(r.samples)] for r in requests]
-    running, segment = sum(drafts, []), 0
-
-    def run(batch):
-        return [g[0] for g in sampler.generate(params, batch, seed=seed, step=step, sampling=sampling)]
-
-    while running:
-        thinking = [
-            draft.next(
-                segment,
-                max_tokens=max_thinking - len(draft.tokens),
-                min_tokens=min(segment, 1),
-                stop=(d.end_thinking,),
-            )
-            for draft in running
-        ]
-        resumed = []
-        for draft, done in zip(running, run(thinking), strict=True):
-            tokens, size = done.tokens, len(d.end_thinking)
-            strip = 1 if done.finish == "eos" else 0
-            if tuple(tokens[-size:]) == d.end_thinking:
-                strip = size
-            draft.cut = not strip
-            keep = len(tokens) - strip
-            draft.extend(tokens[:keep], done.logprobs[:keep])
-            if strip and draft.waits < ignore and len(draft.tokens) + len(d.wait) < max_thinking:
-                draft.extend(d.wait)
-                draft.waits += 1
-                resumed.append(draft)
-                continue
-            if draft.cut:
-                cut_line = d.newline and tuple(draft.tokens[-len(d.newline) :]) != d.newline
-                draft.extend((d.newline if cut_line else ()) + d.end_thinking + d.final_answer)
-            elif done.finish == "eos":
-                draft.extend(d.end_thinking)
-            else:
-                draft.extend(tokens[keep:], done.logprobs[keep:])  # the model closed its thinking itself
-            draft.thinking = len(draft.tokens)
-        running, segment = resumed, segment + 1
-
-    flat = sum(drafts, [])
-    # keys of the answer do not depend on how many thinking segments other responses took
-    answers = run([draft.next(-1, max_tokens=max_answer, min_tokens=0, stop=()) for draft in flat])
-    for draft, done in zip(flat, answers, strict=True):
-        draft.extend(done.tokens, done.logprobs)
-        draft.finish = done.finish
-    return [[_finished(draft) for draft in group] for group in drafts]
-
-
-def _finished(draft: _Draft) -> Forced:
-    return Forced(
-        np.array(draft.tokens, np.int32),
-        np.array(draft.logprobs, np.float32),
-        np.array(draft.sampled, bool),
-        draft.thinking,
-        len(draft.tokens) - draft.thinking,
-        draft.waits,
-        draft.cut,
-        draft.finish,
-    )
+    closing = len(d.newline + d.end_thinking + d.final_answer)
+    if max_tokens is not None and max_thinking + closing + max_answer > max_tokens:
+        raise ValueError(
+            f"max_thinking={max_thinking}, {closing} closing tokens and max_answer={max_answer} are more than the "
+            f"sampler's max_tokens={max_tokens}"
+        )

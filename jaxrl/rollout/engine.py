@@ -1,46 +1,69 @@
-"""Continuous batching: a pool of decode slots that the host harvests and refills.
+"""Continuous batching: slots that decode together, harvested and refilled between decode calls.
 
-Each distinct prompt is prefilled once and its cache copied into the slots of its samples. A decode call
-runs until enough slots have finished to be worth refilling. When the queue is empty the pool shrinks, and
-the attended window always follows the longest answer still running, so short answers never pay for long ones.
-This file holds what callers use; one call's pool is in pool.py, its device operations in device.py.
+    ticket = engine.submit(request)          any time, also between steps
+    for event in engine.step(params): ...    new tokens, finished responses
+    engine.cancel(ticket)                    what is there so far; its slots are free
+
+Each distinct prompt is prefilled once and its cache copied into the slots of its samples. A decode call runs until
+enough slots have finished to be worth refilling. When nothing waits, the number of slots shrinks with what still runs.
+What a token is depends on (seed, step, problem, sample, position) only, not on when it was submitted.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import bisect
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.rollout.device import KEY_BLOCK, bucket, idle_rows, insert, make_knobs, rebase
+from jaxrl.rollout.cache import DenseCache, KVCache, bucket
+from jaxrl.rollout.kernels import ProgramSpec, SamplingArrays
 from jaxrl.rollout.placement import Placement
-from jaxrl.rollout.pool import Run
-from jaxrl.rollout.programs import SamplerPrograms, sampler_programs
-from jaxrl.rollout.requests import Request, SamplingParams, Stats
-from jaxrl.runtime import compiles
+from jaxrl.rollout.programs import Runner, SamplerPrograms, sampler_programs
+from jaxrl.rollout.requests import Event, Request, SamplingParams, Stats, check_request, first_stop
+from jaxrl.rollout.slots import Slots, sampling_arrays
 from jaxrl.types import Completion
 from models.config import DecoderConfig
 from models.layout import sampling_layout
 
-log = logging.getLogger(__name__)
+REFILL = 0.125  # share of the slots that must be free before a decode call returns early to refill them
+
+
+@dataclasses.dataclass
+class _Job:
+    """A request with open samples. drawn: open sample -> (pieces of tokens, of log-probs). keys: uint32 [samples, 2].
+    prefix: the prefilled prompt, as long as samples wait for a slot; those before `started` have, or had, one."""
+
+    request: Request
+    seed: int
+    step: int
+    drawn: dict[int, tuple[list, list]]
+    keys: np.ndarray | None = None
+    prefix: Any = None
+    started: int = 0
+
+    @property
+    def waiting(self) -> list[int]:
+        """Samples that have no slot yet."""
+        return [sample for sample in self.drawn if sample >= self.started]
 
 
 class Engine:
     """Samples completions from a decoder.
 
     Args:
-      config: the decoder. eos_ids: end tokens. max_prompt, max_tokens: the longest prompt and response that
-        will be asked for. slots: rows decoded together. chunk: most decode steps between two looks at the
-        pool. dtype: compute dtype. window: granularity of the attended length.
-      refill: share of the slots that must be free before a decode call returns early to refill them.
+      config: the decoder. eos_ids: EOS tokens. max_prompt, max_tokens: the longest prompt and response that
+        will be asked for. slots: rows decoded together. chunk: most decode steps of one call of `step`.
+        dtype: compute dtype. window: granularity of the attended length.
       placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
       weights, cache: "same" as dtype, or "int8": matrices, keys and values of one byte an entry
         (models.layout.quantise).
+      allowed: bool [V], tokens that may be drawn, None for all (jaxrl.rollout.requests.decodable).
 
     Raises ValueError on sizes that do not fit each other.
     """
@@ -56,49 +79,266 @@ class Engine:
         chunk: int = 64,
         dtype=jnp.float32,
         window: int = 64,
-        refill: float = 0.125,
-        attention: str = "xla",
         placement: Placement | None = None,
         weights: str = "same",
         cache: str = "same",
+        allowed: np.ndarray | None = None,
     ):
-        for name, value in dict(
-            max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk
-        ).items():
+        sizes = dict(max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk)
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
-        self.config, self.slots, self.chunk, self.dtype = config, slots, chunk, dtype
-        self.max_prompt, self.max_tokens = max_prompt, max_tokens
-        self.refill_at = max(1, round(refill * slots))
+        multiple = placement.row_multiple if placement else 1
+        if slots % multiple:
+            raise ValueError(f"slots={slots} must be a multiple of {multiple}, the replicas on this host")
+        self.config, self.slots, self.chunk, self.allowed = config, slots, chunk, allowed
+        self.max_prompt, self.max_tokens, self.placement = max_prompt, max_tokens, placement
         self.eos = np.array(sorted(set(eos_ids)), np.int32)
-        self.placement = placement
-        self.row_multiple = unit = placement.row_multiple if placement else 1
-        if slots % unit:
-            raise ValueError(f"slots={slots} must be a multiple of {unit}, the replicas on this host")
+        spec = _spec(config, dtype, chunk, placement, cache == "int8")
+        self.programs: SamplerPrograms = sampler_programs(spec)
+        self.runner = Runner(self.programs, placement)
+        self.cache: KVCache = DenseCache(self.runner, **sizes, multiple=multiple, window=window)
         fused = placement.fused if placement else True
-        platform = placement.platform if placement else jax.default_backend()
-        where = placement and placement.cache()
-        self.programs: SamplerPrograms = sampler_programs(
-            config, dtype, chunk, attention, where, platform, jnp.int8 if cache == "int8" else None
-        )
         self._layout = jax.jit(
-            lambda p: sampling_layout(p, config, dtype, fused, platform == "cpu", weights == "int8"),
-            out_shardings=placement and placement.cast_where_they_lie(config),
+            lambda p: sampling_layout(p, config, dtype, fused, spec.platform == "cpu", weights == "int8"),
+            out_shardings=placement.cast_where_they_lie(config) if placement else None,
         )
-        rows = (max(1, slots // d) for d in (8, 4, 2, 1))  # a few rows are no faster than eight
-        self.row_sizes = sorted({-(-b // unit) * unit for b in rows if b >= min(slots, 8)})
-        self.windows = [bucket(1, window)]
-        while self.windows[-1] < bucket(max_prompt, 32) + max_tokens + min(chunk, max_tokens):
-            self.windows.append(bucket(self.windows[-1] + 1, window))
-        self.shapes: dict[tuple, float] = {}  # (program, sizes) -> seconds of its first call
-        self.warm = False
         self.stats = Stats()
-        self.on_progress: Callable[[], object] = lambda: None  # called after every decode call
+        self.on_progress: Callable[[], object] = lambda: None  # called after every step
+        self._rows = Slots(0)
+        self._jobs: dict[int, _Job] = {}
+        self._queue: list[tuple] = []  # sorted (..., ticket) of jobs whose prompt is not prefilled yet
+        self._prefilled: list[int] = []  # tickets of jobs whose prompt is, with samples that wait for a slot
+        self._keyless: list[_Job] = []
+        self._tickets = 0
+        self._settings: tuple = (None, None, None)  # the last SamplingParams, as arrays, and their program
+
+    @property
+    def shapes(self) -> dict[tuple, float]:
+        """(program, sizes) -> seconds of its first call."""
+        return self.runner.shapes
+
+    @property
+    def busy(self) -> bool:
+        """Whether any ticket has open samples."""
+        return bool(self._jobs)
 
     def layout(self, params):
         """Training parameters -> sampling parameters; once per rollout phase."""
         params = self._layout(params)
         return self.placement.fetch(params, self.config) if self.placement else params
+
+    # ---- submit, step, cancel
+
+    def submit(self, request: Request, *, seed: int = 0, step: int = 0, background: bool = False) -> int:
+        """Take a request in; its samples start at one of the next steps. Returns the ticket that events will name.
+
+        seed, step: with Request.key, the sample index and the position they make the random key of each token.
+        background: start it only where slots are free of others.
+        Raises ValueError for a prompt, limit or stop sequence that the sampler cannot take.
+        """
+        check_request(request, self.config.vocab_size, self.max_prompt, self.max_tokens)
+        ticket, self._tickets = self._tickets, self._tickets + 1
+        if request.samples:
+            step = step if request.step is None else request.step
+            drawn = {sample: ([], []) for sample in range(request.samples)}
+            self._jobs[ticket] = job = _Job(request, seed, step, drawn)
+            self._keyless.append(job)
+            bisect.insort(self._queue, (background, -request.expected, -len(request.prompt), ticket))
+        return ticket
+
+    def step(self, params, sampling: SamplingParams | None = None) -> list[Event]:
+        """One round: free slots are filled, and one decode call runs in all of them.
+
+        params: from `layout`. sampling: of all tokens drawn in this step. Returns an event for each running sample.
+        Raises ValueError for a bias that does not fit the vocabulary.
+        """
+        settings, kind = self._sampling_arrays(sampling or SamplingParams())
+        if not self._jobs:
+            return []
+        self._make_keys()
+        self._admit(params)
+        events = self._decode(params, settings, kind)
+        self.on_progress()
+        return events
+
+    def cancel(self, ticket: int, sample: int | None = None) -> dict[int, Completion]:
+        """Stop a ticket, or one sample of it: nothing more is drawn, and the slots are free at the next step.
+
+        Returns what there is of each sample that had not ended, finish "partial", perhaps without any token.
+        """
+        job = self._jobs.get(ticket)
+        if job is None:
+            return {}
+        stopped = [s for s in job.drawn if sample in (None, s)]
+        rows = self._rows
+        self._free(np.flatnonzero((rows.ticket == ticket) & np.isin(rows.sample, stopped)))
+        out = {s: self._close(ticket, s, "partial") for s in stopped}
+        if not job.waiting:
+            self._queue = [entry for entry in self._queue if entry[-1] != ticket]
+            self._prefilled = [other for other in self._prefilled if other != ticket]
+        return out
+
+    def _close(self, ticket: int, sample: int, finish: str) -> Completion:
+        """The completion of a sample, which is open no longer. An engine without any keeps no cache."""
+        job = self._jobs[ticket]
+        tokens, logps = job.drawn.pop(sample)
+        if not job.drawn:
+            del self._jobs[ticket]
+        if not self._jobs:
+            self._rows = Slots(0)
+            self.cache.clear()
+        return Completion(
+            np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32),
+            np.concatenate([np.zeros(0, np.float32), *logps]).astype(np.float32),
+            finish,
+        )
+
+    def _free(self, rows: np.ndarray) -> None:
+        self._rows.free(rows)
+        self.cache.release(rows)
+
+    # ---- what a step consists of
+
+    def _sampling_arrays(self, sampling: SamplingParams) -> tuple[SamplingArrays, tuple[str, ...]]:
+        """The settings as arrays, and which decode program they need: () or some of "truncated", "biased"."""
+        if self._settings[0] is not sampling:
+            self._settings = (sampling, *sampling_arrays(sampling, self.eos, self.config.vocab_size, self.allowed))
+        return self._settings[1:]
+
+    def _make_keys(self) -> None:
+        """Random keys of all samples submitted since the last step."""
+        jobs, self._keyless = self._keyless, []
+        if not jobs:
+            return
+        samples = [job.request.samples for job in jobs]
+        problem = np.repeat(np.array([job.request.key for job in jobs], np.uint32), samples)
+        sample = [job.request.first_sample + np.arange(job.request.samples) for job in jobs]
+        sample = np.concatenate(sample).astype(np.uint32)
+        seed, step = (np.repeat([getattr(job, name) for job in jobs], samples) for name in ("seed", "step"))
+        keys = self.runner.keys(seed, step, problem, sample)
+        for job, own in zip(jobs, np.split(keys, np.cumsum(samples)[:-1]), strict=True):
+            job.keys = own
+
+    def _admit(self, params) -> None:
+        """Fill free slots from prefilled prompts, prefilling as many more prompts as that takes."""
+        self._fit_slots()
+        free = np.flatnonzero(~self._rows.active)
+        waiting = sum(len(self._jobs[ticket].waiting) for ticket in self._prefilled)
+        while self._queue and waiting < len(free):
+            waiting += self._prefill(params, len(free) - waiting)
+        placed = [(slot, self._place(slot)) for slot in free[:waiting]]
+        rows = self._rows
+        self.cache.admit(placed, len(rows), rows.longest(), rows.steps_left(self.chunk))
+
+    def _fit_slots(self) -> None:
+        """As many rows as what runs and waits can use: more when there are too few, fewer when nothing waits."""
+        running = np.flatnonzero(self._rows.active)
+        have = len(self._rows)
+        if self._queue or self._prefilled:
+            if have == self.slots:
+                return
+            waiting = sum(len(self._jobs[t].waiting) for t in [*self._prefilled, *(e[-1] for e in self._queue)])
+            needed = len(running) + waiting
+        else:
+            needed = len(running)
+        size = next((size for size in self.cache.row_sizes if size >= needed), self.slots)
+        if have == 0:
+            self._rows = Slots(size)
+        elif size > have or (size < have and not (self._queue or self._prefilled)):
+            free = np.flatnonzero(~self._rows.active)
+            rows = np.concatenate([running, free, np.zeros(max(size - have, 0), np.int64)])[:size].astype(np.int32)
+            self._rows.take(rows)
+            self._rows.free(slice(len(running), None))
+            self.cache.take(rows, self._rows.longest(), self._rows.steps_left(self.chunk))
+
+    def _prefill(self, params, samples: int) -> int:
+        """Prefill the next prompts, enough for `samples` slots; returns how many samples they bring."""
+        begin = time.perf_counter()
+        most, brought, chosen = self.cache.prefill_sizes[-1], 0, []
+
+        def take():
+            ticket = self._queue.pop(0)[-1]
+            chosen.append(ticket)
+            return len(self._jobs[ticket].waiting)
+
+        cached = lambda ticket: len(self._jobs[ticket].request.prompt) - 1  # noqa: E731
+        while self._queue and brought < samples and len(chosen) < most:
+            brought += take()
+        rows, columns = self.cache.prefill_shape([cached(ticket) for ticket in chosen])
+        while self._queue and len(chosen) < rows and cached(self._queue[0][-1]) <= columns:
+            brought += take()  # rows that would be padding
+        prompts = [self._jobs[ticket].request.prompt[:-1] for ticket in chosen]
+        for ticket, prefix in zip(chosen, self.cache.prefill(params, prompts), strict=True):
+            self._jobs[ticket].prefix = prefix
+        self._prefilled += chosen
+        self.stats.prefill_calls += 1
+        self.stats.prefill_tokens += sum(map(len, prompts))
+        self.stats.seconds_prefill += time.perf_counter() - begin
+        return brought
+
+    def _place(self, slot: int) -> Any:
+        """Give the slot to the sample that is next; returns its prefilled prompt."""
+        ticket = self._prefilled[0]
+        job = self._jobs[ticket]
+        sample, prefix = job.waiting[0], job.prefix
+        job.started = sample + 1
+        self._rows.fill(slot, ticket, sample, job.request, job.keys[sample])
+        if not job.waiting:
+            self._prefilled.pop(0)
+            job.prefix = None
+        return prefix
+
+    def _decode(self, params, settings: SamplingArrays, kind: tuple) -> list[Event]:
+        """One decode call, and what it did to each running sample."""
+        rows, begin = self._rows, time.perf_counter()
+        refill_at = max(1, round(REFILL * self.slots)) if self._queue or self._prefilled else self._shrink_at()
+        tokens, logps, emitted = self.cache.decode(params, rows.arguments(), settings, kind, refill_at)
+        steps = int(emitted.max(initial=0))
+        self.stats.decode_calls += 1
+        self.stats.steps += steps
+        self.stats.slot_steps += steps * len(rows)
+        self.stats.seconds_decode += time.perf_counter() - begin
+        running = np.flatnonzero(rows.active)
+        rows.advance(running, tokens, emitted)
+        ended = np.isin(rows.token[running], self.eos)
+        full = rows.count[running] >= rows.limit[running]
+        finishes = np.where(ended, "eos", np.where(full, "length", ""))
+        return [
+            self._record(slot, tokens[: emitted[slot], slot], logps[: emitted[slot], slot], str(finish))
+            for slot, finish in zip(running, finishes, strict=True)
+        ]
+
+    def _record(self, slot: int, tokens: np.ndarray, logps: np.ndarray, finish: str) -> Event:
+        """Keep what was drawn in a slot, up to a stop sequence; free the slot if the sample has ended."""
+        ticket, sample = int(self._rows.ticket[slot]), int(self._rows.sample[slot])
+        job = self._jobs[ticket]
+        pieces = job.drawn[sample]
+        if job.request.stop:
+            prompt = job.request.prompt
+            begun = prompt[len(prompt) - job.request.done :]  # a stop sequence may lie across a cut
+            whole = np.concatenate([begun, *pieces[0], tokens])
+            end = first_stop(whole, len(tokens), job.request.stop)
+            if end is not None:
+                kept = len(tokens) - (len(whole) - end)
+                tokens, logps = tokens[:kept], logps[:kept]
+                finish = "eos" if tokens[-1] in self.eos else "stop"
+        pieces[0].append(tokens)
+        pieces[1].append(logps)
+        self.stats.tokens += len(tokens)
+        completion = None
+        if finish:
+            self._free(np.array([slot]))
+            completion = self._close(ticket, sample, finish)
+        return Event(ticket, sample, tokens, logps, completion)
+
+    def _shrink_at(self) -> int:
+        """Finished rows after which fewer slots are worth a copy; more than there are means never."""
+        running = int(self._rows.active.sum())
+        smaller = [size for size in self.cache.row_sizes if size < len(self._rows)]
+        return running - smaller[-1] if smaller and running > smaller[-1] else running + 1
+
+    # ---- users of the three
 
     def generate(
         self,
@@ -114,8 +354,8 @@ class Engine:
         """Completions of every request, in order.
 
         Args:
-          params: from `layout`. seed, step: with Request.key, the sample index and the position they make
-            the random key of each token, so the result depends on neither slots, chunk nor request order.
+          params: from `layout`. seed, step: see `submit`; the result depends on neither slots, chunk nor the order of
+            requests.
           on_tokens: called as f(request index, sample index, new tokens) after each decode call; returning
             True stops that completion there (finish "stop").
           background: the last so many requests only fill slots that idle while the others finish. What is undone
@@ -125,13 +365,35 @@ class Engine:
           One list of `samples` completions per request. `self.stats` holds the counts of this call.
 
         Raises:
-          ValueError: a prompt, limit, stop sequence or bias that the sampler cannot take, naming the request.
+          ValueError: a prompt, limit, stop sequence or bias that the sampler cannot take, naming the request; or
+            tickets of others are open, whose events would be lost.
         """
-        begin = time.perf_counter()
-        run = Run(self, params, requests, seed, step, sampling or SamplingParams(), on_tokens, background)
-        run.loop()
-        out = run.results()
-        self.stats = run.stats
+        if self._jobs:
+            raise ValueError(f"generate: {len(self._jobs)} submitted requests are open; step or cancel them first")
+        begin, self.stats = time.perf_counter(), Stats()
+        sampling, needed = sampling or SamplingParams(), len(requests) - background
+        open_, index_of = sum(r.samples for r in requests[:needed]), {}
+        out: list[list] = [[None] * r.samples for r in requests]
+        try:
+            for index, request in enumerate(requests):
+                try:
+                    index_of[self.submit(request, seed=seed, step=step, background=index >= needed)] = index
+                except ValueError as e:
+                    raise ValueError(f"request {index}: {e}") from None
+            while open_:
+                for event in self.step(params, sampling):
+                    index, completion = index_of[event.ticket], event.completion
+                    if on_tokens is not None and on_tokens(index, event.sample, event.tokens):
+                        completion = completion or self.cancel(event.ticket, event.sample)[event.sample]
+                        if completion.finish != "eos":
+                            completion = dataclasses.replace(completion, finish="stop")
+                    if completion is not None:
+                        out[index][event.sample] = completion
+                        open_ -= index < needed
+        finally:
+            for ticket, index in index_of.items():
+                for sample, completion in self.cancel(ticket).items():
+                    out[index][sample] = completion
         self.stats.seconds_total = time.perf_counter() - begin
         return out
 
@@ -141,16 +403,12 @@ class Engine:
         for prompt in prompts:
             padded = np.zeros((1, bucket(len(prompt), 32)), np.int32)
             padded[0, : len(prompt)] = prompt
-            logps = self.call("score", padded.shape, params, padded)
+            logps = self.runner.call("score", padded.shape, params, padded)
             out.append(np.asarray(logps)[0, : len(prompt) - 1])
         return out
 
-    def warmup(
-        self,
-        params,
-        samplings: Sequence[SamplingParams] = (SamplingParams(),),
-        continued: bool = False,
-    ) -> float:
+    def warmup(self, params, samplings: Sequence[SamplingParams] = (SamplingParams(),),
+               continued: bool = False) -> float:
         """Compile every shape that calls for `slots` completions or more can need; afterwards a compile is a logged
         warning.
 
@@ -161,53 +419,14 @@ class Engine:
         Returns: seconds it took; `self.shapes` says for what.
         """
         begin = time.perf_counter()
-        knobs = {kind: values for values, kind in (make_knobs(self, s) for s in samplings)}
-        longest = self.max_prompt + (self.max_tokens if continued else 0)
-        prompts = sorted({self.prompt_bucket(n) for n in range(longest)})
-        zeros = np.zeros(KEY_BLOCK, np.uint32)
-        self.call("keys", (), np.uint32(0), np.uint32(0), zeros, zeros)
-        caches = [
-            self.call("prefill", (n, P), params, np.zeros((n, P), np.int32), np.zeros(n, np.int32))
-            for P in prompts
-            for n in self.prefill_sizes()
-        ]
-        for smaller, rows in enumerate(self.row_sizes):
-            for i, window in enumerate(self.windows):
-                cache = self.call("new_cache", (rows, window), rows, window)
-                if rows == self.row_sizes[-1]:
-                    for prompt in caches:
-                        if prompt[1][0].shape[2] <= window:
-                            none = np.zeros(rows, np.int32)
-                            cache = insert(self, cache, prompt, none, none > 0, prompt[1][0].shape[2])
-                for other in self.windows[max(i - 1, 0) : i + 2]:
-                    rebase(self, cache, None, 0, other, keep=True)
-                for fewer in self.row_sizes[:smaller]:
-                    rebase(self, cache, np.arange(fewer, dtype=np.int32), 0, window, keep=True)
-                for kind, values in knobs.items():
-                    args = (params, cache, idle_rows(rows), values, np.int32(0), np.int32(1))
-                    cache, *_ = self.call("decode", (rows, window, *kind), *args)
-        self.warm = True
+        self.runner.keys(*np.zeros((4, 1), np.uint32))
+        settings = {kind: arrays for arrays, kind in map(self._sampling_arrays, samplings)}
+        self.cache.warmup(params, settings, self.max_prompt + (self.max_tokens if continued else 0))
+        self.runner.warm = True
         return time.perf_counter() - begin
 
-    def prompt_bucket(self, length: int) -> int:
-        """Columns a prompt of `length` cached tokens is padded to; always leaves the pool room to decode."""
-        return min(bucket(length, 32), self.windows[-1] - min(self.chunk, self.max_tokens))
 
-    def prefill_sizes(self) -> list[int]:
-        """Numbers of prompts prefilled together; padded up to one of these."""
-        least = max(4, self.row_multiple)
-        return [least << i for i in range(4) if i == 0 or least << i <= self.slots]
-
-    def call(self, name: str, sizes: tuple, *args, **kwargs):
-        """Run a program, recording the first call of each shape (that is when it compiles)."""
-        key, program = (name, *sizes), getattr(self.programs, name)
-        with self.placement.use() if self.placement else contextlib.nullcontext():
-            if key in self.shapes:
-                return program(*args, **kwargs)
-            begin = time.perf_counter()
-            with compiles.program(name, *sizes):
-                out = jax.block_until_ready(program(*args, **kwargs))
-        self.shapes[key] = time.perf_counter() - begin
-        if self.warm:
-            log.warning("sampler: compiled %s %s in %.1f s", name, sizes, self.shapes[key])
-        return out
+def _spec(config: DecoderConfig, dtype, chunk: int, placement: Placement | None, int8_cache: bool) -> ProgramSpec:
+    if placement is None:
+        return ProgramSpec(config, dtype, chunk, jax.default_backend(), int8_cache=int8_cache)
+    return ProgramSpec(config, dtype, chunk, placement.platform, placement.cache(), int8_cache)

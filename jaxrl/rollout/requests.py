@@ -1,4 +1,4 @@
-"""What goes into the sampler and what it counts: requests, settings, statistics. Host data only."""
+"""What goes into the engine and comes out of it: requests, settings, events, statistics. Host data only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxrl.errors import UserError
+from jaxrl.types import Completion
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -14,10 +17,11 @@ class Request:
 
     prompt: int32 [p], p >= 1. max_tokens: response tokens allowed, at least 1; one number, or one a sample.
     key: uint32, identifies the problem in the random keys. expected: guessed response length; longer requests
-    start first. first_sample: index of the first sample in the random keys. min_tokens: end tokens are not
+    start first. first_sample: index of the first sample in the random keys. min_tokens: EOS tokens are not
     drawn before. stop: token sequences that end a completion (finish "stop", the sequence included).
-    done: so many tokens at the end of `prompt` are response tokens drawn earlier; limits count what is still to come,
-    positions in the random keys go on from there. step: the training step in the random keys, if not `generate`'s.
+    done: so many tokens at the end of `prompt` are response tokens, drawn or forced earlier; max_tokens counts what is
+    still to come, positions in the random keys and min_tokens go on from there. step: the training step in the random
+    keys, if not the one of the call.
     """
 
     prompt: np.ndarray
@@ -39,6 +43,20 @@ class Request:
             raise ValueError(f"max_tokens: {limits.shape} limits for {self.samples} samples")
         return np.broadcast_to(limits, (self.samples,))
 
+    def resumed(self, sample: int, begun: Completion) -> Request:
+        """The request for the rest of one sample, of which `begun` is there already: drawn, forced, or both.
+
+        It draws the tokens that the sample would have had, were `begun` all drawn in one go.
+        """
+        return dataclasses.replace(
+            self,
+            prompt=np.concatenate([self.prompt, begun.tokens]).astype(np.int32),
+            samples=1,
+            max_tokens=int(self.limits[sample]) - begun.length,
+            first_sample=self.first_sample + sample,
+            done=self.done + begun.length,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -55,7 +73,7 @@ class SamplingParams:
 
     def __post_init__(self):
         valid = {
-            "temperature": (self.temperature >= 0, "at least 0 (0 is greedy)"),
+            "temperature": (0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
             "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1] (1 is off)"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
@@ -65,9 +83,24 @@ class SamplingParams:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {range_}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What one engine step did to one sample of a ticket.
+
+    tokens: int32 [n]; logprobs: float32 [n]: new ones, n >= 1. completion: the whole, if it has ended with them.
+    """
+
+    ticket: int
+    sample: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    completion: Completion | None
+
+
 @dataclasses.dataclass
 class Stats:
-    """Counts of one `generate` call. steps: decode steps run; slot_steps: rows x steps, the denominator of utilisation.
+    """Counts since they were last reset, for `generate` of one call. steps: decode steps run; slot_steps: rows x
+    steps, the denominator of utilisation.
 
     seconds_decode: in or waiting for decode calls; seconds_prefill: launching prefills only, which run while the
     host goes on (benchmarks/sampler.py measures them whole); what is left of seconds_total is the host's own work.
@@ -87,3 +120,48 @@ class Stats:
     def utilisation(self) -> float:
         """Share of the slot-steps that produced a token of a completion."""
         return self.tokens / max(self.slot_steps, 1)
+
+
+def check_request(r: Request, vocab_size: int, max_prompt: int, max_tokens: int) -> np.ndarray:
+    """The limits of a request, int32 [samples]. Raises ValueError if it is none for a sampler of these sizes."""
+    limits = r.limits
+    low, high = (limits.min(), limits.max()) if len(limits) else (1, 1)
+    given, most = len(r.prompt) - r.done, max_tokens - r.done
+    if not 1 <= given <= max_prompt or not 1 <= low <= high <= most:
+        begun = f", {r.done} of them drawn already" if r.done else ""
+        raise ValueError(
+            f"prompt of {len(r.prompt)}{begun} and limit of {low if low < 1 else high} tokens; the "
+            f"sampler takes prompts of 1..{max_prompt} and limits of 1..{most}"
+        )
+    tokens = np.asarray(r.prompt)
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"prompt tokens outside the vocabulary, 0..{vocab_size - 1}")
+    if any(len(stop) == 0 for stop in r.stop):
+        raise ValueError("an empty stop sequence")
+    return limits
+
+
+def first_stop(tokens: np.ndarray, new: int, stops) -> int | None:
+    """Length of `tokens` up to the end of the first stop sequence that ends in its last `new` tokens."""
+    ends = []
+    for stop in stops:
+        first = max(len(tokens) - new - len(stop) + 1, 0)
+        for at in range(first, len(tokens) - len(stop) + 1):
+            if tuple(tokens[at : at + len(stop)]) == tuple(stop):
+                ends.append(at + len(stop))
+                break
+    return min(ends, default=None)
+
+
+def decodable(tokenizer, vocab_size: int) -> np.ndarray | None:
+    """bool [vocab_size]: the model's tokens that the tokenizer can decode; None if it is all of them.
+
+    Models pad their vocabulary: Qwen2.5 has some 270 rows more than tokens. Drawn, such a row would be a token without
+    a text. Raises UserError for a tokenizer with more tokens than the model has rows.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name} has token ids up to {tokenizer.vocab_size - 1}, the model only "
+                        f"{vocab_size} rows of its vocabulary (vocab_size): they do not belong together")
+    allowed = np.arange(vocab_size) < tokenizer.vocab_size
+    allowed[list(tokenizer.unused_ids)] = False
+    return None if allowed.all() else allowed

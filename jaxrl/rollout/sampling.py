@@ -13,6 +13,7 @@ import jax.numpy as jnp
 # unbiased. A fixed number, because chips that share a vocabulary then hold whole blocks, and no chip all logits.
 BLOCKS = 128
 _BISECTIONS = 32
+LEAST_TEMPERATURE = 1e-30  # smaller ones are taken as this, which is as good as greedy already
 
 
 def sample_keys(seed, step, problem, sample):
@@ -105,27 +106,35 @@ def truncate(z, weights, top_k, top_p, min_p):
     return jnp.where(weights >= min_p[:, None] * weights.max(-1, keepdims=True), weights, 0.0)
 
 
-def draw(logits, u, temperature, top_k=None, top_p=None, min_p=None):
+def draw(logits, u, temperature, top_k=None, top_p=None, min_p=None, allowed=None):
     """One token per row and its log-probability.
 
     Args:
-      logits: float32 [B, V]. u: float32 [B, 2] from `uniforms`. temperature: float32 [B]; 0 is greedy.
+      logits: float32 [B, V]. u: float32 [B, 2] from `uniforms`. temperature: float32 [B], at least 0; 0 is greedy.
       top_k, top_p, min_p: see `truncate`; all None skips truncation altogether.
+      allowed: bool [V], tokens that may be drawn; None is all of them.
 
     Returns:
-      token: int32 [B]. logp: float32 [B], under softmax(logits / temperature) *before* truncation, which is
-      what the learner recomputes; a greedy row reports temperature 1.
+      token: int32 [B]. logp: float32 [B], at most 0, under softmax(logits / temperature) over the whole vocabulary
+      and *before* truncation, which is what the learner recomputes; a greedy row reports temperature 1.
     """
-    greedy = temperature <= 0
-    z = logits / jnp.where(greedy, 1.0, temperature)[:, None]
-    peak = jnp.max(z, axis=-1, keepdims=True)
-    weights = jnp.exp(z - peak)
+    V, greedy = logits.shape[-1], temperature <= 0
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    # the peak is taken off first: logits over a temperature near zero are beyond what float32 tells apart, or holds
+    z = (logits - peak) / jnp.where(greedy, 1.0, jnp.maximum(temperature, LEAST_TEMPERATURE))[:, None]
+    weights = jnp.exp(z)
     log_total = jnp.log(jnp.sum(weights, axis=-1))
+    if allowed is not None:
+        weights = jnp.where(allowed, weights, 0.0)
+        z, logits = jnp.where(allowed, z, -jnp.inf), jnp.where(allowed, logits, -jnp.inf)
+        peak = jnp.max(logits, axis=-1, keepdims=True)
     if top_k is not None:
         weights = truncate(z, weights, top_k, top_p, min_p)
     # an argmax by comparison vectorises on CPU; the (value, index) reduction does not
-    V = z.shape[-1]
-    best = jnp.min(jnp.where(z == peak, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
+    best = jnp.min(jnp.where(logits == peak, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
     token = jnp.where(greedy, best, inverse_cdf(weights, u))
+    if allowed is not None:  # where all that is allowed underflows, the most likely of it
+        drawn = jnp.take_along_axis(weights, token[:, None], axis=-1)[:, 0]
+        token = jnp.where(drawn > 0, token, best)
     picked = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
-    return token, picked - peak[:, 0] - log_total
+    return token, picked - log_total

@@ -1,7 +1,7 @@
 """Asynchronous checkpoints that are whole or not there, and restore from the newest one that is whole.
 
-Orbax writes the arrays (each process its own shards, in the background); the commit protocol around it is in
-manifest.py. A checkpoint holds
+arrays.py writes and reads the arrays (each process its own shards, in the background); what makes the files a
+checkpoint is in manifest.py. A checkpoint holds
 
   arrays   a pytree of jax or NumPy arrays (parameters, optimizer, counters, typed PRNG keys), by name and
            sharding-free: it can be restored onto any mesh, and in part
@@ -9,31 +9,30 @@ manifest.py. A checkpoint holds
   blobs    a flat dict of NumPy arrays (columns of pending rollouts), whole and the same on every process
 
 `host` and `blobs` are written by process 0 and must be the same on every process (gather first, see distributed.py).
+Processes share nothing but the directory, local or on an object store: each says in a file there that it is done.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import io
 import json
 import logging
 import os
-import pathlib
-import shutil
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxrl.errors import UserError
-from jaxrl.runtime import distributed, manifest
+from jaxrl.runtime import arrays as files_of
+from jaxrl.runtime import distributed, manifest, storage
 from jaxrl.runtime.manifest import Damaged
 
 log = logging.getLogger(__name__)
@@ -55,24 +54,23 @@ class Checkpointer:
     """Saves and restores in one directory, which it alone writes. Use as a context manager, or call `close`.
 
     keep_last: newest checkpoints kept (>= 1). keep_best: a name among the metrics given to `save`, whose highest
-    value keeps one more; "" for none. timeout_seconds bounds a background save.
+    value keeps one more; "" for none. timeout_seconds bounds how long the processes wait for each other.
+    before_commit: called in process 0 when all is written but the marker; what it raises makes the save fail.
     timings: of the last finished save: perf/checkpoint_blocking_seconds (the caller waited, also for the save
         before), perf/checkpoint_seconds (until committed), perf/checkpoint_bytes.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_best: str = "",
-                 timeout_seconds: int = 1800):
-        self.directory = pathlib.Path(directory).absolute()
+                 timeout_seconds: int = 1800, before_commit: Callable[[], None] = lambda: None):
+        self.directory = epath.Path(directory) if storage.is_remote(directory) else epath.Path(directory).absolute()
         self._keep = (keep_last, keep_best)
-        self._timeout = timeout_seconds
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=timeout_seconds)
+        self._timeout, self._before_commit = timeout_seconds, before_commit
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._committed: int | None = None
-        self._saves = 0
         self.timings: dict[str, float] = {}
-        # A program that ends without `close` still finishes its save: executors, which orbax needs, are shut
-        # down in the reverse order of these registrations, before threads are joined and long before atexit.
+        # A program that ends without `close` still finishes its save: the clients of object stores use executors, which
+        # are shut down in the reverse order of these registrations, before threads are joined and long before atexit.
         me = weakref.ref(self)
         threading._register_atexit(lambda: me() and me().wait())
 
@@ -98,94 +96,108 @@ class Checkpointer:
             return
         start = time.perf_counter()
         _check_json(host, "host")
-        files = {"host.json": json.dumps(host).encode(), **({BLOBS: _npz(blobs)} if blobs else {})}
-        flat = {k: _check_array(k, v) for k, v in _flatten(arrays).items()}
+        small = {"host.json": json.dumps(host).encode(), **({BLOBS: _npz(blobs)} if blobs else {})}
+        flat = {k: _storable(k, v) for k, v in _flatten(arrays).items()}
         numbers = {k: float(v) for k, v in (metrics or {}).items() if isinstance(v, int | float | np.number)}
         meta = {"step": step, "metrics": {k: v for k, v in numbers.items() if np.isfinite(v)},
-                "arrays": {k: _spec(v) for k, v in flat.items()}}
-        tmp = self.directory / f"{step:08d}.tmp"
-        self._saves += 1
-        try:
-            if distributed.is_main():
-                shutil.rmtree(tmp, ignore_errors=True)
-                tmp.mkdir(parents=True)
-            self._orbax.save(tmp / "arrays", args=ocp.args.PyTreeSave(
-                {k: _storable(v) for k, v in flat.items() if v.size}))
-        except Exception as e:
-            self._give_up(step, tmp, e)
+                "arrays": {k: _spec(v) for k, v in _flatten(arrays).items()}}
+        path = manifest.step_path(self.directory, step)
+        if error := _in_main(lambda: _make_anew(path)):
+            self._give_up(step, path, OSError(error))
             return
+        shards = files_of.to_host(flat)
         blocked = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._finish, args=(step, tmp, files, meta, start, blocked))
+        self._thread = threading.Thread(target=self._finish, args=(step, path, shards, small, meta, start, blocked))
         self._thread.start()
 
-    def _finish(self, step, tmp, files, meta, start, blocked) -> None:
+    def _finish(self, step, path, shards, small, meta, start, blocked) -> None:
         try:
-            self._orbax.wait_until_finished()
-            self._digest_and_commit(step, tmp, files, meta)
+            if jax.process_count() == 1:
+                self._write(path, shards, small, meta)
+            else:
+                self._write_together(path, shards, small, meta)
             self._committed = step
             self.timings = {"perf/checkpoint_blocking_seconds": blocked,
                             "perf/checkpoint_seconds": time.perf_counter() - start,
                             "perf/checkpoint_bytes": sum(n for n, _ in meta.get("files", {}).values())}
         except Exception as e:
-            self._give_up(step, tmp, e)
-
-    def _digest_and_commit(self, step, tmp, files, meta) -> None:
-        """Each process digests what it wrote; process 0 the rest, the manifest, the rename and the
-        clean-up."""
-        process, processes = jax.process_index(), jax.process_count()
-        # Orbax's own barrier talks to the coordinator, not to the devices, so it is safe in this thread.
-        sync = ocp.multihost.get_barrier_sync_fn()
-        final = manifest.step_path(self.directory, step)
-        mine = f"arrays/ocdbt.process_{process}/"
-        error = None
-        try:
-            if distributed.is_main():
-                for name, content in files.items():
-                    (tmp / name).write_bytes(content)
-            names = [n for n in manifest.files_below(tmp) if n.startswith(mine)
-                     or (process == 0 and not n.startswith("arrays/ocdbt.process_"))]
-            digests = manifest.digest_files(tmp, names, sync=True)
-            if processes > 1:
-                (tmp / f"{process}.digests").write_text(json.dumps(digests))
-        except OSError as e:
-            error = e
-        sync(key=f"jaxrl_digests_{self._saves}", timeout_ms=self._timeout * 1000)
-        if distributed.is_main() and error is None:
-            try:
-                for other in range(processes if processes > 1 else 0):
-                    part = tmp / f"{other}.digests"
-                    if not part.exists():
-                        raise OSError(errno.EIO, f"process {other} could not write its part", str(tmp))
-                    digests |= json.loads(part.read_text())
-                    part.unlink()
-                meta["files"] = digests
-                manifest.commit(tmp, final, meta)
-            except OSError as e:
-                error = e
-        sync(key=f"jaxrl_commit_{self._saves}", timeout_ms=self._timeout * 1000)
-        if error is not None:
-            raise error
+            self._give_up(step, path, e)
+            return
         if distributed.is_main():
             self._clean_up()
-        elif not (final / manifest.MARKER).exists():
-            raise OSError(errno.EIO, "process 0 could not commit the checkpoint", str(final))
 
-    def _give_up(self, step: int, tmp: pathlib.Path, error: Exception) -> None:
-        if distributed.is_main():
-            shutil.rmtree(tmp, ignore_errors=True)
-        if not _is_storage_fault(error):
+    def _write(self, path, shards, small, meta) -> None:
+        files, parts = files_of.write(path, shards, 0)
+        self._commit(path, small, meta, [{"files": files, "parts": parts}])
+
+    def _commit(self, path, small, meta, written: list[dict]) -> None:
+        """Process 0, when all have written their shards: the rest of the files, the manifest and the marker."""
+        meta["files"] = {name: storage.write_chunks(path / name, [content]) for name, content in small.items()}
+        for one in written:
+            meta["files"] |= one["files"]
+            for name, parts in one["parts"].items():
+                meta["arrays"][name].setdefault("parts", []).extend(parts)
+        self._before_commit()
+        manifest.commit(path, meta)
+
+    def _write_together(self, path, shards, small, meta) -> None:
+        """With several processes: each leaves a note of what it wrote, or why not; process 0 one of how it ended."""
+        process, error, mine = jax.process_index(), None, {}
+        try:
+            files, parts = files_of.write(path, shards, process)
+            mine = {"files": files, "parts": parts}
+        except OSError as e:
+            error, mine = e, {"error": storage.one_line(e)}
+        storage.atomic_write(path / f"{process}.note", json.dumps(mine))
+        if error is not None:
+            raise error
+        if not distributed.is_main():
+            if failed := json.loads(self._await(path / "end.note"))["error"]:
+                raise OSError(f"process 0 could not commit the checkpoint {path}: {failed}")
+            return
+        try:
+            written = [json.loads(self._await(path / f"{i}.note")) for i in range(jax.process_count())]
+            if failed := [f"process {i}: {w['error']}" for i, w in enumerate(written) if "error" in w]:
+                raise OSError(failed[0])
+            self._commit(path, small, meta, written)
+        except Exception as e:
+            storage.atomic_write(path / "end.note", json.dumps({"error": storage.one_line(e)}))
+            raise
+        storage.atomic_write(path / "end.note", json.dumps({"error": None}))
+
+    def _await(self, path) -> bytes:
+        """The content of a file that another process will write. Raises TimeoutError."""
+        end, delay = time.monotonic() + self._timeout, 0.02
+        while time.monotonic() < end:
+            try:
+                return storage.read(path)
+            except FileNotFoundError:
+                time.sleep(delay)
+                delay = min(2 * delay, 1.0)
+        raise TimeoutError(f"{path} did not appear within {self._timeout} s")
+
+    def _give_up(self, step: int, path, error: Exception) -> None:
+        if not isinstance(error, OSError):
             self._error = error
             return
-        kept = [c.step for c in manifest.list_checkpoints(self.directory)]
-        log.warning("checkpoint of step %d was NOT saved to %s: %s; the run goes on, a restart would begin "
-                    "at %s", step, self.directory, _one_line(error), f"step {kept[-1]}" if kept else "step 0")
+        try:
+            if distributed.is_main() and jax.process_count() == 1:  # the others may still write there
+                storage.remove(path)
+            kept = [c.step for c in manifest.list_checkpoints(self.directory)]
+            again = f"a restart would begin at step {kept[-1] if kept else 0}"
+        except OSError:
+            again = "the older checkpoints cannot be looked at"
+        log.warning("checkpoint of step %d was NOT saved to %s: %s; the run goes on, %s", step, self.directory,
+                    storage.one_line(error), again)
 
     def _clean_up(self) -> None:
         """Removes what keep_last and keep_best do not cover, and leftovers of kills and of damage."""
-        found = manifest.list_checkpoints(self.directory)
-        keep = manifest.retained(found, *self._keep)
-        doomed = [c.path for c in found if c.step not in keep]
-        doomed += [p for p in self.directory.iterdir() if p.suffix in (".old", ".damaged", ".tmp")]
+        try:
+            keep = manifest.retained(manifest.list_checkpoints(self.directory), *self._keep)
+            doomed = [path for step, path in manifest.step_paths(self.directory) if step not in keep]
+        except OSError as e:
+            log.warning("could not look for old checkpoints in %s: %s", self.directory, e)
+            return
         for path in doomed:
             try:
                 manifest.remove(path)
@@ -206,31 +218,42 @@ class Checkpointer:
         return self._committed
 
     def close(self) -> None:
-        """Waits for the save in flight and ends the background machinery."""
-        try:
-            self.wait()
-        finally:
-            self._orbax.close()
+        """Waits for the save in flight."""
+        self.wait()
 
     def restore(self, template: Any) -> Restored | None:
         """The newest whole checkpoint (see `restore`), or None if there is none yet; makes the directory
-        ready for going on from there: half-written leftovers are removed, newer damaged ones set aside, each
-        with a warning."""
+        ready for going on from there: newer ones, which are half-written or damaged, do not count any more, and the
+        next save removes them."""
         self.wait()
-        if distributed.is_main() and self.directory.is_dir():
-            for path in self.directory.glob("*.tmp"):
-                log.warning("checkpoint %s is half-written (the process died during the save); ignored", path)
-                manifest.remove(path)
-        distributed.barrier("jaxrl_restore_clean")
         found = restore(self.directory, template)
-        if distributed.is_main():
+
+        def set_aside():
             for step, path in manifest.step_paths(self.directory):
                 if found is None or step > found.step:
-                    shutil.rmtree(path.with_name(path.name + ".damaged"), ignore_errors=True)
-                    os.rename(path, path.with_name(path.name + ".damaged"))
-        distributed.barrier("jaxrl_restore_done")
+                    manifest.unseal(path)
+
+        if error := _in_main(set_aside):
+            raise UserError(f"{self.directory}: cannot be written: {error}")
         self._committed = found.step if found else None
         return found
+
+
+def _make_anew(path) -> None:
+    manifest.remove(path)
+    if not storage.is_remote(path):
+        path.mkdir(parents=True)
+
+
+def _in_main(call: Callable[[], None]) -> str | None:
+    """Runs it in process 0 while the others wait; the storage's refusal, if any, on all."""
+    error = None
+    if distributed.is_main():
+        try:
+            call()
+        except OSError as e:
+            error = storage.one_line(e)
+    return distributed.broadcast(error)
 
 
 def restore(directory: str | os.PathLike, template: Any, *, step: int | None = None,
@@ -246,8 +269,9 @@ def restore(directory: str | os.PathLike, template: Any, *, step: int | None = N
     damaged, or if the saved arrays have other names, shapes or dtypes than the template (the first difference
     is named).
     """
-    directory = pathlib.Path(directory).absolute()
-    paths = dict(distributed.broadcast([[s, p.name] for s, p in manifest.step_paths(directory)]))
+    directory = epath.Path(directory)
+    with storage.user_errors():
+        paths = dict(distributed.broadcast([[s, p.name] for s, p in manifest.step_paths(directory)]))
     if step is not None and step not in paths:
         have = ", ".join(map(str, sorted(paths))) or "none"
         raise UserError(f"{directory}: no checkpoint of step {step}; there are: {have}")
@@ -260,48 +284,46 @@ def restore(directory: str | os.PathLike, template: Any, *, step: int | None = N
             log.warning("checkpoint %s is damaged (%s); using the one before", path, e)
             damaged.append(f"{path.name}: {e}")
             continue
-        arrays = _restore_arrays(path, meta["arrays"], template, partial)
-        return Restored(s, arrays, json.loads((path / "host.json").read_bytes()), _read_blobs(path, meta))
-    # A first checkpoint without its marker is what a kill leaves behind; damage to one that was whole is
-    # another thing.
+        with storage.user_errors():
+            arrays = _restore_arrays(path, meta["arrays"], template, partial)
+            return Restored(s, arrays, json.loads(storage.read(path / "host.json")), _read_blobs(path, meta))
+    # A checkpoint without its marker is what a kill leaves behind; damage to one that was whole is another thing.
     if any("half-written" not in d for d in damaged) or (step is not None and damaged):
         raise UserError(f"{directory}: no usable checkpoint ({'; '.join(damaged)}); restore these files from "
                         "a backup, or start anew in another config.run_dir")
     return None
 
 
-def _verified(path: pathlib.Path) -> dict:
-    """The manifest, after all processes together have read and compared every file. Raises Damaged on all."""
-    meta, damage = {}, None
+def _verified(path) -> dict:
+    """The manifest, after all processes together have read and compared every file.
+
+    Raises on all alike: Damaged; UserError if a store cannot be asked, since that is no damage.
+    """
+    meta, damage, refusal = {}, None, None
     try:
         meta = manifest.read_manifest(path)
         damage = manifest.find_damage(path, meta, jax.process_index(), jax.process_count())
     except Damaged as e:
         damage = str(e)
-    damages = [d for d in distributed.allgather(damage) if d]
-    if damages:
-        raise Damaged(damages[0])
+    except storage.StoreError as e:
+        refusal = str(e)
+    for damaged, refused in distributed.allgather([damage, refusal]):
+        if refused:
+            raise UserError(refused)
+        if damaged:
+            raise Damaged(damaged)
     return meta
 
 
 def _restore_arrays(path, saved: dict[str, dict], template: Any, partial: bool) -> Any:
     want = _flatten(template)
     _check_same(path, saved, want, partial)
-    items, args = {}, {}
-    for name, leaf in want.items():
-        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        if 0 in data.shape:
-            continue
-        items[name] = jax.ShapeDtypeStruct(data.shape, data.dtype)
-        sharding = _sharding(leaf)
-        args[name] = ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(
-            sharding=sharding, global_shape=data.shape, dtype=data.dtype)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        flat = reader.restore(path / "arrays", args=ocp.args.PyTreeRestore(
-            item=items, restore_args=args, partial_restore=True)) if items else {}
+    raw = {k: jax.eval_shape(jax.random.key_data, v) if _is_key(v) else v for k, v in want.items()}
+    found = files_of.read(path, {k: (v.shape, v.dtype, _sharding(want[k])) for k, v in raw.items() if 0 not in v.shape},
+                          {k: saved[k].get("parts", []) for k in want})
     leaves = []
     for name, leaf in want.items():
-        array = flat[name] if name in items else np.zeros(leaf.shape, leaf.dtype)
+        array = found[name] if name in found else np.zeros(raw[name].shape, raw[name].dtype)
         if not isinstance(leaf, np.ndarray) and not isinstance(array, jax.Array):
             array = jnp.asarray(array)
         leaves.append(jax.random.wrap_key_data(array, impl=saved[name]["key"]) if _is_key(leaf) else array)
@@ -348,16 +370,10 @@ def _spec(leaf: Any) -> dict:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), **key}
 
 
-def _storable(leaf: Any) -> Any:
-    """What orbax gets: keys as their integers. (It copies NumPy arrays before `save` returns; a test holds it
-    to.)"""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _check_array(name: str, leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array | np.ndarray):
-        raise TypeError(f"checkpoint: {name} is a {type(leaf).__name__}; arrays must hold jax or NumPy "
-                        "arrays, other values belong in host")
+def _storable(name: str, leaf: Any) -> Any:
+    """What is written: keys as their integers."""
+    leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and _is_key(leaf) else leaf
+    files_of.check(name, leaf)
     return leaf
 
 
@@ -375,7 +391,7 @@ def _npz(blobs: Mapping[str, np.ndarray]) -> bytes:
 def _read_blobs(path, meta: dict) -> dict[str, np.ndarray]:
     if BLOBS not in meta["files"]:
         return {}
-    with np.load(io.BytesIO((path / BLOBS).read_bytes()), allow_pickle=False) as found:
+    with np.load(io.BytesIO(storage.read(path / BLOBS)), allow_pickle=False) as found:
         return dict(found)
 
 
@@ -393,19 +409,3 @@ def _check_json(value: Any, where: str) -> None:
     elif not (value is None or type(value) in (str, bool, int, float)):
         raise TypeError(f"checkpoint: {where} is a {type(value).__name__}; host state must be None, bool, "
                         "int, float, str, list or dict")
-
-
-# Orbax and TensorStore report a full disk as ValueError or RuntimeError with the system's words in it.
-# (RESOURCE_EXHAUSTED alone also means device memory; DEADLINE_EXCEEDED is how the other processes see such a
-# fault.)
-_STORAGE_WORDS = ("no space left", "disk quota", "input/output error", "read-only file system",
-                  "stale file handle", "deadline_exceeded")
-
-
-def _is_storage_fault(error: BaseException) -> bool:
-    return isinstance(error, OSError) or any(w in str(error).lower() for w in _STORAGE_WORDS)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) < 300 else text[:100] + ' ... ' + text[-150:]}"

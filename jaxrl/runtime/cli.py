@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
 
+from jaxrl.algorithms.hyper import Choice, Integer, Number
 from jaxrl.errors import UserError
 
 
@@ -22,12 +24,26 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     sys.exit(code or 0)
 
 
+# What generate and evaluate share.
+SAMPLING_FLAGS = dict(
+    temperature=Number(1.0),
+    top_k=Integer(0),
+    top_p=Number(1.0, 0, 1, above=True),
+    min_p=Number(0.0, 0, 1),
+    dtype=Choice("float32", ("float32", "bfloat16")),
+)
+# How a chat template is used; empty: as a run was trained, or as the template does it.
+CHAT_FLAGS = dict(system_prompt="", enable_thinking=Choice("", ("", "default", "on", "off")))
+
+
 def parse_flags(argv: list[str], defaults: dict, usage: str) -> dict:
     """`--name=value` (or `--name value`) flags with typed defaults.
 
-    A default of type `type` marks a required flag. Raises UserError for unknown, missing or ill-typed flags.
+    A default of type `type` marks a required flag; one of `jaxrl.algorithms.hyper` (Number, Integer, Choice, Flag)
+    also says which values it takes. Raises UserError for unknown, missing or ill-typed flags and such values.
     """
-    values = {k: v for k, v in defaults.items() if not isinstance(v, type)}
+    start = {k: getattr(v, "default", v) for k, v in defaults.items()}
+    values = {k: v for k, v in start.items() if not isinstance(v, type)}
     positional = []
     args = iter(argv[1:])
     for arg in args:
@@ -40,20 +56,31 @@ def parse_flags(argv: list[str], defaults: dict, usage: str) -> dict:
         name, _, text = arg[2:].partition("=")
         if name not in defaults:
             raise UserError(f"unknown flag --{name}; valid: {', '.join('--' + k for k in defaults)}")
-        kind = defaults[name] if isinstance(defaults[name], type) else type(defaults[name])
+        kind = start[name] if isinstance(start[name], type) else type(start[name])
         if "=" not in arg:
             text = "true" if kind is bool else next(args, None)
-        try:
-            if text is None:
-                raise ValueError
-            values[name] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
-        except ValueError:
-            raise UserError(f"--{name}={text!r}: expected {kind.__name__}") from None
+        values[name] = _read(name, text, kind, defaults[name])
     missing = [k for k in defaults if k not in values]
     if missing:
         raise UserError(f"--{missing[0]} is missing\n{usage}")
     values["positional"] = positional
     return values
+
+
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _read(name: str, text: str | None, kind: type, setting):
+    """The value of a flag's text, as parse_flags describes."""
+    accepts = getattr(setting, "accepts", lambda value: kind is not float or math.isfinite(value))
+    need = str(setting) if hasattr(setting, "accepts") else {bool: "true or false", float: "a finite number"}.get(kind)
+    try:
+        value = _BOOLEANS[(text or "").lower()] if kind is bool else kind(text) if text is not None else None
+        if value is None or not accepts(value):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise UserError(f"--{name}={text!r}: must be {need or f'of type {kind.__name__}'}") from None
+    return value
 
 
 def use_compilation_cache() -> None:

@@ -1,12 +1,18 @@
-"""The configuration: one tree of defaults, one validation, one way to read it from the command line.
+"""The configuration: one table of all settings, one validation, one way to read it from the command line.
 
-`base_config()` holds every key. A file in configs/ changes some of them in `get_config`; the command line
-changes more (`--config.algorithm.loss=maspo`). `validate` runs once, before anything is compiled.
+`SETTINGS` holds every key with its default, what it may be, and what it means; `base_config()` is made of it, and
+docs/config.md. A file in configs/ changes some keys in `get_config`; the command line changes more
+(`--config.algorithm.loss=maspo`). `validate` runs once, before anything is compiled.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import traceback
+from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,184 +20,267 @@ from ml_collections import ConfigDict, config_flags
 from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.aggregation import AGGREGATIONS
 from jaxrl.algorithms.correction import CORRECTIONS
+from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
+from jaxrl.algorithms.kl import KL_KINDS
 from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
+from jaxrl.runtime.combinations import impossible
+from jaxrl.tasks.budgets import BUDGET_SAMPLERS
 from jaxrl.tasks.data import DUPLICATES
+from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
+from jaxrl.tasks.templates import THINKING
 from models.attention import IMPLEMENTATIONS
+from models.config import FAMILIES
 from models.decoder import REMAT_POLICIES
 
 
-def base_config() -> ConfigDict:
-    """Every key with its default; the comments are the reference for their meaning."""
-    c = ConfigDict()
-    c.run_dir = "runs/default"
-    c.seed = 0
-    c.steps = 100  # optimisation steps (rollout batches), not gradient updates
-    c.resume = True  # continue from the newest checkpoint of run_dir, if there is one
-    c.distributed = False  # call jax.distributed.initialize (several hosts)
-
-    c.model = ConfigDict()
-    c.model.path = ""  # Hugging Face directory or run directory; "" = random weights of `shape`
-    c.model.shape = ConfigDict()  # DecoderConfig fields, when path is ""
-    c.model.shape.update(_SHAPE)
-    c.model.tokenizer = ""  # "" = the one beside the model; "dial" = the embedded vocabulary
-    c.model.dtype = "float32"  # compute dtype of the learner
-    c.model.param_dtype = "float32"  # bfloat16 halves the memory; updates are then rounded stochastically
-    c.model.sampler_dtype = ""  # "" = dtype
-    c.model.attention = "auto"  # auto, xla, cudnn, splash
-    c.model.remat = "none"  # none, dots, full: what the backward pass recomputes per layer
-
-    c.task = ConfigDict()
-    c.task.name = "dial"  # dial (embedded), math, choice, user
-    c.task.data = ""  # training file (jsonl, jsonl.gz, parquet) or data set name
-    c.task.eval_data = ""  # held-out file or name
-    c.task.data_dir = ""  # where data set names are looked up as files first
-    c.task.problem_field = "problem"
-    c.task.answer_field = "answer"
-    c.task.id_field = "id"
-    c.task.template = "boxed"  # plain, boxed, chat
-    c.task.skip_bad_rows = False
-    c.task.duplicates = "drop"  # drop, error, keep: rows whose id was used before (counted and printed)
-    c.task.long_prompts = "error"  # error, drop
-    c.task.reward = ""  # "module:function": reward(problem, completion_text, answer, **info) -> float | None
-    c.task.grader_workers = 2
-    c.task.grader_timeout = 5.0  # seconds of wall clock per answer
-    c.task.max_failures = 0.5  # share of ungraded completions in a step that stops the run
-    c.task.dial = ConfigDict(dict(n_min=2, n_max=8, train=20000, max_budget=22))
-
-    c.batch = ConfigDict()
-    c.batch.prompts = 16  # groups trained on per step
-    c.batch.group_size = 16  # completions per prompt
-    c.batch.generation_prompts = 0  # prompts per generation batch; 0 = prompts
-    c.batch.max_generation_batches = 10  # per step; 0 = no limit
-    c.batch.on_short = "smaller"  # smaller, error: what to do when the limit is reached
-    c.batch.greso = False  # skip prompts predicted to give groups without spread (2506.02177)
-    c.batch.keep_surplus = False  # keep selected groups beyond `prompts` for the next step
-    c.batch.updates = 1  # mini-batches (optimizer updates) per epoch over the batch
-    c.batch.epochs = 1
-    c.batch.micro_tokens = 8192  # most per micro-batch, padding included; a quarter if a mini-batch fills under four
-    c.batch.row_tokens = 0  # packed row length; 0 = the longest prompt plus response
-
-    c.sampling = ConfigDict()
-    c.sampling.temperature = 1.0
-    c.sampling.top_k = 0
-    c.sampling.top_p = 1.0
-    c.sampling.min_p = 0.0
-    c.sampling.max_prompt = 512
-    c.sampling.max_tokens = 512
-    c.sampling.slots = 64
-    c.sampling.chunk = 64
-    c.sampling.window = 64
-    c.sampling.carry_over = 0  # > 0: a completion gets so many tokens a generation batch, then waits for the next one
-    c.sampling.prefetch = False  # the next batch's prompts fill slots that idle while the last completions finish
-    c.sampling.warmup = False  # compile every shape the sampler can need before step 1, not only those that occur
-    c.sampling.weights = "same"  # same, int8: matrices of one byte an entry; set algorithm.correction with it
-    c.sampling.cache = "same"  # same, int8: keys and values of one byte an entry; set algorithm.correction with it
-    c.sampling.tensor = 1  # chips that share one copy of the sampler's weights; a host holds whole copies
-
-    c.algorithm = ConfigDict()
-    c.algorithm.loss = "grpo"
-    c.algorithm.loss_hyper = _defaults(LOSSES)
-    c.algorithm.aggregation = ""  # "" = the loss's own
-    c.algorithm.norm_length = 0  # constant of seq-mean-token-sum-norm; 0 = sampling.max_tokens
-    c.algorithm.advantage = "grpo"
-    c.algorithm.advantage_hyper = _defaults(ADVANTAGES)
-    c.algorithm.selection = "none"  # a chain: accuracy+lspo
-    c.algorithm.selection_hyper = _defaults(SELECTIONS)
-    c.algorithm.kl_coef = 0.0  # > 0 keeps a frozen reference model
-    c.algorithm.kl_kind = "k3"  # k1, k2, k3, k1+, k3+
-    c.algorithm.kl_in_reward = False  # subtract it from the reward instead of adding it to the loss
-    c.algorithm.entropy_coef = 0.0
-    c.algorithm.entropy_advantage = False
-    c.algorithm.entropy_advantage_alpha = 0.4
-    c.algorithm.entropy_advantage_kappa = 2.0
-    c.algorithm.correction = "none"  # sampler/learner mismatch
-    c.algorithm.correction_hyper = _defaults(CORRECTIONS)
-
-    c.length = ConfigDict()
-    c.length.reward = "none"
-    c.length.hyper = _defaults(LENGTH_REWARDS)
-    c.length.mode = "none"  # budget in the prompt: none, exact, max, both
-    c.length.budgets = "uniform"  # uniform, log_uniform
-    c.length.low = 100
-    c.length.high = 4000
-    c.length.count = "response"  # response, thinking: which tokens the length reward counts
-    c.length.weight = 1.0  # of the length term: reward = task reward + weight * (length reward - correctness)
-    c.length.warmup_steps = 0  # steps in which the weight rises from 0 (Kimi k1.5 warms its term up)
-
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 1e-6
-    c.optimizer.warmup_steps = 0
-    c.optimizer.schedule = "constant"  # constant, cosine, linear
-    c.optimizer.b1 = 0.9
-    c.optimizer.b2 = 0.999
-    c.optimizer.eps = 1e-8
-    c.optimizer.weight_decay = 0.0
-    c.optimizer.grad_clip = 1.0
-    c.optimizer.state_dtype = "float32"
-    c.optimizer.offload = False  # keep the optimizer's moments in host memory
-
-    c.sft = ConfigDict()  # warm start on demonstrations, before step 0
-    c.sft.steps = 0
-    c.sft.full_steps = 0  # of these, on fully worked demonstrations (dial)
-    c.sft.batch = 128
-    c.sft.learning_rate = 3e-3
-    c.sft.warmup_steps = 20
-    c.sft.modes = ()  # budget modes that occur in demonstrations (dial)
-    c.sft.data = ""  # jsonl with problem and solution fields, when the task is not dial
-
-    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 = whatever is left
-    c.mesh.slices = 1  # slices of TPU, or hosts of GPUs, that only `data` shall cross; data is a multiple of it
-    c.mesh.sequence_parallel = False  # between blocks, split tokens over the tensor axis
-    c.topology = ""  # chips this is meant for, such as v5e:4x4 or h100:8: preflight's default
-    c.eval = ConfigDict(dict(every=20, problems=512, samples=1, temperature=1.0, max_tokens=0))
-    c.checkpoint = ConfigDict(dict(every=20, keep=2, keep_best=""))
-    c.log = ConfigDict(dict(tensorboard=True, wandb=False, wandb_project="jaxrl", samples=2))
-    c.watchdog = ConfigDict()
-    c.watchdog.seconds = 3600.0  # without progress, before the run dumps its stacks and ends with 76; 0 = off
-    c.watchdog.heartbeat = 100  # seconds of silence after which a process of several is given up, and the others end
-    c.watchdog.grace = 300.0  # seconds from SIGTERM or Ctrl-C to the exit, saved or not
-    c.nonfinite = ConfigDict(dict(max_in_a_row=3))  # skipped updates before going back to a checkpoint, once; 0 = off
-    c.compilation_cache = True  # keep compiled programs in the user's cache directory
-    return c
+def _methods(table, default: str) -> Choice:
+    return Choice(default, tuple(sorted(table)))
 
 
-_SHAPE = dict(
-    vocab_size=0,
-    hidden_size=0,
-    intermediate_size=0,
-    num_layers=0,
-    num_heads=0,
-    num_kv_heads=0,
-    head_dim=0,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    qkv_bias=False,
-    qk_norm=False,
-    tie_embeddings=False,
-    max_position_embeddings=2048,
-    model_type="llama",
-    init_std=0.02,
-)
+def _optional(meaning: str) -> Text:
+    return Text("", f"{meaning}, or empty")
 
 
-_AT_LEAST = {
-    1: "steps task.grader_workers task.dial.train batch.prompts batch.group_size batch.updates batch.epochs "
-    "batch.micro_tokens sampling.max_prompt sampling.max_tokens sampling.slots sampling.chunk sampling.window "
-    "sampling.tensor mesh.slices length.low sft.batch eval.every eval.samples "
-    "checkpoint.every checkpoint.keep watchdog.heartbeat",
-    0: "seed task.grader_timeout task.max_failures batch.generation_prompts batch.max_generation_batches "
-    "batch.row_tokens sampling.top_k sampling.carry_over algorithm.kl_coef algorithm.norm_length length.warmup_steps "
-    "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay sft.steps sft.full_steps sft.warmup_steps "
-    "eval.problems eval.temperature eval.max_tokens log.samples watchdog.seconds watchdog.grace nonfinite.max_in_a_row",
+_DTYPES = ("float32", "bfloat16")
+_ROUNDED = ("same", "int8")
+_MODES = ("exact", "max")
+_POSITIVE = dict(low=0, above=True)
+
+# the metrics a checkpoint can be kept for: those of evaluation, and what a run without held-out problems has
+_BEST = r"|accuracy|reward/mean|eval/((accuracy|(pass|maj)@\d+)(_low|_high)?|(mean|median)_tokens)"
+
+# key -> (default and what the setting may be, what it means). The constants of methods are in `METHODS`.
+SETTINGS: dict[str, tuple[Any, str]] = {
+    "run_dir": (Text("runs/default", "a directory", r"(?s).*\S.*"), "where the run is kept"),
+    "seed": (Integer(0, 0, 2**32 - 1), "of every random choice"),
+    "steps": (Integer(100, 1), "optimisation steps (rollout batches), not gradient updates"),
+    "resume": (Flag(True), "continue from the newest checkpoint of run_dir, if there is one"),
+    "distributed": (Flag(False), "call jax.distributed.initialize (several hosts)"),
+
+    "model.path": (
+        _optional("a directory"),
+        "Hugging Face directory or run directory; empty: random weights of `model.shape`",
+    ),
+    "model.shape.vocab_size": (Integer(0), "0: the tokenizer's"),
+    "model.shape.hidden_size": (Integer(0), "width; the shape counts only while model.path is empty"),
+    "model.shape.intermediate_size": (Integer(0), "width of the MLP"),
+    "model.shape.num_layers": (Integer(0), "decoder blocks"),
+    "model.shape.num_heads": (Integer(0), "query heads"),
+    "model.shape.num_kv_heads": (Integer(0), "key and value heads; divides num_heads"),
+    "model.shape.head_dim": (Integer(0), "even"),
+    "model.shape.rms_norm_eps": (Number(1e-6, **_POSITIVE), "added to the mean square"),
+    "model.shape.rope_theta": (Number(10000.0, **_POSITIVE), "base of the rotary wavelengths"),
+    "model.shape.qkv_bias": (Flag(False), "as in qwen2"),
+    "model.shape.qk_norm": (Flag(False), "as in qwen3"),
+    "model.shape.tie_embeddings": (Flag(False), "the output matrix is the embedding"),
+    "model.shape.max_position_embeddings": (Integer(2048, 1), "context in tokens"),
+    "model.shape.model_type": (_methods(FAMILIES, "llama"), "family that the weights are exported as"),
+    "model.shape.init_std": (Number(0.02, **_POSITIVE), "of random matrices"),
+    "model.tokenizer": (
+        _optional("a directory, or dial"),
+        "empty: the one beside the model; dial: the embedded vocabulary",
+    ),
+    "model.dtype": (Choice("float32", _DTYPES), "compute dtype of the learner"),
+    "model.param_dtype": (
+        Choice("float32", _DTYPES),
+        "bfloat16 halves the memory; updates are then rounded stochastically",
+    ),
+    "model.sampler_dtype": (Choice("", ("", *_DTYPES)), "empty: model.dtype"),
+    "model.attention": (Choice("auto", ("auto", *IMPLEMENTATIONS)), "auto: the best of the platform"),
+    "model.remat": (_methods(REMAT_POLICIES, "none"), "what the backward pass recomputes in each layer"),
+
+    "task.name": (Choice("dial", ("dial", "math", "choice", "user")), "dial is embedded; user needs task.reward"),
+    "task.data": (_optional("a file (jsonl, jsonl.gz, parquet) or data set name"), "training problems"),
+    "task.eval_data": (_optional("a file (jsonl, jsonl.gz, parquet) or data set name"), "held-out problems"),
+    "task.data_dir": (_optional("a directory"), "where data set names are looked up as files first"),
+    "task.problem_field": (Text("problem", "a field's name", r"(?s).+"), "of the question, in a row of data"),
+    "task.answer_field": (Text("answer", "a field's name", r"(?s).+"), "of the reference answer"),
+    "task.id_field": (Text("id", "a field's name", r"(?s).+"), "of the row's id"),
+    "task.template": (Choice("boxed", ("plain", "boxed", "chat")), "from problem to prompt"),
+    "task.system_prompt": (Text(""), "in front of the conversation of a chat template"),
+    "task.enable_thinking": (
+        Choice("default", tuple(THINKING)),
+        "switch of a chat template that has one (Qwen3); default: what it does untold",
+    ),
+    "task.skip_bad_rows": (Flag(False), "leave out rows that cannot be read, instead of stopping"),
+    "task.duplicates": (Choice("drop", tuple(DUPLICATES)), "rows whose id was used before (counted and printed)"),
+    "task.long_prompts": (Choice("error", ("error", "drop")), "prompts above sampling.max_prompt"),
+    "task.reward": (
+        Text("", "module:function, or empty", r"|[\w.]+:\w+"),
+        "reward(problem, completion_text, answer, **info) -> float or None",
+    ),
+    "task.grader_workers": (Integer(2, 1), "processes"),
+    "task.grader_timeout": (Number(5.0, **_POSITIVE), "seconds of wall clock per answer"),
+    "task.max_failures": (Number(0.5, 0, 1), "share of ungraded completions in a step that stops the run"),
+    "task.dial.n_min": (Integer(2, 2, MAX_OPERANDS), "fewest operands"),
+    "task.dial.n_max": (Integer(8, 2, MAX_OPERANDS), "most operands"),
+    "task.dial.train": (Integer(20000, 1), "training problems"),
+    "task.dial.max_budget": (Integer(22, 4, MAX_BUDGET), "largest length budget"),
+
+    "batch.prompts": (Integer(16, 1), "groups trained on per step"),
+    "batch.group_size": (Integer(16, 2), "completions per prompt, which the advantage compares"),
+    "batch.generation_prompts": (Integer(0), "prompts per generation batch; 0: batch.prompts"),
+    "batch.max_generation_batches": (Integer(10), "per step; 0: no limit"),
+    "batch.on_short": (Choice("smaller", ("smaller", "error")), "what to do when that limit is reached"),
+    "batch.greso": (Flag(False), "skip prompts predicted to give groups without spread (2506.02177)"),
+    "batch.keep_surplus": (Flag(False), "keep selected groups beyond batch.prompts for the next step"),
+    "batch.updates": (Integer(1, 1), "mini-batches (optimizer updates) per epoch over the batch"),
+    "batch.epochs": (Integer(1, 1), "passes over the batch in a step"),
+    "batch.micro_tokens": (
+        Integer(8192, 1),
+        "most per micro-batch, padding included; a quarter if a mini-batch fills under four",
+    ),
+    "batch.row_tokens": (Integer(0), "packed row length; 0: the longest prompt plus response"),
+    "batch.share_prompts": (
+        Flag(False),
+        "responses to one prompt stand behind one copy of it in packed rows; pays where prompts are long",
+    ),
+
+    "sampling.temperature": (Number(1.0, **_POSITIVE), "of training; evaluation has its own"),
+    "sampling.top_k": (Integer(0), "0: off"),
+    "sampling.top_p": (Number(1.0, 0, 1, above=True), "1: off"),
+    "sampling.min_p": (Number(0.0, 0, 1, below=True), "0: off"),
+    "sampling.max_prompt": (Integer(512, 1), "tokens"),
+    "sampling.max_tokens": (Integer(512, 1), "response tokens"),
+    "sampling.slots": (Integer(64, 1), "completions decoded at once, on all chips of a host together"),
+    "sampling.chunk": (Integer(64, 1), "decode steps per call"),
+    "sampling.window": (Integer(64, 1), "the cache grows in multiples of so many positions"),
+    "sampling.carry_over": (
+        Integer(0),
+        "above 0: a completion gets so many tokens a generation batch, then waits for the next one",
+    ),
+    "sampling.prefetch": (
+        Flag(False),
+        "the next batch's prompts fill slots that idle while the last completions finish",
+    ),
+    "sampling.warmup": (
+        Flag(False),
+        "compile every shape the sampler can need before step 1, not only those that occur",
+    ),
+    "sampling.weights": (
+        Choice("same", _ROUNDED),
+        "int8: matrices of one byte an entry; set algorithm.correction with it",
+    ),
+    "sampling.cache": (
+        Choice("same", _ROUNDED),
+        "int8: keys and values of one byte an entry; set algorithm.correction with it",
+    ),
+    "sampling.tensor": (Integer(1, 1), "chips that share one copy of the sampler's weights; a host holds whole copies"),
+
+    "algorithm.loss": (_methods(LOSSES, "grpo"), "policy loss (docs/algorithms.md)"),
+    "algorithm.aggregation": (Choice("", ("", *AGGREGATIONS)), "empty: the loss's own"),
+    "algorithm.norm_length": (Integer(0), "constant of seq-mean-token-sum-norm in tokens; 0: sampling.max_tokens"),
+    "algorithm.advantage": (_methods(ADVANTAGES, "grpo"), "from the rewards of a group to advantages"),
+    "algorithm.selection": (Text("none", "rules joined by +, as in accuracy+lspo"), "a chain, run from left to right"),
+    "algorithm.kl_coef": (Number(0.0), "above 0 keeps a frozen reference model"),
+    "algorithm.kl_kind": (Choice("k3", KL_KINDS), "estimate of the KL divergence"),
+    "algorithm.kl_in_reward": (Flag(False), "subtract it from the reward instead of adding it to the loss"),
+    "algorithm.entropy_coef": (Number(0.0, -math.inf), "of the entropy bonus; negative lowers the entropy"),
+    "algorithm.entropy_advantage": (Flag(False), "Entropy-Adv (2506.14758)"),
+    "algorithm.entropy_advantage_alpha": (Number(0.4), "weight of the entropy"),
+    "algorithm.entropy_advantage_kappa": (Number(2.0, 1, above=True), "the term is at most the advantage over kappa"),
+    "algorithm.correction": (_methods(CORRECTIONS, "none"), "of the mismatch between sampler and learner"),
+
+    "length.reward": (_methods(LENGTH_REWARDS, "none"), "from correctness and length to a reward"),
+    "length.mode": (Choice("none", ("none", *_MODES, "both")), "budget in the prompt"),
+    "length.budgets": (Choice("uniform", BUDGET_SAMPLERS), "how budgets are drawn"),
+    "length.low": (Integer(100, 1), "smallest budget in tokens (dial has its own)"),
+    "length.high": (Integer(4000, 1), "largest"),
+    "length.count": (Choice("response", ("response", "thinking")), "which tokens the length reward counts"),
+    "length.weight": (Number(1.0), "of the length term: reward = task reward + weight * (length reward - correctness)"),
+    "length.warmup_steps": (Integer(0), "steps in which the weight rises from 0 (Kimi k1.5 warms its term up)"),
+
+    "optimizer.learning_rate": (Number(1e-6), "the peak, after the warm-up"),
+    "optimizer.warmup_steps": (Integer(0), "updates"),
+    "optimizer.schedule": (
+        Choice("constant", ("constant", "cosine", "linear")),
+        "the latter two fall to 0 at the last update",
+    ),
+    "optimizer.b1": (Number(0.9, 0, 1, below=True), "decay of AdamW's first moment"),
+    "optimizer.b2": (Number(0.999, 0, 1, below=True), "of its second"),
+    "optimizer.eps": (Number(1e-8, 1e-30), "must not vanish in float32"),
+    "optimizer.weight_decay": (Number(0.0), "of matrices, not of norms and biases"),
+    "optimizer.grad_clip": (Number(1.0), "largest global norm; 0: off"),
+    "optimizer.state_dtype": (Choice("float32", _DTYPES), "of the moments"),
+    "optimizer.offload": (Flag(False), "keep the moments in host memory"),
+
+    "sft.steps": (Integer(0), "of a warm start on demonstrations, before step 0"),
+    "sft.full_steps": (Integer(0), "of these, on fully worked demonstrations (dial)"),
+    "sft.batch": (Integer(128, 1), "demonstrations per step"),
+    "sft.learning_rate": (Number(3e-3), "the peak; cosine decay"),
+    "sft.warmup_steps": (Integer(20), "below sft.steps"),
+    "sft.modes": (Words((), _MODES), "budget modes that occur in demonstrations (dial)"),
+    "sft.data": (_optional("a file"), "jsonl with problem and solution fields, when the task is not dial"),
+
+    "mesh.data": (Integer(-1, 1, off=-1), "replicas; -1: whatever is left"),
+    "mesh.fsdp": (Integer(1, 1, off=-1), "chips that split parameters and rows"),
+    "mesh.tensor": (Integer(1, 1, off=-1), "chips that split heads, MLP and vocabulary"),
+    "mesh.slices": (Integer(1, 1), "TPU slices, or hosts of GPUs, that only `data` crosses; data is a multiple"),
+    "mesh.sequence_parallel": (Flag(False), "between blocks, split tokens over the tensor axis"),
+    "topology": (_optional("chips such as v5e:4x4 or h100:8"), "what preflight compiles for by default"),
+    "eval.every": (Integer(20, 1), "steps"),
+    "eval.problems": (Integer(512), "of the held-out ones"),
+    "eval.samples": (Integer(1, 1), "completions per problem"),
+    "eval.temperature": (Number(1.0), "0: greedy"),
+    "eval.max_tokens": (Integer(0), "0: sampling.max_tokens"),
+    "checkpoint.every": (Integer(20, 1), "steps"),
+    "checkpoint.keep": (Integer(2, 1), "newest checkpoints kept"),
+    "checkpoint.keep_best": (
+        Text("", "a metric such as eval/accuracy, eval/pass@8, accuracy or reward/mean, or empty", _BEST),
+        "one more is kept: where it is highest",
+    ),
+    "log.tensorboard": (Flag(True), "write event files"),
+    "log.wandb": (Flag(False), "needs the package wandb"),
+    "log.wandb_project": (Text("jaxrl", "a name", r"(?s).+"), "where it logs"),
+    "log.samples": (Integer(2), "groups of each step whose completions are written to samples/"),
+    "watchdog.seconds": (Number(3600.0), "without progress, before the run dumps its stacks and ends with 76; 0: off"),
+    "watchdog.heartbeat": (
+        Integer(100, 1),
+        "seconds of silence after which a process of several is given up, and the others end",
+    ),
+    "watchdog.grace": (Number(300.0), "seconds from SIGTERM or Ctrl-C to the exit, saved or not"),
+    "nonfinite.max_in_a_row": (Integer(3), "skipped updates before going back to a checkpoint, once; 0: off"),
+    "compilation_cache": (Flag(True), "keep compiled programs in the user's cache directory"),
 }
 
+# The constants of every method, chosen or not: config.algorithm.loss_hyper.dapo.clip_high.
+METHODS = {
+    "algorithm.loss_hyper": LOSSES,
+    "algorithm.advantage_hyper": ADVANTAGES,
+    "algorithm.selection_hyper": SELECTIONS,
+    "algorithm.correction_hyper": CORRECTIONS,
+    "length.hyper": LENGTH_REWARDS,
+}
 
-def _defaults(table) -> ConfigDict:
-    """The constants of every method of a table, so that each is a key and a flag."""
-    return ConfigDict({name: dict(entry.defaults) for name, entry in table.items()})
+# Settings that have another name now, old -> new; an entry stays for one release.
+MOVED: dict[str, str] = {}
+
+
+def settings() -> dict[str, Any]:
+    """What every key may be: those of SETTINGS and the constants of all methods."""
+    found = {key: setting for key, (setting, _) in SETTINGS.items()}
+    for section, table in METHODS.items():
+        for name, entry in table.items():
+            found |= {f"{section}.{name}.{constant}": kind for constant, kind in entry.constants.items()}
+    return found
+
+
+def base_config() -> ConfigDict:
+    """Every key with its default."""
+    values = {key: setting.default for key, (setting, _) in SETTINGS.items()}
+    for section, table in METHODS.items():
+        values |= {f"{section}.{name}": entry.defaults for name, entry in table.items()}
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return ConfigDict(tree)
 
 
 def parse_config(argv: list[str]) -> ConfigDict:
@@ -210,22 +299,26 @@ def parse_config(argv: list[str]) -> ConfigDict:
     try:
         rest = values(argv)
         config = values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"--config: {_first_line(e)}") from e
+    except Exception as e:  # the config file is code
+        base = base_config()  # after the file was run, which may add methods
+        for arg in argv[1:]:
+            if override := re.match(r"--?(?:no)?config\.([^=]+)", arg):
+                _known_key(override[1], base)
+        raise UserError(f"--config: {_one_line(e, path)}") from e
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; settings are --config.key=value")
     return config
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    return " ".join(text.split())
-
-
-def _one_of(config: ConfigDict, key: str, valid) -> None:
-    value = get(config, key)
-    if value not in valid:
-        raise UserError(f"config.{key}={value!r}: choose one of {', '.join(map(str, valid))}")
+def _one_line(error: BaseException, path: str) -> str:
+    """What happened; if in the config file, in which line."""
+    cause: BaseException | None = error
+    while cause:
+        lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == path]
+        if lines:
+            return f"{path}:{lines[-1]}: {type(cause).__name__}: {' '.join(str(cause).split())}"
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())
 
 
 def get(config: ConfigDict, key: str):
@@ -235,12 +328,25 @@ def get(config: ConfigDict, key: str):
     return config
 
 
-def _known_keys(config: ConfigDict, base: ConfigDict, path: str = "config") -> None:
-    for key, value in config.items():
-        if key not in base:
-            raise UserError(f"{path}.{key} is not a setting; {path} has {', '.join(sorted(base))}")
-        if isinstance(value, ConfigDict) and isinstance(base[key], ConfigDict):
-            _known_keys(value, base[key], f"{path}.{key}")
+def _known_key(key: str, base: ConfigDict) -> None:
+    """UserError for a dotted key that is not in `base`: its new name, or what its section has."""
+    if key in MOVED:
+        raise UserError(f"config.{key} is called config.{MOVED[key]} now")
+    inner, path = base, "config"
+    for part in key.split("."):
+        if not isinstance(inner, ConfigDict) or part not in inner:
+            has = ", ".join(sorted(inner)) if isinstance(inner, ConfigDict) else "no keys"
+            raise UserError(f"config.{key} is not a setting; {path} has {has or 'no keys'}")
+        inner, path = inner[part], f"{path}.{part}"
+
+
+def _flat(tree: dict, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything below."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def mismatch_warning(config: ConfigDict) -> str:
@@ -261,83 +367,18 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: one line naming the key and what would be valid.
     """
-    _known_keys(config, base_config())
-    a, b, s = config.algorithm, config.batch, config.sampling
-    _one_of(config, "algorithm.loss", sorted(LOSSES))
-    _one_of(config, "algorithm.advantage", sorted(ADVANTAGES))
-    _one_of(config, "algorithm.correction", sorted(CORRECTIONS))
-    _one_of(config, "algorithm.aggregation", ("", *AGGREGATIONS))
-    _one_of(config, "algorithm.kl_kind", ("k1", "k2", "k3", "k1+", "k3+"))
-    _one_of(config, "length.reward", sorted(LENGTH_REWARDS))
-    _one_of(config, "length.mode", ("none", "exact", "max", "both"))
-    _one_of(config, "length.budgets", ("uniform", "log_uniform"))
-    _one_of(config, "length.count", ("response", "thinking"))
-    _one_of(config, "model.remat", sorted(REMAT_POLICIES))
-    _one_of(config, "model.attention", ("auto", *IMPLEMENTATIONS))
-    _one_of(config, "optimizer.schedule", ("constant", "cosine", "linear"))
-    _one_of(config, "task.name", ("dial", "math", "choice", "user"))
-    _one_of(config, "task.template", ("plain", "boxed", "chat"))
-    _one_of(config, "task.long_prompts", ("error", "drop"))
-    _one_of(config, "task.duplicates", DUPLICATES)
-    _one_of(config, "batch.on_short", ("smaller", "error"))
-    for key in ("sampling.weights", "sampling.cache"):
-        _one_of(config, key, ("same", "int8"))
-    for key in ("model.dtype", "model.param_dtype", "optimizer.state_dtype"):
-        _one_of(config, key, ("float32", "bfloat16"))
-    _one_of(config, "model.sampler_dtype", ("", "float32", "bfloat16"))
-    for name in a.selection.split("+"):
-        if name not in SELECTIONS:
-            raise UserError(
-                f"config.algorithm.selection={a.selection!r}: {name!r} is none of "
-                f"{', '.join(sorted(SELECTIONS))}; join several with +"
-            )
-    for low, keys in _AT_LEAST.items():
-        for key in keys.split():
-            if get(config, key) < low:
-                raise UserError(f"config.{key}={get(config, key)} must be at least {low}")
-    if config.seed >= 2**32:
-        raise UserError(f"config.seed={config.seed} must be below 2**32")
-    if s.carry_over and not b.keep_surplus:
-        raise UserError(
-            f"config.sampling.carry_over={s.carry_over} needs batch.keep_surplus=True, or groups that finish beyond "
-            "the batch, the short ones, would be lost"
-        )
-    if 0 < b.row_tokens < s.max_prompt + s.max_tokens:
-        raise UserError(
-            f"config.batch.row_tokens={b.row_tokens} is below sampling.max_prompt + sampling.max_tokens = "
-            f"{s.max_prompt + s.max_tokens}"
-        )
-    if b.group_size == 1:
-        raise UserError(
-            f"config.batch.group_size=1: the {a.advantage!r} advantage compares completions of one "
-            "prompt and would be zero everywhere; use group_size >= 2"
-        )
-    if 0 < config.sft.steps <= config.sft.warmup_steps:
-        raise UserError(f"config.sft.warmup_steps={config.sft.warmup_steps} must be below sft.steps={config.sft.steps}")
-    if 0 < config.sft.steps < config.sft.full_steps:
-        raise UserError(f"config.sft.full_steps={config.sft.full_steps} must not be above sft.steps={config.sft.steps}")
-    if b.updates > b.prompts * b.group_size:
-        raise UserError(
-            f"config.batch.updates={b.updates} is more than the {b.prompts * b.group_size} completions"
-        )
-    if config.task.name != "dial" and not config.task.data:
-        raise UserError("config.task.data is empty: name a jsonl, jsonl.gz or parquet file, or a data set")
-    if config.task.name == "user" and not config.task.reward:
-        raise UserError("config.task.reward is empty: task.name=user needs module:function")
-    if config.model.path == "" and config.model.shape.hidden_size < 1:
-        raise UserError(
-            "config.model.path is empty and config.model.shape.hidden_size is 0: give a directory or a shape"
-        )
-    if config.model.path and not os.path.isdir(config.model.path):
-        raise UserError(f"config.model.path={config.model.path!r} is not a directory")
-    if config.length.reward.startswith("lcpo") and config.length.mode == "none":
-        raise UserError(
-            f"config.length.mode='none': the {config.length.reward} reward needs a budget in the prompt; "
-            "use exact, max or both"
-        )
-    if config.length.mode != "none" and config.task.name != "dial" and config.length.low > config.length.high:
-        raise UserError(f"config.length.low={config.length.low} is above length.high={config.length.high}")
-    if config.sampling.temperature <= 0:
-        raise UserError(f"config.sampling.temperature={s.temperature} must be positive for training")
-    if not 0 < s.top_p <= 1 or not 0 <= s.min_p < 1:
-        raise UserError(f"config.sampling: top_p={s.top_p} must be in (0, 1], min_p={s.min_p} in [0, 1)")
+    known, values = settings(), dict(_flat(config.to_dict()))
+    for key in values:
+        if key not in known:
+            _known_key(key, base_config())
+    for key, setting in known.items():
+        if key not in values:
+            raise UserError(f"config.{key} is missing; start from jaxrl.runtime.config.base_config()")
+        if not setting.accepts(values[key]):
+            raise UserError(f"config.{key}={values[key]!r} must be {setting}")
+    for section, table in METHODS.items():
+        for name, entry in table.items():
+            if entry.ordered and (problem := entry.problem(get(config, section)[name])):
+                raise UserError(f"config.{section}.{name}.{problem}")
+    for problem in impossible(config):
+        raise UserError(f"config.{problem}")

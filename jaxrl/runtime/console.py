@@ -54,8 +54,8 @@ class Console:
             self._live.update(_panel(self._history, self._start, self._total, eta), refresh=True)
 
     def note(self, text: str) -> None:
-        """Prints a line that stays, above the live display."""
-        if self._enabled:
+        """Prints a line that stays, above the live display; nothing for ""."""
+        if self._enabled and text:
             if self._live is not None:
                 self._rich.print(text, markup=False, highlight=False)
             else:

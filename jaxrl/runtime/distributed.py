@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import io
 import json
 import os
 from typing import Any
@@ -65,8 +66,9 @@ def allgather_bytes(data: bytes) -> list[bytes]:
     if jax.process_count() == 1:
         return [data]
     sizes = multihost_utils.process_allgather(np.int32(len(data))).reshape(-1)
-    # The padded width is a power of two, so that only a few shapes are ever compiled.
-    padded = np.zeros(1 << max(10, int(sizes.max() - 1).bit_length()), np.uint8)
+    # The padded width is a multiple of an eighth of a power of two, so that only a few shapes are ever compiled.
+    unit = 1 << max(7, int(sizes.max() - 1).bit_length() - 4)
+    padded = np.zeros(-(-int(sizes.max()) // unit) * unit, np.uint8)
     padded[:len(data)] = np.frombuffer(data, np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return [row[:n].tobytes() for row, n in zip(rows, sizes, strict=True)]
@@ -75,6 +77,13 @@ def allgather_bytes(data: bytes) -> list[bytes]:
 def allgather(value: Any) -> list:
     """The JSON-able value of every process, in process order. With one process too, tuples become lists."""
     return [json.loads(x) for x in allgather_bytes(json.dumps(value).encode())]
+
+
+def allgather_arrays(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The NumPy arrays of every process, by name, in process order; shapes may differ."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return [dict(np.load(io.BytesIO(data))) for data in allgather_bytes(buffer.getvalue())]
 
 
 def broadcast(value: Any) -> Any:

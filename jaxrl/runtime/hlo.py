@@ -88,7 +88,7 @@ def count(text: str, loop_trips: float = 1, slices: tuple[int, ...] = ()) -> Cou
     """
     computations, entry = parse(text)
     reader = _Reader(computations, loop_trips, slices)
-    reader.walk(entry, 1.0, fused=False)
+    reader.walk(entry, 1.0)
     return reader.totals
 
 
@@ -159,14 +159,17 @@ class _Reader:
         self.totals = Counts()
         self.channels: set[str] = set()  # collectives seen inside fusions
 
-    def walk(self, name: str, times: float, fused: bool) -> None:
-        """Add `times` runs of a computation. fused: inside a fusion, whose traffic and cycles are counted outside."""
+    def walk(self, name: str, times: float, fused: bool = False, started: bool = False) -> None:
+        """Add `times` runs of a computation. fused: inside a fusion, whose traffic and cycles are counted outside.
+        started: run asynchronously."""
         totals, body = self.totals, self.computations[name]
         for op in body.values():
             flops, kernel_flops = totals.flops, totals.kernel_flops
             kind = op.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                self.collective(op, body, kind, times, fused)
+                self.collective(op, body, kind, times, fused, started)
+            elif op.opcode == "send" and "_xla_megascale_transfer_type" in op.attributes:
+                self.between_slices(body[op.operands[0]].shape, times)
             elif op.opcode == "dot":
                 totals.flops += times * _dot_flops(op, body)
             elif op.opcode == "convolution":
@@ -175,7 +178,8 @@ class _Reader:
                 self.custom_call(op, body, times)
             for called in self.called(op):
                 trips = self.trips(op, body) if op.opcode == "while" else 1.0
-                self.walk(called, times * trips, fused or op.opcode == "fusion")
+                alone = op.opcode == "async-start" and '"is_sync":true' not in op.attributes
+                self.walk(called, times * trips, fused or op.opcode == "fusion", started or alone)
             if fused:
                 continue
             traffic = times * _memory_bytes(self.computations, body, op)
@@ -194,27 +198,34 @@ class _Reader:
 
     def weight(self, name: str) -> float:
         other = _Reader(self.computations, self.loop_trips, ())
-        other.walk(name, 1.0, fused=False)
+        other.walk(name, 1.0)
         return other.totals.flops + other.totals.cycles + other.totals.collective_bytes
 
-    def collective(self, op: Instruction, body, kind: str, times: float, fused: bool) -> None:
+    def collective(self, op: Instruction, body, kind: str, times: float, fused: bool, started: bool) -> None:
         channel = re.search(r"channel_id=(\d+)", op.attributes)
         if fused and channel:  # TPU spreads one asynchronous collective over several fusions: count it once
             if channel[1] in self.channels:
                 return
             self.channels.add(channel[1])
-        started = op.opcode.endswith("-start")
+        both = op.opcode.endswith("-start")
         sides = sum(shape_bytes(body[o].shape) for o in op.operands if o in body)
-        payload = max(sides, shape_bytes(op.shape) - (sides if started else 0))
+        payload = max(sides, shape_bytes(op.shape) - (sides if both else 0))
         entry = self.totals.collectives.setdefault(kind, [0.0, 0.0])
         entry[0] += times
         entry[1] += times * payload
         far = times * payload * _far_share(op, self.slices)
         self.totals.far += far
-        if not (started or fused) or '"is_sync":true' in op.attributes:
+        if not (both or started or fused) or '"is_sync":true' in op.attributes:
             self.totals.far_blocking += far
             number, blocking = self.totals.blocking
             self.totals.blocking = number + times, blocking + (0 if far else times * payload)
+
+    def between_slices(self, shape: str, times: float) -> None:
+        """TPU hands what goes to another slice to its host, asynchronously."""
+        entry = self.totals.collectives.setdefault("send", [0.0, 0.0])
+        entry[0] += times
+        entry[1] += times * shape_bytes(shape)
+        self.totals.far += times * shape_bytes(shape)
 
     def custom_call(self, op: Instruction, body, times: float) -> None:
         target = re.search(r'custom_call_target="([^"]*)"', op.attributes)

@@ -1,32 +1,33 @@
 """What makes a directory of files a checkpoint: a digest of every file, and a marker written last.
 
     00000012/
-      arrays/...       orbax
-      host.json        host state
-      manifest.json    step, metrics, shapes and dtypes by name, {file: [bytes, sha256]}
-      COMMITTED        sha256 of manifest.json
+      arrays-00000-000.safetensors ...   arrays.py
+      host.json, host.npz                host state
+      manifest.json                      step, metrics, {array: shape, dtype, parts}, {file: [bytes, sha256]}
+      COMMITTED                          sha256 of manifest.json
 
-The directory is written as `00000012.tmp` and gets its name by a rename at the very end, so a name of digits
-only is a finished checkpoint on a POSIX file system. Where a directory's rename is not atomic (object stores
-mounted as files), the marker and the digests still tell a half-moved one from a whole one.
+The same on a disk and on an object store: nothing is renamed or appended to. A directory without a marker is
+half-written, or about to be removed, and does not count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
-import pathlib
-import shutil
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from jaxrl.runtime.rundir import atomic_write, fsync_dir
+from etils import epath
+
+from jaxrl.runtime import storage
+from jaxrl.runtime.storage import atomic_write, fsync_dir
 
 MANIFEST, MARKER = "manifest.json", "COMMITTED"
-FORMAT = 1
+FORMAT = 2
 
 
 class Damaged(Exception):
@@ -38,26 +39,22 @@ class Checkpoint:
     """A finished checkpoint: step, where it is, and the scalar metrics given when it was saved."""
 
     step: int
-    path: pathlib.Path
+    path: epath.Path
     metrics: dict[str, float]
 
 
-def step_path(directory: pathlib.Path, step: int) -> pathlib.Path:
+def step_path(directory: str | os.PathLike, step: int) -> epath.Path:
     """Where the checkpoint of a step lies."""
-    return directory / f"{step:08d}"
+    return epath.Path(directory) / f"{step:08d}"
 
 
-def step_paths(directory: str | os.PathLike) -> list[tuple[int, pathlib.Path]]:
+def step_paths(directory: str | os.PathLike) -> list[tuple[int, epath.Path]]:
     """(step, path) of everything that is named like a checkpoint, oldest first, whole or not."""
-    directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted((int(p.name), p) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+    return sorted((int(n), epath.Path(directory) / n) for n in storage.children(directory) if n.isdigit())
 
 
 def list_checkpoints(directory: str | os.PathLike) -> list[Checkpoint]:
-    """The committed checkpoints, oldest first. Only markers are checked here, not the digests of the
-    files."""
+    """The committed checkpoints, oldest first. Only markers are checked here, not the digests of the files."""
     out = []
     for step, path in step_paths(directory):
         try:
@@ -67,70 +64,39 @@ def list_checkpoints(directory: str | os.PathLike) -> list[Checkpoint]:
     return out
 
 
-def files_below(root: pathlib.Path) -> list[str]:
-    """Relative names (with "/") of all files of a checkpoint that the manifest covers, sorted."""
-    names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    return sorted(n for n in names if n not in (MANIFEST, MARKER))
-
-
-def digest_files(root: pathlib.Path, names: Iterable[str], sync: bool, threads: int = 4) -> dict[str, list]:
-    """{name: [bytes, sha256]}; `sync` also flushes each file to the disk. Raises OSError.
-
-    Plain threads and not an executor: executors refuse work while the interpreter shuts down, which is when
-    the last save of a run may still be under way.
-    """
-    todo, out, errors = list(names), {}, []
-
-    def work():
-        while todo and not errors:
-            try:
-                name = todo.pop()
-            except IndexError:
-                return
-            try:
-                with open(root / name, "rb") as f:
-                    out[name] = [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
-                    if sync:
-                        os.fsync(f.fileno())
-            except OSError as e:
-                errors.append(e)
-
-    workers = [threading.Thread(target=work) for _ in range(min(threads, len(todo)))]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    if errors:
-        raise errors[0]
-    return {name: out[name] for name in sorted(out)}
-
-
-def commit(tmp: pathlib.Path, final: pathlib.Path, manifest: dict) -> None:
-    """Seals `tmp` with its manifest and marker and gives it its final name. Raises OSError.
-
-    A checkpoint of the same name is replaced; at no moment is there none of that step on disk that was whole
-    before.
-    """
+def commit(path: str | os.PathLike, manifest: dict) -> None:
+    """Seals a directory with its manifest and, at the very end, its marker. Raises OSError."""
+    path = epath.Path(path)
     text = json.dumps({"format": FORMAT, **manifest})
-    atomic_write(tmp / MANIFEST, text)
-    atomic_write(tmp / MARKER, hashlib.sha256(text.encode()).hexdigest() + "\n")
-    for folder in {p.parent for p in tmp.rglob("*")}:
-        fsync_dir(folder)
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(tmp, final)
-    fsync_dir(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    atomic_write(path / MANIFEST, text)
+    fsync_dir(path.parent)
+    atomic_write(path / MARKER, hashlib.sha256(text.encode()).hexdigest() + "\n")
 
 
-def read_manifest(path: pathlib.Path) -> dict:
+def unseal(path: str | os.PathLike) -> None:
+    """Takes the marker away: from now on this is no checkpoint. Raises OSError."""
+    storage.remove_file(epath.Path(path) / MARKER)
+    with contextlib.suppress(FileNotFoundError):
+        fsync_dir(path)
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Deletes a checkpoint, its marker first; a kill half way leaves what nobody takes for one. Raises OSError."""
+    unseal(path)
+    storage.remove(path)
+
+
+def read_manifest(path: str | os.PathLike) -> dict:
     """The manifest of a checkpoint whose marker fits it. Raises Damaged."""
+    path, name = epath.Path(path), MARKER
     try:
-        marker = (path / MARKER).read_text().strip()
-        text = (path / MANIFEST).read_bytes()
-    except FileNotFoundError as e:
-        raise Damaged(f"half-written, {pathlib.Path(e.filename).name} is missing") from None
+        marker = storage.read(path / name).decode().strip()
+        name = MANIFEST
+        text = storage.read(path / name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"half-written, {name} is missing") from None
+    except storage.StoreError:
+        raise
     except (OSError, UnicodeDecodeError) as e:
         raise Damaged(f"unreadable: {e}") from None
     if hashlib.sha256(text).hexdigest() != marker:
@@ -141,27 +107,28 @@ def read_manifest(path: pathlib.Path) -> dict:
     return manifest
 
 
-def find_damage(path: pathlib.Path, manifest: dict, share: int = 0, shares: int = 1) -> str | None:
-    """Reads the files again and compares digests; None if all is well, else what is wrong with the first bad
-    one.
+def find_damage(path: str | os.PathLike, manifest: dict, share: int = 0, shares: int = 1) -> str | None:
+    """Reads the files again and compares digests; None if all is well, else what is wrong with the first bad one.
 
     share of shares: which part of the files to check, so that processes can divide the work.
     """
     names = list(manifest["files"])[share::shares]
-    for name in names:  # cheap checks first, so that a truncated file is named as such
-        want = manifest["files"][name][0]
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        have = (path / name).stat().st_size
-        if have != want:
-            return f"{name} has {have} bytes instead of {want}"
     try:
-        digests = digest_files(path, names, sync=False)
+        there = storage.files_below(path)
+        for name in names:  # cheap checks first, so that a truncated file is named as such
+            want, have = manifest["files"][name][0], there.get(name)
+            if have is None:
+                return f"{name} is missing"
+            if have != want:
+                return f"{name} has {have} bytes instead of {want}"
+        calls = [functools.partial(storage.sha256, epath.Path(path) / name) for name in names]
+        for name, digest in zip(names, storage.in_threads(calls), strict=True):
+            if digest != manifest["files"][name][1]:
+                return f"{name} has changed content (sha256)"
+    except storage.StoreError:
+        raise
     except OSError as e:
         return f"unreadable: {e}"
-    for name in names:
-        if digests[name] != manifest["files"][name]:
-            return f"{name} has changed content (sha256)"
     return None
 
 
@@ -173,12 +140,3 @@ def retained(checkpoints: Sequence[Checkpoint], keep_last: int, metric: str) -> 
     last = sorted(c.step for c in checkpoints)[-keep_last:]
     scored = [(c.metrics[metric], c.step) for c in checkpoints if math.isfinite(c.metrics.get(metric, math.nan))]
     return {*last, *(step for _, step in sorted(scored)[-1:])}
-
-
-def remove(path: pathlib.Path) -> None:
-    """Deletes a checkpoint; a kill half way leaves a name that nobody takes for a checkpoint. Raises
-    OSError."""
-    doomed = path if path.suffix else path.with_name(path.name + ".old")
-    if doomed != path:
-        os.rename(path, doomed)
-    shutil.rmtree(doomed)

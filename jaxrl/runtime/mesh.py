@@ -1,7 +1,7 @@
 """The device mesh and the one table that says how logical axes lie on it.
 
-    data    replicas: each holds all parameters of its fsdp x tensor block and sees its own rows. Over several slices
-            of TPU (or hosts of GPUs, mesh.slices) this axis alone crosses the network: gradients once an update
+    data    replicas: each holds all parameters of its fsdp x tensor block and sees its own rows. Over several
+            slices of TPU (or hosts of GPUs, mesh.slices) it alone crosses the network: gradients, once a micro-batch
     fsdp    also splits rows; parameters, gradients and optimizer state are split over it and gathered per layer
     tensor  splits heads, MLP width and vocabulary inside a layer (and, as an option, tokens between layers)
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
 
 log = logging.getLogger(__name__)
 

@@ -6,15 +6,17 @@ A run directory holds `model/` (Hugging Face config.json and the tokenizer, writ
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from jaxrl.errors import UserError
-from jaxrl.runtime import checkpoint, manifest
+from jaxrl.runtime import checkpoint, manifest, storage
 from models.config import DecoderConfig, from_hf
 from models.decoder import abstract_params
 from models.tokenizers import Tokenizer, load_tokenizer
@@ -23,16 +25,37 @@ from models.weights import load_params
 
 def is_run(path: str | os.PathLike) -> bool:
     """Whether `path` is a run directory, as opposed to a Hugging Face directory."""
-    return (pathlib.Path(path) / "model" / "config.json").exists()
+    with storage.user_errors():
+        return storage.exists(epath.Path(path) / "model" / "config.json")
+
+
+def description(path: str | os.PathLike, key: str) -> pathlib.Path:
+    """A local directory with config.json and tokenizer of a Hugging Face or run directory; key: of `path`, for errors.
+
+    Raises UserError for a path that cannot be read.
+    """
+    home = storage.as_path(path, key)
+    return storage.local_copy(str(home / "model" if is_run(home) else home), key, _small)
+
+
+def _small(names: list[str]) -> list[str]:
+    return [n for n in names if "/" not in n and not n.endswith((".safetensors", ".bin", ".pth", ".gguf"))]
 
 
 def checkpoint_steps(path: str | os.PathLike) -> list[int]:
     """Steps of a run's checkpoints, ascending; [] for a Hugging Face directory."""
-    return sorted(step for step, _ in manifest.step_paths(pathlib.Path(path) / "checkpoints"))
+    return sorted(step for step, _ in manifest.step_paths(epath.Path(path) / "checkpoints"))
+
+
+def run_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of a run, as a nested dict; {} for a Hugging Face directory."""
+    config = epath.Path(path) / "config.json"
+    return json.loads(storage.read(config)) if is_run(path) and storage.exists(config) else {}
 
 
 def load_model(
-    path: str | os.PathLike, dtype: Any = jnp.float32, shardings: Any = None, step: int | None = None
+    path: str | os.PathLike, dtype: Any = jnp.float32, shardings: Any = None, step: int | None = None,
+    key: str = "--model",
 ) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
     """Config, parameters and tokenizer of a Hugging Face directory or of a run.
 
@@ -41,14 +64,15 @@ def load_model(
       shardings: tree of jax.sharding.Sharding like the parameters, for loading straight to their devices, or
         a function of the config that gives it.
       step: which checkpoint of a run; None is the newest whole one. Not allowed for a Hugging Face directory.
+      key: the setting that `path` comes from, for errors.
 
     Raises UserError, one line naming the file, if anything is missing, damaged or does not fit.
     """
-    root = pathlib.Path(path)
+    root = storage.as_path(path, key)
     try:
-        if not root.is_dir():
+        if not storage.is_remote(root) and not root.is_dir():
             raise UserError(f"{root}: no such directory; need a Hugging Face model or a run directory")
-        home = root / "model" if is_run(root) else root
+        home = description(root, key)
         config, tokenizer = from_hf(home), load_tokenizer(home)
         shardings = shardings(config) if callable(shardings) else shardings
         if is_run(root):
@@ -58,10 +82,14 @@ def load_model(
         return config, load_params(root, config, shardings, dtype), tokenizer
     except ValueError as e:
         raise e if isinstance(e, UserError) else UserError(str(e)) from e
+    except Exception as e:
+        if storage.is_remote(root):  # whatever the store's client raises
+            raise UserError(f"{key}={root}: {storage.explain(e)[0]}") from e
+        raise
 
 
-def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
-    stored, _ = abstract_params(config, _stored_dtype(root, step))
+def _run_params(root: epath.Path, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
+    stored, _ = abstract_params(config, stored_dtype(root, step))
     if shardings is not None:
         stored = jax.tree.map(
             lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), stored, shardings
@@ -73,9 +101,9 @@ def _run_params(root: pathlib.Path, config: DecoderConfig, dtype, shardings, ste
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _stored_dtype(root: pathlib.Path, step: int | None):
+def stored_dtype(root: str | os.PathLike, step: int | None):
     """The parameters' dtype in a checkpoint, so that a run need not tell how it was configured."""
-    paths = dict(manifest.step_paths(root / "checkpoints"))
+    paths = dict(manifest.step_paths(epath.Path(root) / "checkpoints"))
     for s in sorted(paths, reverse=True) if step is None else [step]:
         try:
             return jnp.dtype(manifest.read_manifest(paths[s])["arrays"]["params/final_norm/scale"]["dtype"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxrl.errors import UserError
 from jaxrl.learner.packing import PackedBatch
-from jaxrl.runtime.rundir import atomic_write
+from jaxrl.runtime.storage import atomic_write
 
 MOST_FILES = 16  # a run that skips now and then must not fill the disk
 

@@ -3,6 +3,7 @@ why.
 
     75   SIGTERM or a preemption notice: the state was saved, start the same command again (EX_TEMPFAIL)
     130  SIGINT (Ctrl-C): the state was saved; a second SIGINT leaves at once, without saving
+    74   the last save failed (a full disk, a store that stays away): make room, start the same command again
     76   the watchdog saw no progress (watchdog.py): start the same command again
 """
 
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxrl.runtime import distributed
 
+EXIT_UNSAVED = 74
 EXIT_PREEMPTED = 75
 EXIT_WATCHDOG = 76
 EXIT_INTERRUPTED = 130

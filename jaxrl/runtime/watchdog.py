@@ -5,13 +5,15 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import pathlib
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 
-from jaxrl.runtime.rundir import atomic_write
+from etils import epath
+
 from jaxrl.runtime.signals import EXIT_WATCHDOG
+from jaxrl.runtime.storage import atomic_write
 
 
 class Watchdog:
@@ -25,7 +27,7 @@ class Watchdog:
     """
 
     def __init__(self, run_dir: str | os.PathLike, timeout_seconds: float):
-        self._path = pathlib.Path(run_dir) / "watchdog.txt"
+        self._path = epath.Path(run_dir) / "watchdog.txt"
         self._timeout = timeout_seconds
         self._stop = threading.Event()
         self._last = (time.monotonic(), 0, {})
@@ -64,13 +66,20 @@ class Watchdog:
                 f"{EXIT_WATCHDOG}\n"
                 f"last metrics: {json.dumps(metrics, default=str)}\n")
         try:
-            atomic_write(self._path, text)
-            with open(self._path, "a") as f:
+            with tempfile.TemporaryFile() as f:
                 faulthandler.dump_traceback(f)
-            text += self._path.read_text()[len(text):]
-        except OSError as e:
-            text += f"({self._path}: {e})\n"
+                f.seek(0)
+                text += f.read().decode()
+        except OSError:
             faulthandler.dump_traceback(2)
-        finally:
-            os.write(2, text.encode())
-            os._exit(EXIT_WATCHDOG)
+        os.write(2, text.encode())
+        writer = threading.Thread(target=self._store, args=(text,), daemon=True)
+        writer.start()
+        writer.join(20)  # an object store that does not answer must not keep the process
+        os._exit(EXIT_WATCHDOG)
+
+    def _store(self, text: str) -> None:
+        try:
+            atomic_write(self._path, text)
+        except OSError as e:
+            os.write(2, f"({self._path}: {e})\n".encode())

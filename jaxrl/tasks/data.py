@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl.errors import UserError
+from jaxrl.runtime import storage
 from jaxrl.tasks import words
 from jaxrl.tasks.readers import SUFFIXES, BadRow, read_rows
 from jaxrl.tasks.rows import FIELDS, problem_of
@@ -162,7 +163,7 @@ def _open(spec: str, data_dir: str, split: str | None, config: str | None) -> tu
     """(name for ids, rows with their places) of a data set."""
     if spec.split(":")[0] == "words":
         return "words", ((f"{spec}: row {i}", row) for i, row in enumerate(words.rows(spec)))
-    path = pathlib.Path(spec)
+    path = storage.local_copy(spec, "data")
     known = known_name(spec)
     if spec.endswith(SUFFIXES) or path.is_file():
         if not path.is_file():

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
 
 from jaxrl.errors import UserError
 from jaxrl.tasks import dial
+from jaxrl.tasks.budgets import with_widest_budget
 from jaxrl.tasks.data import check_prompt_lengths, load_problems
 from jaxrl.tasks.grader import Grader
 from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Task
-from jaxrl.tasks.templates import encode_prompt
+from jaxrl.tasks.templates import encode_prompt, prompt_options
 from jaxrl.types import Problem
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def open_task(config, tokenizer) -> Iterator[Task]:
             reward = stack.enter_context(UserReward(t.reward, *limits))
 
         def encode(problem):
-            return encode_prompt(problem, tokenizer, template)
+            return encode_prompt(problem, tokenizer, template, **prompt_options(t))
 
         train = _fitting(train, encode, config, "task.data")
         held_out = _fitting(held_out, encode, config, "task.eval_data") if held_out else []
@@ -51,8 +51,6 @@ def open_task(config, tokenizer) -> Iterator[Task]:
 
 def _dial_problems(config):
     d, seed, mode = config.task.dial, config.seed, config.length.mode
-    if mode == "both":
-        raise UserError("config.length.mode='both': the dial task takes exact or max")
     make = functools.partial(dial.problems, n_min=d.n_min, n_max=d.n_max, mode=mode, max_budget=d.max_budget)
     return make("train", seed, d.train), make("heldout", 0, config.eval.problems)
 
@@ -87,10 +85,3 @@ def _fitting(problems, encode, config, key: str) -> list[Problem]:
     if len(kept) < len(problems):
         log.warning("%s: %d of %d prompts are too long and left out", key, len(problems) - len(kept), len(problems))
     return [problems[i] for i in kept]
-
-
-def with_widest_budget(problem: Problem, config) -> Problem:
-    """The problem with the largest budget it could be given."""
-    if config.length.mode == "none" or problem.budget is not None:
-        return problem
-    return dataclasses.replace(problem, budget=config.length.high, mode="max")

@@ -9,7 +9,7 @@ from jaxrl.types import Problem
 
 
 class Grade(NamedTuple):
-    """correct: 0 or 1. reward: float. valid: False keeps the completion out of training. outcome: see Group."""
+    """correct: 0 or 1. reward: float. valid: False keeps the completion out of training. outcome: as in Rollouts."""
 
     correct: float
     reward: float

@@ -2,7 +2,8 @@ r"""From a problem to what the model reads.
 
     plain   the problem
     boxed   L1's base prompt: the problem and "Let's think step by step and output the final answer within \boxed{}."
-    chat    the same in the tokenizer's chat template; messages of verl's schema are passed as they are
+    chat    the same in the tokenizer's chat template, after a system prompt if there is one; messages of verl's
+            schema are passed as they are
     dial    the embedded task (a budget there is a token in front, see dial.prompt_text)
 
 A problem with a length budget gets L1's sentence behind the text, before any chat template is applied.
@@ -10,25 +11,41 @@ A problem with a length budget gets L1's sentence behind the text, before any ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from jaxrl.algorithms.length import prompt_suffix
 from jaxrl.errors import UserError
 from jaxrl.tasks import dial
 from jaxrl.types import Problem
+from models.tokenizers import ChatTemplateError
 
 BOXED = " Let's think step by step and output the final answer within \\boxed{}."
 CHOICE = " Let's think step by step and output the letter of the correct option within \\boxed{}."
 TEMPLATES = ("plain", "boxed", "chat", "dial")
+THINKING = {"default": None, "on": True, "off": False}  # task.enable_thinking -> what the chat template is told
 
 
 class _Tokenizer(Protocol):
     bos_id: int | None
+    chat_template: str | dict[str, str] | None
 
     def encode(self, text: str) -> list[int]: ...
 
     def apply_chat_template(self, messages: Sequence[dict], **options) -> list[int] | None: ...
+
+
+def prompt_suffix(mode: str, budget: int | None) -> str:
+    """What LCPO appends to the prompt: mode "exact", "max" or "none" -> text with a leading space, or "".
+
+    Raises ValueError for another mode, or a budget below 1 in a mode that needs one.
+    """
+    if mode == "none":
+        return ""
+    if mode not in ("exact", "max"):
+        raise ValueError(f"unknown budget mode {mode!r}; valid: none, exact, max")
+    if budget is None or budget < 1:
+        raise ValueError(f"budget mode {mode!r} needs a budget of at least 1 token, not {budget}")
+    return f" Think for {budget} tokens." if mode == "exact" else f" Think for maximum {budget} tokens."
 
 
 def prompt_text(problem: Problem, template: str) -> str:
@@ -49,26 +66,45 @@ def prompt_text(problem: Problem, template: str) -> str:
 
 
 def messages(problem: Problem, system: str = "") -> list[dict[str, str]]:
-    """The conversation of a "chat" prompt. Messages that came with the data set (verl) are kept, and only a
-    length budget is added to the last one of the user."""
+    """The conversation of a "chat" prompt, system prompt in front.
+
+    Messages that came with the data set (verl) are kept, their own system prompt, too; only a length budget is added
+    to the last one of the user.
+    """
     given = problem.info.get("messages")
-    if not given:
-        opening = [{"role": "system", "content": system}] if system else []
-        return [*opening, {"role": "user", "content": prompt_text(problem, "chat")}]
-    suffix = prompt_text(problem, "plain")[len(problem.prompt) :]
-    last = max(i for i, m in enumerate(given) if m["role"] == "user")
-    return [{**m, "content": m["content"] + suffix} if i == last else m for i, m in enumerate(given)]
+    if given:
+        suffix = prompt_text(problem, "plain")[len(problem.prompt) :]
+        last = max(i for i, m in enumerate(given) if m["role"] == "user")
+        given = [{**m, "content": m["content"] + suffix} if i == last else m for i, m in enumerate(given)]
+    else:
+        given = [{"role": "user", "content": prompt_text(problem, "chat")}]
+    opening = system and not any(m["role"] == "system" for m in given)
+    return [{"role": "system", "content": system}, *given] if opening else given
 
 
-def encode_prompt(problem: Problem, tokenizer: _Tokenizer, template: str, system: str = "", **options) -> list[int]:
+def prompt_options(task: Mapping[str, str]) -> dict:
+    """encode_prompt's options of a config's task section; an older run's has none."""
+    thinking = THINKING[task.get("enable_thinking", "default")]
+    return {"system": task.get("system_prompt", ""), "enable_thinking": thinking}
+
+
+def encode_prompt(
+    problem: Problem, tokenizer: _Tokenizer, template: str, system: str = "", enable_thinking: bool | None = None
+) -> list[int]:
     """Token ids of a prompt, with the BOS id in front where the model expects one.
 
-    options go to the chat template (enable_thinking=False). Raises UserError if the tokenizer has none.
+    For "chat": system is the system prompt ("" for none); enable_thinking goes to the chat template (None leaves its
+    default). Raises UserError if the tokenizer has no chat template, or one that does not do what is asked.
     """
-    if template == "chat":
-        ids = tokenizer.apply_chat_template(messages(problem, system), **options)
-        if ids is None:
-            raise UserError("template 'chat': this tokenizer has no chat template; valid: plain, boxed")
-        return ids
-    ids = tokenizer.encode(prompt_text(problem, template))
-    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    if template != "chat":
+        ids = tokenizer.encode(prompt_text(problem, template))
+        return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    if tokenizer.chat_template is None:
+        raise UserError("template 'chat': this tokenizer has no chat template; valid: plain, boxed")
+    if options and "enable_thinking" not in str(tokenizer.chat_template):
+        raise UserError("enable_thinking: the tokenizer's chat template has no such switch; leave it unset")
+    try:
+        return tokenizer.apply_chat_template(messages(problem, system), **options)
+    except ChatTemplateError as e:
+        raise UserError(str(e)) from None

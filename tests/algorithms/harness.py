@@ -15,7 +15,8 @@ from jaxrl.algorithms.aggregation import AGGREGATIONS, aggregate
 from jaxrl.algorithms.hyper import resolve
 from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.losses import LOSSES
-from jaxrl.types import Completion, Group, Problem
+from jaxrl.rollouts import Prompt, from_sequences
+from jaxrl.types import Problem
 
 ROWS, WIDTH = 16, 64
 
@@ -145,20 +146,18 @@ def pack(sequences, rows, rng=None, width=WIDTH, prompts=True):
 
 
 def make_group(lengths, correct, rewards=None, valid=None, truncated=None, name="p"):
-    """A Group with the given response lengths and grades."""
+    """Rollouts of one group with the given response lengths and grades; `jaxrl.rollouts.concat` joins several."""
     n = len(lengths)
     truncated = np.zeros(n, bool) if truncated is None else np.asarray(truncated, bool)
     correct = np.asarray(correct, np.float32)
-    return Group(
-        problem=Problem(id=name, prompt="", answer=""),
-        prompt_tokens=np.arange(n, dtype=np.int32),
-        completions=[
-            Completion(np.zeros(k, np.int32), np.zeros(k, np.float32), "length" if cut else "eos")
-            for k, cut in zip(lengths, truncated, strict=True)
-        ],
-        texts=[f"{name}-{i}" for i in range(n)],
+    group = from_sequences(
+        [np.arange(3)],
+        [np.zeros(k, np.int32) for k in lengths],
+        group=[0] * n,
         correct=correct,
-        rewards=correct if rewards is None else np.asarray(rewards, np.float32),
+        reward=correct if rewards is None else np.asarray(rewards, np.float32),
         valid=np.ones(n, bool) if valid is None else np.asarray(valid, bool),
-        outcomes=["correct" if c else "wrong" for c in correct],
+        finish=np.where(truncated, "length", "eos").astype(object),
+        outcome=np.where(correct > 0, "correct", "wrong").astype(object),
     )
+    return group.replace(prompts=(Prompt(Problem(name, "", ""), np.arange(3, dtype=np.int32), n),))

@@ -1,12 +1,15 @@
 """Advantages against formulas written group by group, their special cases, and properties."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl.algorithms.advantages import ADVANTAGES, group_advantages
-from jaxrl.algorithms.hyper import resolve
+from jaxrl.algorithms.advantages import ADVANTAGES, advantages
+from jaxrl.algorithms.hyper import Method, resolve
+from jaxrl.rollouts import concat
 from tests.algorithms.harness import make_group
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -16,7 +19,8 @@ CENTRED = [n for n in ADVANTAGES if n != "reinforce_pp_baseline"]
 
 def _run(name, rewards, ids, lengths=None, **constants):
     entry, hyper = resolve(ADVANTAGES, "advantage", name, constants)
-    return entry.fn(rewards, ids, np.ones(len(rewards)) if lengths is None else lengths, hyper)
+    lengths = np.ones(len(rewards)) if lengths is None else lengths
+    return entry.fn(SimpleNamespace(reward=rewards, group=ids, lengths=lengths), hyper)
 
 
 def _reference(name, rewards, ids, lengths):
@@ -128,9 +132,19 @@ def test_groups_leave_ungraded_completions_out(name):
         make_group([4, 4, 7], [1, 0, 1], valid=[True, True, False]),
         make_group([1, 1], [1, 0], valid=[False, False]),
     ]
-    expected, found = group_advantages(full, name), group_advantages(extra, name)
-    np.testing.assert_allclose(found[0], np.insert(expected[0], 1, 0.0))
-    np.testing.assert_allclose(found[1], np.append(expected[1], 0.0))
-    np.testing.assert_array_equal(found[2], [0, 0])
-    assert group_advantages([], name) == []
-    assert [a.tolist() for a in group_advantages(extra[2:], name)] == [[0.0, 0.0]]
+    expected, found = advantages(concat(full), name), advantages(concat(extra), name)
+    valid = concat(extra).valid
+    np.testing.assert_allclose(found[valid], expected)
+    np.testing.assert_array_equal(found[~valid], 0)
+    assert advantages(concat([]), name).tolist() == []
+    assert advantages(extra[2], name).tolist() == [0.0, 0.0]
+
+
+def test_an_advantage_may_be_one_a_token(monkeypatch):
+    group = make_group([1, 3, 2], [1, 1, 0], valid=[True, False, True])
+    by_token = lambda rollouts, hyper: np.arange(len(rollouts.tokens)) + 1.0  # noqa: E731
+    monkeypatch.setitem(ADVANTAGES, "by_token", Method(by_token))
+    assert advantages(group, "by_token").tolist() == [1, 0, 0, 0, 2, 3]
+    monkeypatch.setitem(ADVANTAGES, "wrong", Method(lambda rollouts, hyper: np.zeros(7)))
+    with pytest.raises(ValueError, match=r"'wrong' must return \[2\], one a response, or \[3\].*not \[7\]"):
+        advantages(group, "wrong")

@@ -39,7 +39,7 @@ def test_ends_of_ranges():
     assert Integer(-1, 1, 8, off=-1).accepts(-1) and not Integer(-1, 1, 8, off=-1).accepts(9)
     assert not Integer(1).accepts(np.bool_(True)) and not Integer(1).accepts(2.0)
     assert str(Number(3.0, 1, above=True, off=0.0)) == "a number above 1, or 0"
-    assert str(Number(0.5, 0, 1, below=True)) == "a number at least 0 and below 1"
+    assert str(Number(0.5, 0, 1, below=True)) == "a number of at least 0 and below 1"
     assert str(Number(0.5, -math.inf)) == "a finite number"
     assert str(Integer(1, 1, 8)) == "an integer of at least 1 and at most 8"
     assert str(Choice("", ("", "a"))) == 'one of "", a'

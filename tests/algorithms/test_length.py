@@ -3,27 +3,22 @@
 import numpy as np
 import pytest
 
-from jaxrl.algorithms.hyper import resolve
-from jaxrl.algorithms.length import LENGTH_REWARDS, laser_targets, prompt_suffix, sample_budgets
+from jaxrl.algorithms.hyper import Method
+from jaxrl.algorithms.length import (
+    LENGTH_REWARDS,
+    LengthInputs,
+    laser_targets,
+    length_rewards,
+)
 from jaxrl.algorithms.length_metrics import budget_metrics, control, performance, scaling
+from jaxrl.tasks.budgets import sample_budgets
 
 
 def _reward(
     name, correct, lengths, budgets=0, ids=0, truncated=False, max_length=1000, modes="none", **constants
 ):
-    entry, hyper = resolve(LENGTH_REWARDS, "length reward", name, constants)
-    n = len(correct)
-    spread = lambda x: np.broadcast_to(np.asarray(x), (n,))  # noqa: E731
-    return entry.fn(
-        np.asarray(correct),
-        np.asarray(lengths),
-        spread(budgets),
-        spread(ids),
-        spread(truncated),
-        max_length,
-        spread(modes),
-        hyper,
-    )
+    inputs = LengthInputs(correct, lengths, max_length, budgets, modes, ids, truncated)
+    return length_rewards(name, inputs, constants)
 
 
 @pytest.mark.parametrize("name", LENGTH_REWARDS)
@@ -34,6 +29,16 @@ def test_shape_dtype_and_purity(name):
     assert found.dtype == np.float64 and found.shape == (3,) and np.all(np.isfinite(found))
     assert np.array_equal(correct, before[0]) and np.array_equal(lengths, before[1])
     assert _reward(name, [], []).shape == (0,)
+
+
+def test_a_reward_of_another_column_and_of_another_shape(monkeypatch):
+    """What a method adds to the rollouts is there; a wrong shape is one line."""
+    inputs = LengthInputs([1, 0], [3, 4], 10, columns={"waits": np.array([2, 0])})
+    monkeypatch.setitem(LENGTH_REWARDS, "waits", Method(lambda inputs, hyper: inputs.columns["waits"]))
+    assert length_rewards("waits", inputs).tolist() == [2.0, 0.0]
+    monkeypatch.setitem(LENGTH_REWARDS, "wrong", Method(lambda inputs, hyper: 1.0))
+    with pytest.raises(ValueError, match=r"length reward 'wrong' must return \[2\], not \[\]"):
+        length_rewards("wrong", inputs)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +117,7 @@ def test_laser_and_laser_d():
     correct = [1, 1, 1, 1, 0, 0, 0, 0, 0]
     lengths = [10, 30, 90, 50, 60, 70, 80, 80, 80]
     ids = np.repeat([0, 1, 2], 3)
-    targets = laser_targets(correct, lengths, ids, [20, 40, 60, 80, 100], 120)
+    targets = laser_targets(LengthInputs(correct, lengths, 120, group=ids), [20, 40, 60, 80, 100])
     assert targets == {
         "easy": 40.0,
         "medium": 60.0,
@@ -135,17 +140,6 @@ def test_overlong_and_dler():
     np.testing.assert_allclose(_reward("dler", [1, 1, 0], [999, 1001, 5], max_length=1000), [1, 0, 0])
     np.testing.assert_allclose(_reward("dler", [1, 1], [5, 6], limit=5), [1, 0])
     np.testing.assert_allclose(_reward("dler", [1, 1], [5, 6], truncated=[True, False]), [0, 1])
-
-
-def test_prompt_suffixes():
-    assert prompt_suffix("exact", 512) == " Think for 512 tokens."
-    assert prompt_suffix("max", 512) == " Think for maximum 512 tokens."
-    assert prompt_suffix("none", None) == "" == prompt_suffix("none", 5)
-    with pytest.raises(ValueError, match="unknown budget mode 'min'; valid: none, exact, max"):
-        prompt_suffix("min", 5)
-    for bad in (None, 0):
-        with pytest.raises(ValueError, match="needs a budget of at least 1 token"):
-            prompt_suffix("exact", bad)
 
 
 def test_budget_samplers():

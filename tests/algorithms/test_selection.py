@@ -2,7 +2,6 @@
 ungraded).
 """
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -11,16 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.algorithms.greso import GRESO_DEFAULTS, greso_init, greso_keep, greso_update
+from jaxrl.algorithms.hyper import Method
 from jaxrl.algorithms.selection import (
-    PER_COMPLETION,
     SELECTIONS,
+    STATISTICS,
+    group_reasons,
     max_variance_subset,
+    mean_accuracy,
     mean_length,
     parse_chain,
-    select,
     thresholds,
 )
-from jaxrl.types import Group
+from jaxrl.algorithms.selection import dropped as count_dropped
+from jaxrl.algorithms.selection import select as select_columns
+from jaxrl.errors import UserError
+from jaxrl.rollouts import concat
 from tests.algorithms.harness import make_group
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -32,13 +36,15 @@ def _mixed(lengths):
     return [make_group([n, n], [1, 0], name=str(i)) for i, n in enumerate(lengths)]
 
 
-def _names(groups):
-    return [int(g.problem.id) for g in groups]
+def select(groups, chain, hyper=None):
+    """(rollouts that are kept, {reason: count}) of a list of groups."""
+    rollouts = concat(groups)
+    keep, reason = select_columns(rollouts, chain, hyper)
+    return rollouts.where(keep), count_dropped(rollouts, reason)
 
 
-def test_every_completion_field_of_group_is_cut_by_reducing_selections():
-    fields = {f.name for f in dataclasses.fields(Group)}
-    assert fields - {"problem", "prompt_tokens"} == set(PER_COMPLETION)
+def _names(rollouts):
+    return [int(p.problem.id) for p in rollouts.prompts]
 
 
 def test_accuracy_keeps_spread_and_says_why_it_drops():
@@ -61,8 +67,9 @@ def test_accuracy_keeps_spread_and_says_why_it_drops():
     }
     shaped = [make_group([3, 3], [1, 1], rewards=[1.0, 0.9]), make_group([3, 3], [1, 0], rewards=[0.5, 0.5])]
     kept, dropped = select(shaped, "accuracy", {"accuracy": {"metric": "rewards"}})
-    assert kept == shaped[:1] and dropped == {"accuracy/all_equal": 1}
-    assert select(groups, "none") == (groups, {})
+    assert kept.reward.tolist() == [1.0, np.float32(0.9)] and dropped == {"accuracy/all_equal": 1}
+    kept, dropped = select(groups, "none")
+    assert _names(kept) == [*range(7)] and len(kept) == 14 and dropped == {}
 
 
 def test_lspo_keeps_both_ends_and_drops_the_longest():
@@ -92,14 +99,15 @@ def test_the_two_quantiles_differ_on_small_batches():
 @pytest.mark.parametrize("name", LSPO_LIKE)
 def test_lspo_and_its_ablations_at_the_edges(name):
     solved = [make_group([4, 4], [1, 1]), make_group([4, 4], [0, 0])]
-    assert select([], name) == ([], {})
-    assert select(solved, name) == ([], {f"{name}/all_correct": 1, f"{name}/all_wrong": 1})
-    one = _mixed([7])
-    assert select(solved + one, name)[0] == one
-    kept, dropped = select(equal := _mixed([5] * 6), name)
-    assert _names(kept) == _names(equal) and dropped == {}
+    kept, dropped = select([], name)
+    assert len(kept) == 0 and dropped == {}
+    kept, dropped = select(solved, name)
+    assert len(kept) == 0 and dropped == {f"{name}/all_correct": 1, f"{name}/all_wrong": 1}
+    assert select(solved + _mixed([7]), name)[0].lengths.tolist() == [7, 7]
+    kept, dropped = select(_mixed([5] * 6), name)
+    assert _names(kept) == [*range(6)] and dropped == {}
     single = [make_group([n], [c], name=str(n)) for n, c in ((3, 1), (5, 0), (9, 1))]
-    assert {g.problem.id for g in select(single, name)[0]} <= {"3", "5", "9"} and select(single, name)[0]
+    assert 0 < len(select(single, name)[0]) <= 3
 
 
 def test_ablations_keep_what_they_say():
@@ -139,15 +147,13 @@ def test_selections_partition_keep_order_and_touch_nothing(spec, name):
     the order.
     """
     groups = [make_group([n] * 4, [1] * c + [0] * (4 - c), name=str(i)) for i, (n, c) in enumerate(spec)]
-    before = [(g.valid.copy(), len(g.completions)) for g in groups]
+    before = concat(groups)
     kept, dropped = select(groups, name)
     whole = sum(n for reason, n in dropped.items() if not reason.endswith("completions"))
-    assert len(kept) + whole == len(groups)
+    assert kept.num_groups + whole == len(groups)
     assert _names(kept) == sorted(_names(kept))
-    assert all(
-        np.array_equal(g.valid, v) and len(g.completions) == n
-        for g, (v, n) in zip(groups, before, strict=True)
-    )
+    after = concat(groups)
+    assert all(np.array_equal(getattr(before, k), getattr(after, k)) for k in ("valid", "reward", "offsets"))
     backwards, _ = select(groups[::-1], name)
     assert sorted(_names(backwards)) == _names(kept)
 
@@ -171,7 +177,8 @@ def test_ungraded_completions_have_no_say():
     """A crash on a very long answer must not make its group the longest."""
     groups = _mixed(range(10, 31))
     odd = make_group([10, 10, 9000], [1, 0, 1], valid=[True, True, False], name="0")
-    assert mean_length(odd) == 10
+    assert mean_length(odd) == [10] and mean_accuracy(odd) == [0.5]
+    assert np.isnan(mean_length(make_group([3], [1], valid=[False]))).all()
     assert _names(select([odd, *groups[1:]], "lspo")[0]) == _names(select(groups, "lspo")[0])
 
 
@@ -187,7 +194,8 @@ def test_overlong_masks_truncated_completions():
         "overlong/overlong_completions": 2,
         "overlong/overlong": 1,
     }
-    assert kept[0].valid.tolist() == [False, True, True] and kept[2].valid.tolist() == [False, False, True]
+    # of group 0 the truncated one is gone, of group 3 as well; what was ungraded stays, without a gradient
+    assert kept.group.tolist() == [0, 0, 1, 1, 2, 2] and kept.valid.tolist() == [True] * 4 + [False, True]
     kept, dropped = select(groups, "overlong", {"overlong": {"max_truncated": 0.5}})
     assert _names(kept) == [0, 2] and dropped == {"overlong/overlong_completions": 1, "overlong/overlong": 2}
     half = make_group([9, 4], [0, 1], truncated=[1, 0], name="0")  # at the limit, not above it
@@ -205,22 +213,24 @@ def test_pods_finds_the_largest_variance(rewards, keep):
 
 def test_pods_and_gfpo_reduce_groups():
     group = make_group([8, 3, 5, 6, 2], [1, 1, 0, 1, 0], rewards=[1, 0.9, 0, 1, -1], valid=[1, 1, 1, 1, 0])
-    (pods,), dropped = select([group], "pods", {"pods": {"keep": 2}})
-    assert pods.texts == ["p-2", "p-3"] and pods.rewards.tolist() == [0, 1] and len(pods.completions) == 2
+    pods, dropped = select([group], "pods", {"pods": {"keep": 2}})
+    assert pods.sample.tolist() == [2, 3] and pods.reward.tolist() == [0, 1] and len(pods) == 2
     assert dropped == {"pods/unselected_completions": 3}
-    (gfpo,), _ = select([group], "gfpo", {"gfpo": {"keep": 2}})
-    assert (
-        gfpo.texts == ["p-1", "p-2"]
-        and gfpo.lengths.tolist() == [3, 5]
-        and gfpo.outcomes == ["correct", "wrong"]
-    )
-    (gfpo,), _ = select([group], "gfpo", {"gfpo": {"keep": 2, "metric": "efficiency"}})
-    assert gfpo.texts == ["p-1", "p-3"]
+    gfpo, _ = select([group], "gfpo", {"gfpo": {"keep": 2}})
+    assert gfpo.sample.tolist() == [1, 2] and gfpo.lengths.tolist() == [3, 5]
+    assert gfpo.outcome.tolist() == ["correct", "wrong"]
+    gfpo, _ = select([group], "gfpo", {"gfpo": {"keep": 2, "metric": "efficiency"}})
+    assert gfpo.sample.tolist() == [1, 3]
     for name in ("pods", "gfpo"):
         kept, dropped = select([group], name, {name: {"keep": 4}})
-        assert kept[0] is group and dropped == {}
+        assert kept.sample.tolist() == [*range(5)] and dropped == {}
         with pytest.raises(ValueError, match="keep=0 must be an integer of at least 1"):
             select([group], name, {name: {"keep": 0}})
+
+
+def _greso(state, groups):
+    rollouts = concat(groups)
+    return greso_update(state, [p.problem.id for p in rollouts.prompts], mean_accuracy(rollouts))
 
 
 def test_greso_streaks_and_adaptation():
@@ -229,20 +239,20 @@ def test_greso_streaks_and_adaptation():
         make_group([2, 2], c, name=n) for n, c in (("e", [1, 1]), ("h", [0, 0]), ("m", [1, 0]))
     )
     crashed = make_group([2, 2], [0, 0], valid=[False, False], name="c")
-    one = greso_update(state, [easy, hard, mixed, crashed])
+    one = _greso(state, [easy, hard, mixed, crashed])
     assert state == greso_init()  # not changed in place
     assert one["streaks"] == {"e": ["easy", 1], "h": ["hard", 1]}
     # Each kind has 1/3 of the graded groups: above 1/12 and 1/6, so both explore less.
     assert one["explore"] == pytest.approx({"easy": 0.49, "hard": 0.49})
-    two = greso_update(one, [easy, make_group([2, 2], [1, 1], name="h"), *[mixed] * 20])
+    two = _greso(one, [easy, make_group([2, 2], [1, 1], name="h"), *[mixed] * 20])
     assert two["streaks"] == {"e": ["easy", 2], "h": ["easy", 1]}
     assert two["explore"] == pytest.approx({"easy": 0.48, "hard": 0.50})  # 2/22 >= 1/12, 0 < 1/6
-    assert greso_update(two, [make_group([2, 2], [1, 0], name="e")])["streaks"] == {"h": ["easy", 1]}
-    just = greso_update(state, [easy, *[mixed] * 11])  # a share of exactly the target, 1/12, is enough
+    assert _greso(two, [make_group([2, 2], [1, 0], name="e")])["streaks"] == {"h": ["easy", 1]}
+    just = _greso(state, [easy, *[mixed] * 11])  # a share of exactly the target, 1/12, is enough
     assert just["explore"] == pytest.approx({"easy": 0.49, "hard": 0.51})
     low = {"explore": {"easy": 0.05, "hard": 0.95}, "streaks": {}}
-    assert greso_update(low, [easy])["explore"] == pytest.approx({"easy": 0.05, "hard": 0.95})
-    assert greso_update(state, [crashed]) == state
+    assert _greso(low, [easy])["explore"] == pytest.approx({"easy": 0.05, "hard": 0.95})
+    assert _greso(state, [crashed]) == state
 
 
 def test_greso_samples_streaks_with_probability_p_to_the_n():
@@ -262,3 +272,47 @@ def _after(n):
     rng = np.random.default_rng(0)
     rng.random(n)
     return rng.random()
+
+
+def test_reasons_of_groups_and_of_single_responses():
+    """A chain names the rule that dropped a response; a group counts as dropped only where nothing of it is left."""
+    groups = [
+        make_group([9, 4, 4], [0, 1, 0], truncated=[1, 0, 0], name="0"),
+        make_group([4, 4], [1, 1], name="1"),
+        make_group([9, 4], [0, 1], truncated=[1, 0], name="2"),  # one is cut, the other has nothing to compare with
+    ]
+    rollouts = concat(groups)
+    keep, reason = select_columns(rollouts, "overlong+accuracy")
+    assert reason.tolist() == ["overlong/overlong_completions", "", "", "accuracy/all_correct", "accuracy/all_correct",
+                               "overlong/overlong_completions", "accuracy/all_correct"]  # fmt: skip
+    assert keep.tolist() == [why == "" for why in reason]
+    assert count_dropped(rollouts, reason) == {"accuracy/all_correct": 2, "overlong/overlong_completions": 2}
+    assert group_reasons(rollouts, reason).tolist() == ["", "accuracy/all_correct", "accuracy/all_correct"]
+
+
+def old_form(correct, lengths, hyper):
+    """A method as the first edition called it."""
+
+
+def test_a_rule_must_return_keep_and_reason(monkeypatch):
+    groups = _mixed([3, 5])
+    for wrong in (lambda r, h: (r, {}), lambda r, h: (r.valid[:1], r.valid[:1]), lambda r, h: (r.reward, r.finish)):
+        monkeypatch.setitem(SELECTIONS, "wrong", Method(wrong))
+        with pytest.raises(ValueError, match=r"selection 'wrong' must return \(keep, reason\)"):
+            select(groups, "wrong")
+    with pytest.raises(ValueError, match=r"fn\(inputs, hyper\) .* not old_form\(correct, lengths, hyper\); docs/ext"):
+        Method(old_form)
+    monkeypatch.setitem(SELECTIONS, "old", Method(lambda groups, hyper: ([g for g in groups], {})))
+    with pytest.raises(UserError, match="not a list of groups: a selection rule is fn"):
+        select(groups, "old")
+
+
+def test_lspo_on_a_statistic_of_ones_own(monkeypatch):
+    groups = concat(_mixed([5] * 21))
+    rollouts = groups.replace(columns={"entropy": np.repeat(np.arange(21.0), 2)})
+    monkeypatch.setitem(STATISTICS, "entropy", lambda rollouts: rollouts.group_mean(rollouts.columns["entropy"]))
+    keep, reason = select_columns(rollouts, "lspo", {"lspo": {"statistic": "entropy"}})
+    assert _names(rollouts.where(keep)) == [*range(7), *range(13, 20)]
+    assert set(reason) == {"", "lspo/middle_entropy", "lspo/top_entropy"}
+    with pytest.raises(ValueError, match="statistic='surprise' must be one of length, accuracy, entropy"):
+        select_columns(rollouts, "lspo", {"lspo": {"statistic": "surprise"}})

@@ -43,7 +43,7 @@ def test_a_forced_budget_covers_the_whole_response(monkeypatch):
 
     def fake(sampler, params, requests, delimiters, **options):
         seen.append(options)
-        forced = Forced(np.arange(5), np.zeros(5, np.float32), np.ones(5, bool), 3, 2, 1, True, "eos")
+        forced = Forced(np.arange(5), np.zeros(5, np.float32), "eos", thinking=3, waits=1, cut=True)
         return [[forced] for _ in requests]
 
     monkeypatch.setattr(lengths, "generate_forced", fake)

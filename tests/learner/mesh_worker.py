@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl.learner.packing import pack
+from jaxrl.learner.packing import PackSettings, pack
 from jaxrl.learner.state import Optimizer, init_state
 from jaxrl.learner.update import Objective, build_programs, place_batch
+from jaxrl.rollouts import from_sequences
 from jaxrl.runtime import hlo
 from jaxrl.runtime.mesh import make_mesh
 from models.config import DecoderConfig
@@ -34,8 +35,10 @@ def batch(seed=0):
     prompts = [rng.integers(1, 208, rng.integers(2, 9)) for _ in range(64)]
     responses = [rng.integers(1, 208, rng.integers(3, 39)) for _ in range(64)]
     logprobs = [-5 + 0.1 * rng.normal(size=len(r)) for r in responses]
-    data, packing = pack(prompts, responses, rng.normal(size=64), logprobs, (48,), 8 * 48, shards=8)
-    data = data.replace(old_logprobs=packing.spread(logprobs), ref_logprobs=packing.spread(logprobs))
+    rollouts = from_sequences(prompts, responses, logprobs)
+    data, packing = pack(rollouts, rng.normal(size=64), PackSettings(48, 8 * 48, shards=8))
+    spread = packing.spread(rollouts.logprobs)
+    data = data.replace(old_logprobs=spread, ref_logprobs=spread)
     return data.replace(capacity=8 * 48)  # for the mesh whose one shard holds all rows
 
 

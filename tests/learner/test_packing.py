@@ -7,36 +7,41 @@ from hypothesis import strategies as st
 
 from jaxrl.batch import most_rows
 from jaxrl.errors import UserError
-from jaxrl.learner.packing import capacity_bucket, pack
+from jaxrl.learner.packing import PackSettings, capacity_bucket, pack
+from jaxrl.rollouts import from_sequences
 from jaxrl.runtime.config import base_config
 
 
 def sequences(lengths, seed=0):
-    """Prompts, responses, advantages, log-probs with recognisable content; lengths: pairs (prompt, response)."""
+    """(rollouts, advantages) with recognisable content; lengths: pairs (prompt, response)."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 1000, p) for p, _ in lengths]
     responses = [rng.integers(1000, 2000, n) for _, n in lengths]
-    return prompts, responses, rng.normal(size=len(lengths)), [rng.normal(size=n) for _, n in lengths]
+    advantages, logprobs = rng.normal(size=len(lengths)), [rng.normal(size=n) for _, n in lengths]
+    return from_sequences(prompts, responses, logprobs), advantages
 
 
 pairs = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 44)), min_size=1, max_size=60)
 
 
 @settings(max_examples=60, deadline=None)
-@given(pairs, st.sampled_from([64, 128, 500]), st.sampled_from([1, 2, 4]))
-def test_every_sequence_comes_back_whole(lengths, micro_tokens, shards):
-    prompts, responses, advantages, logprobs = sequences(lengths)
-    batch, packing = pack(prompts, responses, advantages, logprobs, (32, 64, 96), micro_tokens, shards)
+@given(pairs, st.sampled_from([64, 96]), st.sampled_from([64, 128, 500]), st.sampled_from([1, 2, 4]))
+def test_every_sequence_comes_back_whole(lengths, row, micro_tokens, shards):
+    rollouts, advantages = sequences(lengths)
+    batch, packing = pack(rollouts, advantages, PackSettings(row, micro_tokens, shards))
     M, R, T = packing.shape
-    assert batch.tokens.shape == (M, R, T) and R % shards == 0 and T in (32, 64, 96)
+    assert batch.tokens.shape == (M, R, T) and R % shards == 0 and T == row
     assert M & (M - 1) == 0 and M // 2 < batch.num_micro <= M
     assert R == shards or R * T <= micro_tokens
     assert not batch.segment_ids[batch.num_micro :].any()
     tokens, segments, positions = (getattr(batch, k).reshape(M * R, T) for k in ("tokens", "segment_ids", "positions"))
     seen = np.zeros((M * R, T), int)
-    for i, (row, start, n) in enumerate(zip(packing.rows, packing.starts, packing.lengths, strict=True)):
-        begin, end = start - len(prompts[i]), start + n
-        np.testing.assert_array_equal(tokens[row, begin:end], np.concatenate([prompts[i], responses[i]]))
+    for i, response in enumerate(rollouts.split_tokens()):
+        prompt, index = rollouts.prompts[i].tokens, packing.index[packing.offsets[i] : packing.offsets[i + 1]]
+        row, begin = divmod(index[0] - len(prompt), T)
+        end = begin + len(prompt) + len(response)
+        assert (index == row * T + np.arange(begin + len(prompt), end)).all()
+        np.testing.assert_array_equal(tokens[row, begin:end], np.concatenate([prompt, response]))
         np.testing.assert_array_equal(positions[row, begin:end], np.arange(end - begin))
         assert len(set(segments[row, begin:end])) == 1 and segments[row, begin] > 0
         assert begin == 0 or segments[row, begin - 1] == segments[row, begin] - 1  # contiguous, counting up
@@ -45,13 +50,38 @@ def test_every_sequence_comes_back_whole(lengths, micro_tokens, shards):
     assert seen.sum() == sum(p + n for p, n in lengths)
     assert batch.num_tokens == sum(n for _, n in lengths) == batch.response_mask.sum()
     assert batch.num_sequences == len(lengths)
-    for got, want in zip(packing.collect(batch.sampler_logprobs), logprobs, strict=True):
-        np.testing.assert_allclose(got, np.float32(want))
-    for got, want in zip(packing.collect(batch.advantages), advantages, strict=True):
-        assert (got == np.float32(want)).all()
+    assert (packing.collect(batch.sampler_logprobs) == rollouts.logprobs).all()
+    assert (packing.collect(batch.advantages) == np.float32(rollouts.per_token(advantages))).all()
+    assert (packing.collect(packing.spread(rollouts.tokens)) == rollouts.tokens).all()
     assert (batch.advantages[batch.response_mask == 0] == 0).all()
     per_shard = batch.response_mask.reshape(M, shards, -1).sum(-1)
     assert per_shard.max() <= batch.capacity <= R // shards * T
+
+
+def test_forced_tokens_and_ungraded_responses_are_read_but_not_trained_on():
+    rollouts, advantages = sequences([(3, 6), (2, 5), (4, 4)])
+    sampled = np.ones(15, bool)
+    sampled[[2, 3, 7]] = False
+    rollouts = rollouts.replace(sampled=sampled, valid=np.array([True, True, False]))
+    batch, packing = pack(rollouts, advantages, PackSettings(32, 64))
+    trained = packing.collect(batch.response_mask)
+    assert trained.tolist() == [1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0]
+    assert batch.num_tokens == 8 == batch.response_mask.sum() and batch.num_sequences == 2
+    assert (packing.collect(batch.tokens) == rollouts.tokens).all()  # the policy conditions on all of them
+
+
+def test_stale_is_what_an_older_version_drew():
+    rollouts, advantages = sequences([(3, 4), (2, 3)])
+    rollouts = rollouts.replace(version=np.array([3, 3, 4, 5, 5, 5, 5], np.int32))
+    batch, packing = pack(rollouts, advantages, PackSettings(32, 64), step=5)
+    assert packing.collect(batch.stale).tolist() == [1, 1, 1, 0, 0, 0, 0] and batch.stale.sum() == 3
+    assert not pack(rollouts, advantages, PackSettings(32, 64))[0].stale.any()
+
+
+def test_an_advantage_a_token():
+    rollouts, _ = sequences([(3, 4), (2, 3)])
+    batch, packing = pack(rollouts, np.arange(7), PackSettings(32, 64))
+    assert packing.collect(batch.advantages).tolist() == [*range(7)] and batch.advantages.sum() == 21
 
 
 def lspo_like(prompts, group, longest, seed):
@@ -71,7 +101,7 @@ def test_waste_on_lspo_batches_is_below_five_percent(prompts, group, longest, mi
     for seed in range(3):
         lengths = lspo_like(prompts, group, longest, seed)
         row = -(-max(p + n for p, n in lengths) // 1024) * 1024  # 3072: 4096, prompts included
-        _, packing = pack(*sequences(lengths), (row,), micro, shards)
+        _, packing = pack(*sequences(lengths), PackSettings(row, micro, shards))
         print(f"{prompts} x {group}, answers up to {longest}, rows of {row}: waste {packing.waste:.1%}, padded to the "
               f"longest {packing.waste_to_longest:.1%}")
         assert packing.waste < 0.05
@@ -80,7 +110,7 @@ def test_waste_on_lspo_batches_is_below_five_percent(prompts, group, longest, mi
 
 def test_response_tokens_are_dealt_evenly_over_shards():
     lengths = lspo_like(64, 8, 1024, seed=3)
-    batch, packing = pack(*sequences(lengths), (1280,), 8 * 4 * 1280, 8)
+    batch, packing = pack(*sequences(lengths), PackSettings(1280, 8 * 4 * 1280, 8))
     assert packing.shape[1] == 32 and batch.num_micro > 1
     per_shard = batch.response_mask[: batch.num_micro].reshape(-1, packing.shape[1] // 8 * packing.shape[2]).sum(1)
     assert per_shard.std() < 0.1 * per_shard.mean()
@@ -88,7 +118,7 @@ def test_response_tokens_are_dealt_evenly_over_shards():
 
 def test_packing_is_deterministic_and_indifferent_to_what_does_not_matter():
     lengths = lspo_like(16, 4, 256, seed=5)
-    a, b = (pack(*sequences(lengths), (320,), 1280)[0] for _ in range(2))
+    a, b = (pack(*sequences(lengths), PackSettings(320, 1280))[0] for _ in range(2))
     np.testing.assert_array_equal(a.tokens, b.tokens)
     assert a.capacity == b.capacity
 
@@ -101,7 +131,7 @@ def test_packing_is_deterministic_and_indifferent_to_what_does_not_matter():
 ])
 def test_bad_sequences_are_one_line(lengths, message):
     with pytest.raises(UserError, match=message) as error:
-        pack(*sequences(lengths), (32, 64), 64)
+        pack(*sequences(lengths), PackSettings(64, 64))
     assert "\n" not in str(error.value)
 
 
@@ -115,15 +145,14 @@ def test_few_shapes(prompts, group, longest, micro, shards):
         lengths = lspo_like(prompts, group, longest, seed)
         lengths = [(p, max(1, n * (10 + seed) // 30)) for p, n in lengths]
         row = -(-longest * 5 // 4 // 128) * 128
-        batch, packing = pack(*sequences(lengths), (row,), micro, shards, most_rows=prompts * group)
+        batch, packing = pack(*sequences(lengths), PackSettings(row, micro, shards, prompts * group))
         shapes.add((packing.shape, batch.capacity))
     assert len(shapes) <= 4
 
 
 def test_micro_batches_of_any_batch_are_as_many_as_the_most_rows_need():
     for n in (1, 7, 40):
-        prompts, responses, *rest = sequences([(3, 20)] * n)
-        batch, packing = pack(prompts, responses, *rest, (32,), 4 * 4 * 32, most_rows=40)
+        batch, packing = pack(*sequences([(3, 20)] * n), PackSettings(32, 4 * 4 * 32, most_rows=40))
         assert packing.shape == (10, 4, 32) and batch.num_micro == -(-n // 4)
 
 
@@ -132,10 +161,10 @@ def test_micro_batches_of_any_batch_are_as_many_as_the_most_rows_need():
 def test_most_rows_is_a_bound(lengths, row):
     config = base_config()
     config.sampling.max_prompt, config.sampling.max_tokens, config.batch.row_tokens = 20, 44, row
-    rows = pack(*sequences(lengths), (row,), row)[0].num_micro  # of one row each
+    rows = pack(*sequences(lengths), PackSettings(row, row))[0].num_micro  # of one row each
     assert rows <= most_rows(config, len(lengths))
     most = len(lengths) * [(20, 44)]
-    assert pack(*sequences(most), (row,), row)[0].num_micro == most_rows(config, len(lengths))
+    assert pack(*sequences(most), PackSettings(row, row))[0].num_micro == most_rows(config, len(lengths))
 
 
 def test_capacity_buckets():

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl.learner.packing import pack
+from jaxrl.learner.packing import PackSettings, pack
 from jaxrl.learner.performance import needed_flops, performance
+from jaxrl.rollouts import from_sequences
 from jaxrl.runtime import hardware
 from models.config import DecoderConfig
 from models.decoder import abstract_params
@@ -19,7 +20,7 @@ def batch():
     rng = np.random.default_rng(0)
     prompts, responses = ([np.ones(n, int) for n in rng.integers(1, 12, 9)] for _ in range(2))
     lengths = [(len(p), len(r)) for p, r in zip(prompts, responses, strict=True)]
-    return pack(prompts, responses, np.ones(9), [np.zeros(r) for _, r in lengths], (24,), 48), lengths
+    return pack(from_sequences(prompts, responses), np.ones(9), PackSettings(24, 48)), lengths
 
 
 def test_needed_flops_is_the_sum_over_matrices_and_tokens():

@@ -7,9 +7,10 @@ import pytest
 
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
-from jaxrl.learner.packing import pack
+from jaxrl.learner.packing import PackSettings, pack
 from jaxrl.learner.state import HOST, abstract_state, build_optimizer, decays, fresh_state, init_state
 from jaxrl.learner.update import Objective, _apply, build_programs, place_batch
+from jaxrl.rollouts import from_sequences
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import make_mesh
@@ -170,7 +171,7 @@ def test_offloaded_moments_rest_on_the_host_and_change_nothing():
     """Two updates with and without: the same parameters and moments, only elsewhere; no second compilation."""
     mesh, results = make_mesh(1, 1, 1, devices=jax.devices()[:1]), []
     tokens = [np.arange(1, 6)] * 3
-    batch, _ = pack(tokens, tokens, [1.0, -0.5, 0.3], [np.zeros(5)] * 3, (16,), 32)
+    batch, _ = pack(from_sequences(tokens, tokens), np.array([1.0, -0.5, 0.3]), PackSettings(16, 32))
     for offload in (False, True):
         optimizer = build_optimizer(1e-2, grad_clip=1.0, offload=offload)
         programs = build_programs(CONFIG, mesh, optimizer, Objective(on_policy=True))
@@ -193,7 +194,7 @@ def test_a_checkpoint_brings_offloaded_moments_back_to_the_host(tmp_path):
     config.optimizer.offload, config.batch.row_tokens = True, 16
     learner = Learner(config, CONFIG, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     tokens = [np.arange(1, 6)] * 3
-    batch, _ = pack(tokens, tokens, [1.0, -0.5, 0.3], [np.zeros(5)] * 3, (16,), 16)
+    batch, _ = pack(from_sequences(tokens, tokens), np.array([1.0, -0.5, 0.3]), PackSettings(16, 16))
     state, _ = learner.update(learner.init(init_params(CONFIG, jax.random.key(0))), [batch])
     with Checkpointer(tmp_path) as saver:
         saver.save(1, state, {})

@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl.learner.packing import pack
+from jaxrl.learner.packing import PackSettings, pack
 from jaxrl.learner.state import Optimizer, init_state
 from jaxrl.learner.update import PER_TOKEN, Objective, build_programs, place_batch
+from jaxrl.rollouts import from_sequences
 from jaxrl.runtime.mesh import make_mesh
 from models.config import DecoderConfig
 from models.decoder import Decoder, init_params, logits
@@ -95,11 +96,12 @@ def plain_data():
     return *padded(prompts, responses), *(padded(prompts, v, fill=0) for v in values)
 
 
-def batch_of(row_lengths=(64,), micro_tokens=12 * 64, keep=slice(None)):
+def batch_of(row_tokens=64, micro_tokens=12 * 64, keep=slice(None)):
     prompts, responses, advantages, old, sampler, reference = (x[keep] for x in data())
-    batch, packing = pack(prompts, responses, advantages, sampler, row_lengths, micro_tokens)
-    batch = batch.replace(old_logprobs=packing.spread(old), ref_logprobs=packing.spread(reference))
-    return batch, packing
+    rollouts = from_sequences(prompts, responses, sampler)
+    batch, packing = pack(rollouts, np.array(advantages), PackSettings(row_tokens, micro_tokens))
+    old, reference = (packing.spread(np.concatenate(x)) for x in (old, reference))
+    return batch.replace(old_logprobs=old, ref_logprobs=reference), packing
 
 
 def update(index, batch, state=None):
@@ -147,7 +149,7 @@ def test_loss_gradient_and_metrics_match_the_plain_form():
 
 def one_per_row():
     """The same ten sequences without packing: each alone in a row, padded to the longest."""
-    parts = [batch_of(row_lengths=(32,), micro_tokens=32, keep=slice(i, i + 1))[0] for i in range(10)]
+    parts = [batch_of(row_tokens=32, micro_tokens=32, keep=slice(i, i + 1))[0] for i in range(10)]
     rows = {k: np.concatenate([getattr(b, k) for b in parts], axis=1) for k in PER_TOKEN}
     return parts[0].replace(**rows, num_tokens=np.float32(sum(b.num_tokens for b in parts)),
                             num_sequences=np.float32(10), capacity=320)
@@ -158,7 +160,7 @@ def test_the_cut_into_rows_and_micro_batches_does_not_matter():
     whole, packing = batch_of()
     assert packing.shape == (1, 3, 64) and whole.segment_ids.max() > 1
     want, metrics, _ = update(0, whole)
-    several, packing = batch_of(row_lengths=(32,), micro_tokens=2 * 32)
+    several, packing = batch_of(row_tokens=32, micro_tokens=2 * 32)
     assert whole.num_micro == 1 and several.num_micro > 2 and packing.shape[0] > several.num_micro
     shuffled = whole.replace(**{k: getattr(whole, k)[:, [2, 0, 1]] for k in PER_TOKEN})
     for other in (several, one_per_row(), shuffled):
@@ -174,7 +176,8 @@ def test_exactly_one_update_needs_no_score():
     want, metrics, _ = update(1, batch)
     scored, entropy = programs(2).score(params(), place_batch(batch, mesh()))
     plain = jax.jit(plain_logprobs, static_argnums=3)(params(), *plain_data()[:2], 1.0)[0]
-    for got, row, prompt in zip(packing.collect(scored), plain, data()[0], strict=True):
+    responses = np.split(packing.collect(scored), packing.offsets[1:-1])
+    for got, row, prompt in zip(responses, plain, data()[0], strict=True):
         np.testing.assert_allclose(got, row[len(prompt) : len(prompt) + len(got)], atol=1e-5)
     assert not np.asarray(scored)[batch.response_mask == 0].any()
     got, _, _ = update(2, batch.replace(old_logprobs=np.asarray(scored)))
@@ -187,8 +190,10 @@ def test_exactly_one_update_needs_no_score():
 def test_stale_tokens_take_the_log_probs_under_which_they_were_drawn(index):
     prompts, responses, a, old, sampler, _ = data()
     stale = [0, *map(len, responses[1:9]), len(responses[9]) // 2]  # fresh, older, and one that was continued
-    batch, packing = pack(prompts, responses, a, sampler, (64,), 12 * 64, stale=stale)
-    batch = batch.replace(old_logprobs=packing.spread(old))
+    version = np.concatenate([np.arange(len(r)) >= s for r, s in zip(responses, stale, strict=True)])
+    rollouts = from_sequences(prompts, responses, sampler, version=version.astype(np.int32) + 6)
+    batch, packing = pack(rollouts, np.array(a), PackSettings(64, 12 * 64), step=7)
+    batch = batch.replace(old_logprobs=packing.spread(np.concatenate(old)))
     got, metrics, _ = update(index, batch)
     tokens, mask, a, old, sampler, _ = plain_data()
     drawn_before = padded(prompts, [np.arange(len(r)) < s for r, s in zip(responses, stale, strict=True)], fill=0)
@@ -231,7 +236,7 @@ def test_whole_batch_preparation_and_rejected_tokens_leaving_the_denominator():
     both must not depend on the cut into micro-batches, and the loss must be the plain one."""
     batch, _ = batch_of()
     got, metrics, _ = update(3, batch)
-    split, _, _ = update(3, batch_of(row_lengths=(32,), micro_tokens=2 * 32)[0])
+    split, _, _ = update(3, batch_of(row_tokens=32, micro_tokens=2 * 32)[0])
     close(split, got, 2e-6)
     low, high = metrics["policy/bound_low"], metrics["policy/bound_high"]
     assert (low, high) == pytest.approx((0.9, 1.75))  # what tests.algorithms.reference.bapo_bounds finds in this data

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import models.tokenizers
-from models.tokenizers import VocabTokenizer, load_tokenizer, stream_text, vocab_tokenizer
+from models.tokenizers import ChatTemplateError, VocabTokenizer, load_tokenizer, stream_text, vocab_tokenizer
 from tests.shared import shared_path
 
 CHAT = [{"role": "user", "content": "What is 2+2?"}]
@@ -107,6 +107,98 @@ def test_chat_template_of_a_sentencepiece_directory(tmp_path):
     assert tokenizer.apply_chat_template(CHAT) == [1, *load("llama2").encode("[INST] What is 2+2? [/INST]")]
     tokenizer.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").chat_template == template
+
+
+INST = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+IN_THE_WILD = {  # what templates use beyond plain jinja -> the text they write
+    "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}": "What is 2+2?",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}": "What is 2+2?",
+    "{{ strftime_now('%%') }}{{ messages[0] | tojson }}": '%{"role": "user", "content": "What is 2+2?"}',
+    "{% set ns = namespace(n=1) %}{{ bos_token }}{{ ns.n }}{{ eos_token }}": "<s>1</s>",
+    "{{ '\\u00e9<' | tojson }}{% if tools is none %}{{ messages[0].content[:4] }}{% endif %}": '"é<"What',
+    "{%- if add_generation_prompt %}\n    {{- 'x' }}\n{%- endif %}": "x",
+}
+
+
+@pytest.mark.parametrize("template", IN_THE_WILD)
+def test_what_templates_of_sentencepiece_directories_use(tmp_path, template):
+    load("llama2").save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.apply_chat_template(CHAT) == tokenizer.encode(IN_THE_WILD[template])
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").chat_template == template
+
+
+def test_named_templates(tmp_path):
+    named = [{"name": "default", "template": INST}, {"name": "rag", "template": "{{ 'R' }}"}]
+    llama = load("llama2")
+    llama.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write(tmp_path / "tokenizer_config.json", **config, chat_template=named)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.apply_chat_template(CHAT) == llama.encode("[INST] What is 2+2? [/INST]")
+    assert tokenizer.apply_chat_template(CHAT, chat_template="rag") == llama.encode("R")
+    with pytest.raises(ChatTemplateError, match="no chat template is called 'tools'; valid: default, rag"):
+        tokenizer.apply_chat_template(CHAT, chat_template="tools")
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").chat_template == tokenizer.chat_template
+    # the files of newer directories come before it, and a set without a default needs a name
+    (tmp_path / "chat_template.jinja").write_text("{{ 'N' }}")
+    assert load_tokenizer(tmp_path).apply_chat_template(CHAT) == llama.encode("N")
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "a.jinja").write_text("{{ 'A' }}")
+    assert load_tokenizer(tmp_path).apply_chat_template(CHAT) == llama.encode("A")
+    (tmp_path / "additional_chat_templates" / "b.jinja").write_text("{{ 'B' }}")
+    with pytest.raises(ChatTemplateError, match="called 'default'; valid: a, b"):
+        load_tokenizer(tmp_path).apply_chat_template(CHAT)
+
+
+def test_named_templates_of_transformers(minimind):
+    config = json.loads((minimind / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": INST}, {"name": "rag", "template": "R"}]
+    write(minimind / "tokenizer_config.json", **config)
+    tokenizer = load_tokenizer(minimind)
+    assert tokenizer.apply_chat_template(CHAT) == tokenizer.encode("[INST] What is 2+2? [/INST]")
+    assert tokenizer.apply_chat_template(CHAT, chat_template="rag") == tokenizer.encode("R")
+
+
+@pytest.mark.parametrize("kind", ["llama2", "minimind"])
+@pytest.mark.parametrize("template", ["{% if %}", "{{ messages[0].content + 1 }}", "{{ ''.__class__.mro() }}"])
+def test_a_broken_template_is_one_line(kind, template, tmp_path):
+    load(kind).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a")
+    with pytest.raises(ChatTemplateError, match="chat template: .+") as error:
+        tokenizer.apply_chat_template(CHAT)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_tokens_added_to_a_sentencepiece_model(tmp_path, older):
+    """ChatML on a Llama 2 vocabulary: the tokens of the template have ids behind the model's own."""
+    load("llama2").save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"eos_token": {"content": "<|im_end|>"}}
+    del config["added_tokens_decoder"]
+    if older:
+        write(tmp_path / "added_tokens.json", **{"<|im_start|>": 32000, "<|im_end|>": 32001})
+    else:
+        tokens = {"2": "</s>", "32000": "<|im_start|>", "32001": "<|im_end|>"}
+        config["added_tokens_decoder"] = {i: {"content": t, "special": True} for i, t in tokens.items()}
+    config["chat_template"] = "<|im_start|>user\n{{ messages[0].content }}{{ eos_token }}\n."
+    write(tmp_path / "tokenizer_config.json", **config)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.apply_chat_template(CHAT)
+    assert (ids[0], ids.count(32001), tokenizer.vocab_size, tokenizer.eos_ids) == (32000, 1, 32002, (2, 32001))
+    shown = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n."
+    assert tokenizer.decode(ids, skip_special=False) == shown
+    hidden = shown.replace("<|im_end|>", "")
+    assert tokenizer.decode(ids) == (hidden if older else hidden.replace("<|im_start|>", ""))
+    tokenizer.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert same(tokenizer, again) and again.apply_chat_template(CHAT) == ids
 
 
 def test_stories260k_text():

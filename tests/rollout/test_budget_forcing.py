@@ -15,7 +15,7 @@ D = Delimiters(END, FINAL, WAIT, NEWLINE)
 
 @functools.cache
 def shared():
-    s = tiny.sampler(max_prompt=64, max_tokens=16, slots=8, chunk=8, window=96)
+    s = tiny.sampler(max_prompt=40, max_tokens=40, slots=8, chunk=8, window=96)
     return s, s.layout(tiny.params())
 
 
@@ -86,7 +86,7 @@ def test_errors():
     for options, match in (
         (dict(max_thinking=0), "max_thinking=0"),
         (dict(ignore=-1), "ignore=-1"),
-        (dict(max_thinking=17), "limit of 17"),
+        (dict(max_thinking=33), "max_thinking=33, 4 closing tokens and max_answer=4 are more than .* max_tokens=40"),
     ):
         with pytest.raises(ValueError, match=match):
             forced(**options)

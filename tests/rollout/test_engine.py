@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.rollout.engine import Request, SamplingParams, bucket
+from jaxrl.rollout.cache import bucket
+from jaxrl.rollout.engine import Request, SamplingParams
+from jaxrl.rollout.kernels import ProgramSpec
 from jaxrl.rollout.programs import sampler_programs
 from models.attention import from_blocks, to_blocks
 from tests.rollout import tiny
@@ -52,8 +54,8 @@ def test_tokens_and_logprobs_are_those_of_a_plain_loop():
     "options",
     [
         dict(slots=1, chunk=24, window=64),
-        dict(slots=3, chunk=5, window=32, refill=1.0),
-        dict(slots=16, chunk=3, window=24, refill=0.01),
+        dict(slots=3, chunk=5, window=32),
+        dict(slots=16, chunk=3, window=24),
     ],
     ids=str,
 )
@@ -221,7 +223,7 @@ def test_nothing_compiles_after_warm_up(caplog):
     params = s.layout(tiny.params())
     assert s.warmup(params) > 0
     compiled = dict(s.shapes)
-    programs = [getattr(s.programs, name) for name in ("decode", "prefill", "insert", "rebase")]
+    programs = [getattr(s.programs, name) for name in ("decode", "prefill", "write_prompts", "resize")]
     sizes = [p._cache_size() for p in programs]
     with caplog.at_level(logging.WARNING):
         s.generate(params, tiny.requests(), seed=11)
@@ -332,17 +334,17 @@ def test_background_requests_fill_slots_and_wait_for_nobody():
 @pytest.mark.parametrize("S, P", [(96, 32), (96, 33), (64, 64), (24, 5)])
 def test_prompts_and_windows_move_alike_in_blocks_and_in_columns(S, P):
     """At every end, the window's last column too."""
-    programs, rng = sampler_programs(tiny.CONFIG, jnp.float32, 8, platform="cpu"), np.random.default_rng(0)
+    programs, rng = sampler_programs(ProgramSpec(tiny.CONFIG, jnp.float32, 8, "cpu")), np.random.default_rng(0)
     pool, prompts = (rng.normal(size=(n, 2, w, 8)).astype(np.float32) for n, w in ((3, S), (2, P)))
     source, chosen = np.array([1, 0, 1], np.int32), np.array([True, False, True])
     for end in range(P, S + 1):
-        plain = programs.insert(jnp.array(pool), prompts, source, chosen, np.int32(end))
-        blocks = programs.insert(to_blocks(jnp.array(pool)), prompts, source, chosen, np.int32(end))
+        plain = programs.write_prompts(jnp.array(pool), prompts, source, chosen, np.int32(end))
+        blocks = programs.write_prompts(to_blocks(jnp.array(pool)), prompts, source, chosen, np.int32(end))
         np.testing.assert_array_equal(from_blocks(blocks), plain)
     expected = pool.copy()
     expected[[0, 2], :, S - P :] = prompts[1]
     np.testing.assert_array_equal(plain, expected)
     rows = np.array([2, 0], np.int32)
     for shift, window in ((0, S), (3, S), (-5, S), (0, S // 2), (P, 2 * S)):
-        move = [programs.rebase(a, rows, np.int32(shift), window=window) for a in (plain, blocks)]
+        move = [programs.resize(a, rows, np.int32(shift), window=window) for a in (plain, blocks)]
         np.testing.assert_array_equal(from_blocks(move[1]), move[0])

@@ -40,9 +40,11 @@ def test_log_probs_of_the_prompt(capsys, cache_left_alone):
     [
         ([], "one prompt"),
         (["a", "b"], "one prompt"),
-        (["--top_p=0", "a"], "--top_p=0"),
+        (["--top_p=0", "a"], "--top_p='0'"),
         (["--dtype=int3", "a"], "--dtype"),
-        (["--max_new_tokens=0", "a"], "--max_new_tokens=0"),
+        (["--max_new_tokens=0", "a"], "--max_new_tokens='0'"),
+        (["--chat=flase", "a"], "--chat='flase': must be True or False"),
+        (["--temperature=nan", "a"], "--temperature='nan'"),
         (["a"], "no such directory"),
     ],
 )

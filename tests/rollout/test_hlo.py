@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxrl.rollout import programs as rollout_programs
-from jaxrl.rollout.device import idle_rows
-from jaxrl.rollout.programs import SamplingArrays, known_options, sampler_programs
+from jaxrl.rollout.cache import idle_rows
+from jaxrl.rollout.kernels import ProgramSpec, SamplingArrays
+from jaxrl.rollout.programs import known_options, sampler_programs
 from jaxrl.runtime import compilers
 from models.decoder import abstract_params
 from models.layout import sampling_layout
@@ -21,14 +22,14 @@ ROWS, WINDOW, STEPS = 8, 96, 16
 
 def lower(platform: str, sharding=None):
     """(lowered decode program, shapes of one layer's keys and values)."""
-    programs = sampler_programs(tiny.CONFIG, jnp.float32, STEPS, cache_sharding=sharding, platform=platform)
+    programs = sampler_programs(ProgramSpec(tiny.CONFIG, jnp.float32, STEPS, platform, sharding=sharding))
     cpu = platform == "cpu"
     weights = jax.eval_shape(
         lambda p: sampling_layout(p, tiny.CONFIG, jnp.float32, untie=cpu), abstract_params(tiny.CONFIG)[0]
     )
     cache = jax.eval_shape(lambda: programs.new_cache(ROWS, WINDOW))
-    knobs = SamplingArrays(np.float32(1), np.array(tiny.EOS, np.int32))
-    args = (weights, cache, idle_rows(ROWS), knobs, np.int32(STEPS), np.int32(1))
+    settings = SamplingArrays(np.float32(1), np.array(tiny.EOS, np.int32))
+    args = (weights, cache, idle_rows(ROWS), settings, np.int32(STEPS), np.int32(1))
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     return programs.decode.lower(*placed), {tuple(cache.k[0].shape), tuple(cache.v[0].shape)}
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl.algorithms.correction import CORRECTIONS
-from jaxrl.rollout import partial
+from jaxrl.collect import requests
 from jaxrl.rollout.engine import Engine, Request
+from jaxrl.types import Completion
 from models.config import from_hf
 from models.layout import layout_specs, quantise, sampling_layout
 from models.weights import load_params
@@ -57,12 +58,12 @@ def test_pieces_are_the_uncut_sample():
     params = s.layout(tiny.params())
 
     def drawn(budget):
-        groups = begun()
-        while any(g.running for g in groups):
-            requests = [r for g in groups for r in partial.requests(g, LIMIT, budget, 0.0)]
-            pieces = iter(sum(s.generate(params, requests, seed=5, step=2), []))
-            groups = [partial.extend(g, pieces, LIMIT) for g in groups]
-        return [g.completions for g in groups]
+        rollouts = begun()
+        while rollouts.unfinished.any():
+            pieces = sum(s.generate(params, requests(rollouts, LIMIT, budget, {}), seed=5, step=2), [])
+            rollouts = rollouts.extend(pieces, 2, LIMIT)
+        rows = zip(rollouts.split_tokens(), rollouts.split_tokens(rollouts.logprobs), rollouts.finish, strict=True)
+        return [[Completion(*row) for row in rows]]
 
     tiny.same(drawn(7), drawn(0), atol=1e-3)
 

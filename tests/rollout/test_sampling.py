@@ -151,6 +151,46 @@ def test_logprob_of_the_drawn_token_is_exact(V):
     assert token[0] == z[0].argmax()
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-9, 1e-7, 1e-4, 1e30])
+def test_any_temperature_gives_a_token_and_a_log_prob(temperature):
+    z = np.random.default_rng(7).normal(0, 4, (64, 300)).astype(np.float32) + 30
+    u = np.random.default_rng(8).random((64, 2)).astype(np.float32) * 0.99 + 0.005
+    for options in ({}, dict(top_k=np.full(64, 3), top_p=np.full(64, 0.9, np.float32), min_p=np.zeros(64, np.float32))):
+        token, logp = (np.asarray(a) for a in draw(z, u, np.full(64, temperature, np.float32), **options))
+        assert np.isfinite(logp).all() and (logp <= 0).all()
+        if temperature < 1e-3:
+            np.testing.assert_array_equal(token, z.argmax(-1))
+        if 0 < np.float32(temperature) < 1e-6 and temperature > 1e-38:
+            np.testing.assert_array_equal(logp, 0)
+
+
+@pytest.mark.parametrize("options", [{}, dict(top_k=40, top_p=0.9, min_p=0.01)], ids=str)
+def test_what_is_not_allowed_is_never_drawn_and_log_probs_are_the_learners(options):
+    """The learner's softmax runs over every row of the vocabulary, those without a token included."""
+    rng, B, V = np.random.default_rng(9), 256, 300
+    z = rng.normal(0, 2, (B, V)).astype(np.float32)
+    allowed = np.arange(V) < 280
+    allowed[5] = False
+    z[:, ~allowed] += 3
+    z[0, 290] = 500  # all that is allowed underflows
+    temperature = np.where(np.arange(B) % 2, 1.0, 0.0).astype(np.float32)
+    u = rng.random((B, 2)).astype(np.float32) * 0.99 + 0.005
+    args = {k: np.full(B, v, np.int32 if k == "top_k" else np.float32) for k, v in options.items()}
+    token, logp = draw(z, u, temperature, allowed=allowed, **args)
+    assert allowed[np.asarray(token)].all()
+    held = np.where(allowed, z, -np.inf)
+    np.testing.assert_array_equal(np.asarray(token)[::2], held[::2].argmax(-1))
+    expected = z.astype(np.float64)[np.arange(B), token]
+    expected -= np.log(np.exp(z.astype(np.float64) - z.max(-1, keepdims=True)).sum(-1)) + z.max(-1)
+    np.testing.assert_allclose(logp, expected, atol=2e-5, rtol=1e-6)
+    if options:
+        kept = expected_support(held, **options)
+        assert kept[np.arange(1, B, 2), np.asarray(token)[1::2]].all()
+    everything = draw(z, u, temperature, allowed=np.ones(V, bool), **args)
+    for a, b in zip(everything, draw(z, u, temperature, **args), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_greedy_takes_the_first_of_equals():
     z = np.zeros((1, 400), np.float32)
     z[0, [200, 300]] = 1.0

@@ -1,7 +1,6 @@
 """Checkpoints: bitwise round trips, damage, full disks, and what a later `restore` does about them."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -13,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from jaxrl.errors import UserError
-from jaxrl.runtime import manifest
+from jaxrl.runtime import arrays, manifest, storage
 from jaxrl.runtime.checkpoint import Checkpointer, restore
+from tests.stores import Store
 
 
 def raw(x):
@@ -102,22 +103,22 @@ def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
     order, gate = [], threading.Event()
     commit = manifest.commit
 
-    def slow_commit(tmp, final, meta):
+    def slow_commit(path, meta):
         gate.wait(0.5)  # runs out if the second save waits, as it must; set if it does not
         order.append(f"commit {meta['step']}")
-        commit(tmp, final, meta)
+        commit(path, meta)
 
     monkeypatch.setattr(manifest, "commit", slow_commit)
     with Checkpointer(tmp_path) as saver:
-        start = saver._orbax.save
+        start = arrays.to_host
 
-        def noted(*args, **kwargs):
+        def noted(*args):
             order.append("arrays")
             if len(order) > 1:
                 gate.set()
-            start(*args, **kwargs)
+            return start(*args)
 
-        monkeypatch.setattr(saver._orbax, "save", noted)
+        monkeypatch.setattr(arrays, "to_host", noted)
         saver.save(1, state(1), {})
         saver.save(2, state(2), {})
         assert saver.wait() == 2
@@ -148,7 +149,7 @@ def flip(path):
 
 def data_file(path):
     """The file with the arrays' values."""
-    return max((path / "arrays/ocdbt.process_0/d").iterdir(), key=lambda p: p.stat().st_size)
+    return path / "arrays-00000-000.safetensors"
 
 
 @pytest.mark.parametrize("damage, reason", [
@@ -171,7 +172,7 @@ def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, caplog, damag
         text = caplog.text
         assert "00000003 is damaged" in text and reason in text and "using the one before" in text
         # It does not count among those kept any more, and its step can be saved again, also by this process.
-        assert [s for s, _ in manifest.step_paths(tmp_path)] == [1, 2]
+        assert [c.step for c in manifest.list_checkpoints(tmp_path)] == [1, 2]
         saver.save(3, state(3), {})
         saver.wait()
         assert sorted(os.listdir(tmp_path)) == ["00000001", "00000002", "00000003"]
@@ -181,7 +182,7 @@ def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, caplog, damag
 def test_reading_changes_nothing(tmp_path):
     save(tmp_path, 1, 2)
     flip(data_file(tmp_path / "00000002"))
-    (tmp_path / "00000003.tmp").mkdir()
+    (tmp_path / "00000003").mkdir()
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     assert restore(tmp_path, state()).step == 1
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
@@ -197,12 +198,12 @@ def test_all_damaged_is_an_error_but_only_half_written_is_a_fresh_start(tmp_path
         restore(tmp_path / "a", state(), step=2)
     save(tmp_path / "b", 1)
     (tmp_path / "b/00000001/COMMITTED").unlink()
-    (tmp_path / "b/00000002.tmp").mkdir()
+    (tmp_path / "b/00000002").mkdir()
     with pytest.raises(UserError, match="no usable checkpoint .*half-written"):
         restore(tmp_path / "b", state(), step=1)
     with Checkpointer(tmp_path / "b") as saver:
         assert saver.restore(state()) is None
-        assert "00000002.tmp is half-written" in caplog.text
+        assert "00000002 is damaged (half-written" in caplog.text
         saver.save(1, state(1), {})
     assert os.listdir(tmp_path / "b") == ["00000001"]
 
@@ -283,21 +284,18 @@ def gone(*_, **__):
     raise OSError(107, "Transport endpoint is not connected")
 
 
-@pytest.mark.parametrize("where", ["directory", "arrays", "digest", "commit", "rename"])
+@pytest.mark.parametrize("where", ["directory", "arrays", "host", "manifest", "marker"])
 def test_full_disk_leaves_the_run_alive(tmp_path, monkeypatch, caplog, where):
     with Checkpointer(tmp_path, keep_last=2) as saver:
         saver.save(1, state(1), {})
         saver.wait()
         with monkeypatch.context() as m:
-            if where == "arrays":
-                m.setattr(saver._orbax, "wait_until_finished", full)
-            elif where == "rename":
-                real = os.rename
-                m.setattr(os, "rename", lambda a, b: full() if str(b).endswith("00000002") else real(a, b))
-            else:
-                target, name = {"directory": (saver._orbax, "save"), "digest": (manifest, "digest_files"),
-                                "commit": (manifest, "atomic_write")}[where]
-                m.setattr(target, name, full)
+            module, name, file = {
+                "directory": (epath.Path("x").__class__, "mkdir", ""), "arrays": (storage, "write_chunks", "arrays-"),
+                "host": (storage, "write_chunks", "host.json"), "manifest": (manifest, "atomic_write", "manifest.json"),
+                "marker": (manifest, "atomic_write", "COMMITTED")}[where]
+            real = getattr(module, name)
+            m.setattr(module, name, lambda p, *a, **k: full() if file in str(p) else real(p, *a, **k))
             saver.save(2, state(2), {})
             assert saver.wait() == 1
         assert "checkpoint of step 2 was NOT saved" in caplog.text
@@ -305,20 +303,18 @@ def test_full_disk_leaves_the_run_alive(tmp_path, monkeypatch, caplog, where):
         assert "a restart would begin at step 1" in caplog.text
         assert os.listdir(tmp_path) == ["00000001"]
         assert_same_tree(restore(tmp_path, state()).arrays, state(1))
-        saver._orbax.wait_until_finished()  # the patched ones left a save of orbax behind
         saver.save(3, state(3), {})  # there is room again
     assert_same_tree(restore(tmp_path, state()).arrays, state(3))
 
 
 def test_really_full_disk(tmp_path, caplog):
-    """The same on a file system of 3 MB, where TensorStore itself runs out of space."""
+    """The same on a file system of 3 MB."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
         values = np.random.default_rng(0).normal(size=(3, 400, 800)).astype(np.float32)  # does not compress
         random = [{"x": jnp.asarray(v)} for v in values]
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax shows the whole stack
         with Checkpointer(tmp_path / "c", keep_last=2) as saver:
             for i, newest in enumerate((0, 1, 1)):
                 saver.save(i, random[i], {})
@@ -330,7 +326,6 @@ def test_really_full_disk(tmp_path, caplog):
             saver.save(9, small, {})
             assert saver.wait() == 9
     finally:
-        logging.getLogger("absl").setLevel(logging.NOTSET)
         subprocess.run(["umount", tmp_path], check=True)
 
 
@@ -357,6 +352,7 @@ RESHARD = """
 import sys, numpy as np, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxrl.runtime.checkpoint import Checkpointer, restore
+from tests.stores import Store
 devices = np.array(jax.devices())
 def tree(mesh, spec):
     w = jnp.arange(64 * 6, dtype=jnp.float32).reshape(64, 6)
@@ -429,7 +425,58 @@ def test_kill_9_at_every_write_of_a_save(tmp_path):
             assert np.unique(found.arrays["x"]).tolist() == [found.step] == [found.host["step"]]
             seen.add(found.step)
             saver.save(4, {"x": jnp.full((50, 50), 4)}, {"step": 4})
-        assert not [f for f in os.listdir(tmp_path / str(n)) if not f.isdigit()]
+        assert all((tmp_path / str(n) / f / "COMMITTED").exists() for f in os.listdir(tmp_path / str(n)))
         assert manifest.list_checkpoints(tmp_path / str(n))[-1].step == 4
         shutil.rmtree(tmp_path / str(n))
     assert seen == {2, 3}
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def store(request):
+    pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[request.param])
+    with Store(request.param) as store, store.found():
+        yield store
+
+
+def test_on_a_store_the_marker_is_the_last_request_and_damage_is_named(store, caplog, tmp_path):
+    run = f"{store.url}/ck"
+    with Checkpointer(run, keep_last=2, before_commit=lambda: storage.atomic_write(f"{run}-metrics", "x")) as saver:
+        saver.save(1, state(1), {"seed": 1}, blobs={"tokens": np.arange(3)})
+        saver.wait()
+        store.requests()
+        saver.save(2, state(2), {"seed": 2})
+        assert saver.wait() == 2
+        changes = [r for r in store.requests() if not r.startswith(("GET", "HEAD"))]
+        assert len(changes) < 10
+        assert_same_tree(saver.restore(state()).arrays, state(2))
+        saver.save(3, state(3), {"seed": 3})
+        saver.wait()
+    assert [c.step for c in manifest.list_checkpoints(run)] == [2, 3]
+    assert {n.split("/")[1] for n in store.names("ck/")} == {"00000002", "00000003"}
+    data = bytearray(store.read("ck/00000003/arrays-00000-000.safetensors"))
+    data[-3] ^= 1
+    storage.atomic_write(f"{run}/00000003/arrays-00000-000.safetensors", bytes(data))
+    with Checkpointer(run) as saver:
+        assert saver.restore(state()).host == {"seed": 2}
+    assert "ck/00000003 is damaged (arrays-00000-000.safetensors has changed content" in caplog.text
+    store.download("ck", tmp_path)  # and a copy on a disk is the same checkpoint
+    assert_same_tree(restore(tmp_path, state()).arrays, state(2))
+
+
+@pytest.mark.parametrize("skip", range(0, 9))
+def test_a_store_that_goes_away_leaves_the_older_checkpoint(store, caplog, monkeypatch, skip):
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    run = f"{store.url}/away{skip}"
+    with Checkpointer(run, keep_last=1) as saver:
+        saver.save(1, state(1), {})
+        saver.wait()
+        store.faults({"match": "^(POST|PUT|DELETE)", "skip": skip, "status": 403, "times": -1})
+        saver.save(2, state(2), {})
+        newest = saver.wait()
+        hit = store.counts().get("faults", 0)
+        store.faults()
+        assert newest == (1 if "was NOT saved" in caplog.text else 2) and (hit or newest == 2)
+        assert restore(run, state()).step == newest
+        saver.save(3, state(3), {})
+        assert saver.wait() == 3
+    assert [c.step for c in manifest.list_checkpoints(run)] == [3]

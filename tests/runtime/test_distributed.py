@@ -84,7 +84,9 @@ def test_the_heartbeat_of_the_config_reaches_jax(monkeypatch):
         monkeypatch.setenv(f"JAX_{key}", value)
     config = base_config()
     config.distributed, config.compilation_cache, config.watchdog.heartbeat = True, False, 7
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # what the user says stays
     build.start_backend(config)
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     [(args, options)] = seen
     assert args == ("127.0.0.1:1", 2, 0)
     assert options == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 21}

@@ -1,50 +1,49 @@
-"""Digests, markers and retention: the host side of the commit protocol, without orbax."""
+"""Digests, markers and retention: what makes files a checkpoint."""
 
+import hashlib
 import os
 import pathlib
 import shutil
 
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxrl.runtime import manifest
+from jaxrl.runtime import manifest, storage
 from jaxrl.runtime.manifest import Checkpoint, Damaged
 
 
 def make(directory: pathlib.Path, step: int, metrics=None) -> pathlib.Path:
-    tmp = directory / f"{step:08d}.tmp"
-    (tmp / "arrays" / "d").mkdir(parents=True)
-    (tmp / "arrays" / "d" / "data").write_bytes(bytes(range(256)) * 40)
-    (tmp / "host.json").write_text("{}")
-    (tmp / "empty").write_text("")
-    files = manifest.digest_files(tmp, manifest.files_below(tmp), sync=True)
-    final = manifest.step_path(directory, step)
-    manifest.commit(tmp, final, {"step": step, "metrics": metrics or {}, "arrays": {}, "files": files})
-    return final
+    path = directory / f"{step:08d}"
+    path.mkdir(parents=True)
+    contents = {"data": bytes(range(256)) * 40, "host.json": b"{}", "empty": b""}
+    files = {name: storage.write_chunks(path / name, [content]) for name, content in contents.items()}
+    manifest.commit(path, {"step": step, "metrics": metrics or {}, "arrays": {}, "files": files})
+    return path
 
 
 def test_whole_checkpoint_has_no_damage(tmp_path):
     path = make(tmp_path, 3, {"eval/accuracy": 0.5})
     meta = manifest.read_manifest(path)
-    assert sorted(meta["files"]) == ["arrays/d/data", "empty", "host.json"]
+    assert sorted(meta["files"]) == ["data", "empty", "host.json"]
     assert manifest.find_damage(path, meta) is None
-    assert manifest.list_checkpoints(tmp_path) == [Checkpoint(3, path, {"eval/accuracy": 0.5})]
+    assert manifest.list_checkpoints(tmp_path) == [Checkpoint(3, epath.Path(path), {"eval/accuracy": 0.5})]
     assert os.listdir(tmp_path) == ["00000003"]
 
 
 def test_every_flipped_byte_position_is_found(tmp_path):
     path = make(tmp_path, 1)
     meta = manifest.read_manifest(path)
-    victim = path / "arrays/d/data"
+    victim = path / "data"
     good = victim.read_bytes()
     for position in (0, 1, len(good) // 2, len(good) - 1):
         victim.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1:])
-        assert manifest.find_damage(path, meta) == "arrays/d/data has changed content (sha256)"
+        assert manifest.find_damage(path, meta) == "data has changed content (sha256)"
     victim.write_bytes(good[:-1])
-    assert manifest.find_damage(path, meta) == "arrays/d/data has 10239 bytes instead of 10240"
+    assert manifest.find_damage(path, meta) == "data has 10239 bytes instead of 10240"
     victim.unlink()
-    assert manifest.find_damage(path, meta) == "arrays/d/data is missing"
+    assert manifest.find_damage(path, meta) == "data is missing"
 
 
 def test_shares_cover_every_file_once(tmp_path):
@@ -74,24 +73,28 @@ def test_broken_seal(tmp_path, break_it, reason):
     assert manifest.list_checkpoints(tmp_path) == []
 
 
-def test_commit_replaces_a_checkpoint_of_the_same_step(tmp_path):
+def test_remove_leaves_no_checkpoint_if_it_is_interrupted(tmp_path, monkeypatch):
     path = make(tmp_path, 1)
-    (path / "host.json").write_text("damaged")
-    make(tmp_path, 1)
-    assert manifest.find_damage(path, manifest.read_manifest(path)) is None
-    assert os.listdir(tmp_path) == ["00000001"]
+    remove = storage.remove
 
+    def killed(what):
+        if str(what).endswith("00000001"):
+            raise KeyboardInterrupt
+        remove(what)
 
-def test_remove_leaves_no_checkpoint_name_if_it_is_interrupted(tmp_path, monkeypatch):
-    path = make(tmp_path, 1)
-
-    def killed(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(manifest.shutil, "rmtree", killed)
+    monkeypatch.setattr(storage, "remove", killed)
     with pytest.raises(KeyboardInterrupt):
         manifest.remove(path)
-    assert manifest.step_paths(tmp_path) == []
+    assert manifest.list_checkpoints(tmp_path) == [] and (path / "data").exists()
+
+
+def test_a_checkpoint_of_an_older_version_is_named(tmp_path):
+    path = make(tmp_path, 1)
+    text = (path / "manifest.json").read_text().replace('"format": 2', '"format": 1')
+    (path / "manifest.json").write_text(text)
+    (path / "COMMITTED").write_text(hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(Damaged, match="its format is 1, this version reads 2"):
+        manifest.read_manifest(path)
 
 
 VALUES = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, float("nan"), float("inf")]))

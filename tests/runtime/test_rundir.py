@@ -9,8 +9,10 @@ import sys
 import pytest
 
 from jaxrl.errors import UserError
-from jaxrl.runtime import rundir
-from jaxrl.runtime.rundir import Lock, atomic_write, open_run_dir
+from jaxrl.runtime import storage
+from jaxrl.runtime.lock import Lock
+from jaxrl.runtime.rundir import open_run_dir
+from jaxrl.runtime.storage import atomic_write
 
 
 def test_layout_and_config_changes(tmp_path):
@@ -73,7 +75,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rundir.os, failing, full)
+    monkeypatch.setattr(storage.os, failing, full)
     with pytest.raises(OSError, match="No space"):
         atomic_write(path, "new")
     assert path.read_text() == "old"

@@ -40,13 +40,13 @@ def update(state, batch):
 
 def main(run_dir, steps, every):
     run = open_run_dir(run_dir, resume=True)
-    with Checkpointer(run.checkpoints, keep_last=2) as saver, StopRequest() as stop:
+    with Checkpointer(run.checkpoints, keep_last=2, before_commit=run.publish) as saver, StopRequest() as stop:
         state, data, pending = initial_state(), np.random.default_rng(3), np.zeros((0, 64), np.float32)
         found = saver.restore(state)
         if found:
             state, pending = found.arrays, np.array(found.host["pending"], np.float32).reshape(-1, 64)
             data.bit_generator.state = found.host["data"]
-        writer = MetricsWriter(run.root, (), state=found and found.host["metrics"])
+        writer = MetricsWriter(run.local, (), state=found and found.host["metrics"])
         for step in range(int(state["step"]) + 1, steps + 1):
             # Surplus rows wait for the next step: how many depends on the whole past of the data stream.
             rows = data.normal(size=(data.integers(4, 12), 64)).astype(np.float32)

@@ -1,10 +1,15 @@
 """Prompts as the model reads them."""
 
+import json
+
 import pytest
 
+from jaxrl import generate
 from jaxrl.errors import UserError
+from jaxrl.runtime.config import base_config, validate
 from jaxrl.tasks import dial
-from jaxrl.tasks.templates import encode_prompt, messages, prompt_text
+from jaxrl.tasks.load import open_task
+from jaxrl.tasks.templates import BOXED, encode_prompt, messages, prompt_options, prompt_suffix, prompt_text
 from jaxrl.types import Problem
 from models.tokenizers import load_tokenizer, vocab_tokenizer
 from tests.shared import shared_path
@@ -31,6 +36,17 @@ def test_length_budgets_follow_the_text():
     assert messages(at_most)[-1]["content"] == BASE + " Think for maximum 512 tokens."
 
 
+def test_prompt_suffixes():
+    assert prompt_suffix("exact", 512) == " Think for 512 tokens."
+    assert prompt_suffix("max", 512) == " Think for maximum 512 tokens."
+    assert prompt_suffix("none", None) == "" == prompt_suffix("none", 5)
+    with pytest.raises(ValueError, match="unknown budget mode 'min'; valid: none, exact, max"):
+        prompt_suffix("min", 5)
+    for bad in (None, 0):
+        with pytest.raises(ValueError, match="needs a budget of at least 1 token"):
+            prompt_suffix("exact", bad)
+
+
 def test_messages_of_the_data_set_are_kept():
     given = [{"role": "system", "content": "S"}, {"role": "user", "content": QUESTION}]
     p = problem(info={"messages": given})
@@ -39,6 +55,7 @@ def test_messages_of_the_data_set_are_kept():
     assert budgeted == [given[0], {"role": "user", "content": QUESTION + " Think for 9 tokens."}]
     assert given[1]["content"] == QUESTION
     assert messages(problem(), system="S") == [given[0], {"role": "user", "content": BASE}]
+    assert messages(problem(info={"messages": given[1:]}), system="S") == given
 
 
 def test_chat_template_of_a_real_tokenizer():
@@ -48,6 +65,32 @@ def test_chat_template_of_a_real_tokenizer():
     before, after = text.split(BASE)
     assert "user" in before and "assistant" in after
     assert tokenizer.decode(encode_prompt(problem(), tokenizer, "boxed")) == BASE
+
+
+def test_system_prompt_and_thinking_switch():
+    tokenizer = load_tokenizer(str(shared_path("data", "tokenizers", "qwen3")))
+    asked = (encode_prompt(problem(), tokenizer, "chat", "Be brief.", x) for x in (True, False, None))
+    thinking, silent, default = asked
+    text = tokenizer.decode(thinking, skip_special=False)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+    assert thinking == default and silent == thinking + tokenizer.encode("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "message"),
+    [
+        ("{{ messages[0].content", {}, "chat template: unexpected end"),
+        ("{{ messages[0].content + 1 }}", {}, "chat template: can only concatenate str"),
+        ("{{ raise_exception('Conversation roles\\nmust alternate') }}", {}, "chat template: Conversation roles$"),
+        ("{{ messages[0].content }}", {"enable_thinking": False}, "has no such switch"),
+    ],
+)
+def test_broken_chat_templates_are_one_line(template, options, message):
+    tokenizer = vocab_tokenizer("ab", "a", "b")
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message) as error:
+        encode_prompt(problem(), tokenizer, "chat", **options)
+    assert "\n" not in str(error.value)
 
 
 def test_bos_goes_in_front_of_plain_text():
@@ -81,3 +124,28 @@ def test_dial():
 def test_errors(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("switch, given", [("default", {}), ("off", {"enable_thinking": False})])
+def test_qwen3_is_asked_in_training_and_generate_as_transformers_renders_it(tmp_path, switch, given):
+    transformers = pytest.importorskip("transformers")
+    where = str(shared_path("data", "tokenizers", "qwen3"))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"id": "1", "problem": QUESTION, "answer": "2"}) + "\n")
+    config = base_config()
+    config.model.tokenizer, config.model.shape.hidden_size = where, 8
+    config.task.update(
+        {"name": "math", "data": str(data), "template": "chat", "system_prompt": "Think.", "enable_thinking": switch}
+    )
+    validate(config)
+    tokenizer = load_tokenizer(where)
+    with open_task(config, tokenizer) as task:
+        ids = task.encode(task.train[0])
+    oracle = transformers.AutoTokenizer.from_pretrained(where)
+    chat = [{"role": "system", "content": "Think."}, {"role": "user", "content": QUESTION + BOXED}]
+    text = oracle.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **given)
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert ids == oracle(text, add_special_tokens=False)["input_ids"]
+    assert text.endswith("<think>\n\n</think>\n\n") == (switch == "off")
+    asked = generate.encode(tokenizer, QUESTION + BOXED, True, **prompt_options(config.task))
+    assert asked.tolist() == ids

@@ -5,10 +5,12 @@ states, one a line, the last one stays), home0 and home1 (the workers' home dire
 the next training runs, one a line for both workers) and train.jsonl (argv and environment of each run).
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -51,8 +53,8 @@ def gcloud(args: list[str]) -> int:
         (ROOT / "states").write_text("MISSING")
         for home in HOMES:
             for pid in home.glob("jaxrl_job/pid"):
-                group = "-" + pid.read_text().strip()
-                subprocess.run(["kill", "-KILL", "--", group], stderr=subprocess.DEVNULL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(int(pid.read_text()), signal.SIGKILL)
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir()
     elif verb == "scp":

@@ -1,10 +1,12 @@
 """tpu_scripts against a stand-in gcloud whose two "workers" really run what is sent to them (stand_in.py)."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -83,7 +85,8 @@ def cloud(tmp_path):
     made = Cloud(tmp_path)
     yield made
     for pid in tmp_path.glob("home*/jaxrl_job/pid"):
-        subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
 def test_shellcheck():

@@ -1,0 +1,91 @@
+"""A run's model as a Hugging Face directory that transformers (and vLLM, SGLang, ...) loads.
+
+    python -m jaxrl.export RUN OUT_DIR
+
+Weights of the newest checkpoint (--step=N for another) in the dtype they have there (--dtype=bfloat16 for another),
+config, tokenizer with its chat template, and a generation config that samples as training did. OUT_DIR must be new or
+empty.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+from jaxrl import build
+from jaxrl.algorithms.hyper import Choice, Integer
+from jaxrl.errors import UserError
+from jaxrl.runtime import cli, storage
+from jaxrl.runtime import mesh as meshes
+from jaxrl.runtime.model_source import is_run, load_model, run_settings, stored_dtype
+from jaxrl.runtime.storage import atomic_write
+from models.tokenizers import VocabTokenizer
+from models.weights import save_params
+
+FLAGS = dict(step=Integer(-1, -1), dtype=Choice("", ("", "float32", "bfloat16", "float16")))
+
+
+def main(argv: list[str]) -> None:
+    """The command line above. Raises UserError for what cannot be exported, or a directory that is in use."""
+    flags = cli.parse_flags(argv, FLAGS, __doc__)
+    if len(flags["positional"]) != 2:
+        raise UserError("need a run and a directory to write: python -m jaxrl.export RUN OUT_DIR")
+    run, out = flags["positional"]
+    step = None if flags["step"] < 0 else flags["step"]
+    config, size = export(run, out, step, flags["dtype"])
+    print(f"written to {out}: a {config.model_type} with {size:,} parameters")
+
+
+def export(run: str, out: str, step: int | None = None, dtype: str = "") -> tuple[Any, int]:
+    """Writes the directory; returns (DecoderConfig, number of parameters).
+
+    step: of a checkpoint, None for the newest. dtype: of the weights, "" for the checkpoint's.
+    """
+    if not is_run(run):
+        raise UserError(f"{run} is not a run directory")
+    kept = storage.output(out, "OUT_DIR")
+    target = kept.local
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{out} is there already and not empty; choose another directory, or delete it")
+    mesh = meshes.make_mesh(1, -1, 1) if jax.device_count() > 1 else None
+    shardings = (lambda config: build.param_shardings(config, mesh)[1]) if mesh else None
+    config, params, tokenizer = load_model(run, dtype or stored_dtype(run, step), shardings, step)
+    save_params(target, params, config, tokenizer)
+    file = target / "generation_config.json"
+    sampling = run_settings(run).get("sampling", {})
+    sampling = {key: sampling[key] for key in ("temperature", "top_k", "top_p", "min_p") if key in sampling}
+    content = json.loads(file.read_text()) | {"do_sample": True} | sampling
+    atomic_write(file, json.dumps(content, indent=1) + "\n")
+    if isinstance(tokenizer, VocabTokenizer):
+        _save_pieces(tokenizer, target)
+    with storage.user_errors("OUT_DIR"):
+        kept.close()
+    return config, sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _save_pieces(tokenizer: VocabTokenizer, target: pathlib.Path) -> None:
+    """A list of pieces as the tokenizer.json that transformers reads: split at pieces, longest first, then look up."""
+    import tokenizers
+    import transformers
+
+    model = tokenizers.models.WordLevel(
+        {piece: i for i, piece in enumerate(tokenizer.pieces)}, tokenizer.special.get("unk", "")
+    )
+    inner = tokenizers.Tokenizer(model)
+    longest_first = "|".join(sorted(map(re.escape, tokenizer.pieces), key=len, reverse=True))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(longest_first), "isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    special = {f"{role}_token": piece for role, piece in tokenizer.special.items() if role != "sep"}
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template, **special
+    )
+    (target / "vocab.json").unlink()
+    fast.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    cli.run(main)

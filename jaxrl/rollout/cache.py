@@ -1,0 +1,245 @@
+"""The key-value cache behind one small interface; nothing but this file knows windows, the clock and resizing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.rollout.kernels import Rows, SamplingArrays
+from jaxrl.rollout.programs import Runner
+
+KINDS = ("keys", "values", "scales", "scales")  # of a cache's arrays, as far as programs differ
+
+
+def bucket(n: int, base: int, per_octave: int = 4) -> int:
+    """Round n up to one of a few sizes: multiples of `base`, then `per_octave` sizes per power of two."""
+    n = max(int(n), 1)
+    step = max(base, 1 << max((n - 1).bit_length() - 1, 0) >> (per_octave.bit_length() - 1))
+    return -(-n // step) * step
+
+
+class KVCache(Protocol):
+    """What the engine asks of a cache. Rows are decode slots; an engine at rest holds none.
+
+    rows: how many there are. row_sizes: the numbers of rows there can be, rising. prefill_sizes: those of prompts that
+    are prefilled together.
+    """
+
+    rows: int
+    row_sizes: list[int]
+    prefill_sizes: list[int]
+
+    def prefill_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """(prompts, tokens of each) that a prefill of prompts of these lengths is padded to."""
+
+    def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Any]:
+        """Cache prompts outside the rows; one handle each, for `admit`. Launched, not waited for."""
+
+    def admit(self, placed: Sequence[tuple[int, Any]], rows: int, longest: int, ahead: int) -> None:
+        """Put prompts, (row, handle) each, into rows, and make room for the next steps.
+
+        rows: how many to have if there are none yet. longest: cached tokens of the longest running row. ahead: steps
+        that the next decode call may want, at least 1.
+        """
+
+    def decode(self, params, rows: Rows, settings: SamplingArrays, kind: tuple, refill_at: int) -> tuple:
+        """At least one step of every active row: NumPy (tokens [steps, B], log-probs [steps, B], emitted [B])."""
+
+    def take(self, rows: np.ndarray, longest: int, ahead: int) -> None:
+        """Keep these rows, int32 [B'], in this order."""
+
+    def release(self, rows: np.ndarray) -> None:
+        """These rows have finished."""
+
+    def clear(self) -> None:
+        """Give up all rows and their memory."""
+
+    def warmup(self, params, settings: dict[tuple, SamplingArrays], longest: int) -> None:
+        """Run every shape that prompts below `longest` tokens and these settings (by program kind) can need."""
+
+
+class Prompt(NamedTuple):
+    """A prefilled prompt of a dense cache: row `row` of right-aligned `arrays` of `columns` columns."""
+
+    arrays: tuple
+    row: int
+    columns: int
+
+
+class DenseCache:
+    """A KVCache with one window of columns for all rows, which follows the longest one (models.decoder.Cache).
+
+    Column `end` is where every row writes next. Windows, numbers of rows and prefill shapes come in few sizes, since
+    each is compiled for.
+
+    Args:
+      slots: most rows. multiple: rows and prefilled prompts come in multiples of this. chunk: most steps of a decode
+        call. window: granularity of the windows.
+    """
+
+    def __init__(self, run: Runner, *, slots: int, multiple: int, max_prompt: int, max_tokens: int, chunk: int,
+                 window: int):
+        self.run, self.chunk = run, chunk
+        self.least_room = min(chunk, max_tokens)
+        rows = (max(1, slots // d) for d in (8, 4, 2, 1))  # a few rows are no faster than eight
+        self.row_sizes = sorted({-(-b // multiple) * multiple for b in rows if b >= min(slots, 8)})
+        least = max(4, multiple)
+        self.prefill_sizes = [least << i for i in range(4) if i == 0 or least << i <= slots]
+        self.windows = [bucket(1, window)]
+        while self.windows[-1] < bucket(max_prompt, 32) + max_tokens + self.least_room:
+            self.windows.append(bucket(self.windows[-1] + 1, window))
+        self.clear()
+
+    def clear(self) -> None:
+        self.arrays, self.rows, self.end, self.width = None, 0, 0, 0
+
+    def release(self, rows) -> None:
+        """Columns of a finished row stay until its window moves on."""
+
+    # ---- prompts
+
+    def prompt_columns(self, length: int) -> int:
+        """Columns a prompt of `length` cached tokens is padded to; always leaves room to decode."""
+        return min(bucket(length, 32), self.windows[-1] - self.least_room)
+
+    def prefill_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
+        n = next((size for size in self.prefill_sizes if size >= len(lengths)), self.prefill_sizes[-1])
+        return n, self.prompt_columns(max(lengths))
+
+    def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Prompt]:
+        n, columns = self.prefill_shape([len(p) for p in prompts])
+        tokens, lengths = np.zeros((n, columns), np.int32), np.zeros(n, np.int32)
+        for row, prompt in enumerate(prompts):
+            lengths[row] = len(prompt)
+            tokens[row, columns - len(prompt) :] = prompt
+        arrays = self.run.call("prefill", (n, columns), params, tokens, lengths)
+        return [Prompt(arrays, row, columns) for row in range(len(prompts))]
+
+    def admit(self, placed: Sequence[tuple[int, Prompt]], rows: int, longest: int, ahead: int) -> None:
+        self._make_room(rows, longest, ahead, max((prompt.columns for _, prompt in placed), default=0))
+        batches: dict[int, list] = {}  # one write for the prompts of one prefill
+        for slot, prompt in placed:
+            batches.setdefault(id(prompt.arrays), []).append((slot, prompt))
+        for batch in batches.values():
+            source, chosen = np.zeros(self.rows, np.int32), np.zeros(self.rows, bool)
+            for slot, prompt in batch:
+                source[slot], chosen[slot] = prompt.row, True
+            self.arrays = self._write(self.arrays, batch[0][1].arrays, source, chosen, self.end)
+
+    def _write(self, cache, prompts: tuple, source, chosen, end: int):
+        """The cache with rows `source` of the prompt arrays in its `chosen` rows, before column `end`."""
+        n, _, columns, _ = prompts[1][0].shape
+        out = []
+        for kind, old, new in zip(KINDS, cache.arrays, prompts, strict=False):
+            sizes = (n, columns, len(chosen), cache.v[0].shape[2], kind)
+            args = (source, chosen, np.int32(end))
+            layers = zip(old, new, strict=True)
+            out.append(tuple(self.run.call("write_prompts", sizes, a, b, *args) for a, b in layers))
+        return cache.with_arrays(out)
+
+    # ---- the window
+
+    def _fit(self, columns: int) -> int:
+        return next(w for w in self.windows if w >= columns)
+
+    def _make_room(self, rows: int, longest: int, ahead: int, prompt: int) -> None:
+        """A window that fits the longest running row, prompts of `prompt` columns, and some steps to come."""
+        if self.arrays is None:
+            self.rows, self.end, self.width = rows, prompt, self._fit(prompt + ahead)
+            self.arrays = self.run.call("new_cache", (rows, self.width), rows, self.width)
+        elif self.width - self.end < min(16, ahead) or prompt > self.end:
+            self._set_clock(max(longest, prompt), ahead)
+
+    def _set_clock(self, end: int, ahead: int) -> None:
+        """Move all columns so that the next one is `end`, into a window that has `ahead` more.
+
+        Windows change one size at a time, so that few pairs of sizes are ever compiled. Columns are dropped before
+        the window shrinks, and added only once it has grown.
+        """
+        shift, sizes = self.end - end, self.windows
+        now, goal = sizes.index(self.width), sizes.index(self._fit(end + ahead))
+        way = 1 if goal > now else -1
+        path = [sizes[i + way] for i in range(now, goal, way)] or [self.width]
+        shifts = [0] * len(path)
+        shifts[0 if shift > 0 else -1] = shift
+        for window, by in zip(path, shifts, strict=True):
+            self.arrays = self._resize(self.arrays, None, by, window)
+        self.end, self.width = end, path[-1]
+
+    def take(self, rows: np.ndarray, longest: int, ahead: int) -> None:
+        self.arrays = self._resize(self.arrays, rows, 0, self.width)
+        self.rows = len(rows)
+        if self._fit(longest + ahead) < self.width:
+            self._set_clock(longest, ahead)
+
+    def _resize(self, cache, rows: np.ndarray | None, shift: int, window: int, keep: bool = False):
+        """The cache with other rows (None: the same) and another window, its columns moved left by `shift`.
+
+        The old cache is freed layer by layer, whoever still refers to it, unless `keep`: two caches would not fit.
+        """
+        sizes = (cache.v[0].shape[0], cache.v[0].shape[2], None if rows is None else len(rows), window)
+        moved = []
+        for kind, arrays in zip(KINDS, cache.arrays, strict=False):
+            out = []
+            for array in arrays:
+                args = (array, rows, np.int32(shift))
+                out.append(self.run.call("resize", (*sizes, kind), *args, window=window))
+                if not keep:
+                    array.delete()
+            moved.append(tuple(out))
+        start = cache.start  # decode sets it from the rows' own counts: here it only needs the right length
+        if rows is not None:
+            start = start[: len(rows)] if len(rows) <= len(start) else jnp.resize(start, len(rows))
+        return cache.with_arrays(moved, start=start)
+
+    # ---- decoding
+
+    def decode(self, params, rows: Rows, settings: SamplingArrays, kind: tuple, refill_at: int) -> tuple:
+        steps = min(self.chunk, self.width - self.end)
+        cache = self.arrays.replace(end=jnp.int32(self.end))
+        args = (params, cache, rows, settings, np.int32(steps), np.int32(refill_at))
+        self.arrays, *out = self.run.call("decode", (self.rows, self.width, *kind), *args)
+        tokens, logps, emitted = jax.device_get(out)
+        self.end += int(emitted.max(initial=0))
+        return tokens, logps, emitted
+
+    # ---- compiling ahead
+
+    def warmup(self, params, settings: dict[tuple, SamplingArrays], longest: int) -> None:
+        columns = sorted({self.prompt_columns(n) for n in range(longest)})
+        prompts = [
+            self.run.call("prefill", (n, P), params, np.zeros((n, P), np.int32), np.zeros(n, np.int32))
+            for P in columns
+            for n in self.prefill_sizes
+        ]
+        for rows in self.row_sizes:
+            for at, window in enumerate(self.windows):
+                cache = self.run.call("new_cache", (rows, window), rows, window)
+                if rows == self.row_sizes[-1]:
+                    cache = self._warm_writes(cache, prompts)
+                for other in self.windows[max(at - 1, 0) : at + 2]:
+                    self._resize(cache, None, 0, other, keep=True)
+                for fewer in (size for size in self.row_sizes if size < rows):
+                    self._resize(cache, np.arange(fewer, dtype=np.int32), 0, window, keep=True)
+                for kind, values in settings.items():
+                    args = (params, cache, idle_rows(rows), values, np.int32(0), np.int32(1))
+                    cache, *_ = self.run.call("decode", (rows, window, *kind), *args)
+
+    def _warm_writes(self, cache, prompts: list[tuple]):
+        """Write each prompt shape that fits the window into no row at all."""
+        none = np.zeros(cache.v[0].shape[0], np.int32)
+        for prompt in prompts:
+            columns = prompt[1][0].shape[2]
+            if columns <= cache.v[0].shape[2]:
+                cache = self._write(cache, prompt, none, none > 0, columns)
+        return cache
+
+
+def idle_rows(size: int) -> Rows:
+    """Rows in which nothing runs."""
+    zero = np.zeros(size, np.int32)
+    return Rows(zero, zero, zero, zero, zero > 0, np.zeros((size, 2), np.uint32), zero)

@@ -1,0 +1,203 @@
+"""What the sampler computes, as functions of arrays: prefill, decode, score, and moves of the dense cache.
+
+Nothing here knows of requests, slots or the engine. All rows of a dense cache share one clock: column `end` is where
+every row writes next, and row b owns the columns [end - used[b], end). A decode step is then one contiguous write for
+all rows, and moving them to another window is one uniform shift.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrl.rollout.sampling import draw, uniforms
+from models.attention import from_blocks, to_blocks
+from models.config import DecoderConfig
+from models.decoder import Decoder, empty_cache, logits
+
+
+@flax.struct.dataclass
+class Rows:
+    """What a decode call needs to know of each row; [B] each.
+
+    token: int32, last token, not yet in the cache. used: int32, cached columns, also the position of
+    `token`. count: int32, response tokens so far. limit: int32, response tokens allowed. active: bool.
+    keys: uint32 [B, 2], from sample_keys. min_count: int32, tokens before an EOS token may be drawn.
+    """
+
+    token: Any
+    used: Any
+    count: Any
+    limit: Any
+    active: Any
+    keys: Any
+    min_count: Any
+
+
+@flax.struct.dataclass
+class SamplingArrays:
+    """SamplingParams as the decode program takes them, traced: changing a value compiles nothing.
+
+    temperature, top_p, min_p: float32 []. top_k: int32 []; the last three are None together. eos: int32 [E].
+    bias: float32 [V] added to the logits, or None. allowed: bool [V], tokens that may be drawn, or None for all.
+    """
+
+    temperature: Any
+    eos: Any
+    top_k: Any = None
+    top_p: Any = None
+    min_p: Any = None
+    bias: Any = None
+    allowed: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramSpec:
+    """What the programs of a sampler depend on; hashable.
+
+    dtype: compute dtype. chunk: most decode steps of one call (the width of its output). platform: "cpu", "gpu" or
+    "tpu". sharding: NamedSharding of the [B, K, ...] arrays of the cache, or None. int8_cache: keys and values of one
+    byte, with scales.
+    """
+
+    config: DecoderConfig
+    dtype: Any
+    chunk: int
+    platform: str
+    sharding: Any = None
+    int8_cache: bool = False
+
+    @property
+    def model(self) -> Decoder:
+        return Decoder(self.config, dtype=self.dtype, scan_layers=False)
+
+    @property
+    def cache_dtype(self):
+        return jnp.int8 if self.int8_cache else self.dtype
+
+    def place(self, array):
+        """The array of a cache, held where the sharding says."""
+        return array if self.sharding is None else lax.with_sharding_constraint(array, self.sharding)
+
+
+def prefill(spec: ProgramSpec, params, tokens, lengths):
+    """The `arrays` of a Cache of P columns, prompts right-aligned. tokens: int32 [n, P]; lengths: int32 [n]."""
+    n, P = tokens.shape
+    cache = empty_cache(spec.config, n, P, spec.cache_dtype).replace(start=P - lengths)
+    positions = jnp.maximum(jnp.arange(P)[None] - (P - lengths)[:, None], 0)
+    return spec.model.apply({"params": params}, tokens, positions, None, cache)[1].arrays
+
+
+def score(spec: ProgramSpec, params, tokens):
+    """float32 [n, P-1]: log-probs of tokens[:, 1:] under softmax(logits). tokens: int32 [n, P]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = spec.model.apply({"params": params}, tokens, positions)[0]
+
+    def one(pair):  # a column at a time: never [n, P, V]
+        h, target = pair
+        z = logits(params, h)
+        picked = jnp.take_along_axis(z, target[:, None], axis=-1)[:, 0]
+        return picked - jax.nn.logsumexp(z, axis=-1)
+
+    return lax.map(one, (hidden[:, :-1].swapaxes(0, 1), tokens[:, 1:].T)).T
+
+
+def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArrays, steps, refill_at):
+    """Decode until `steps` steps are done, `refill_at` rows have finished, or all have.
+
+    Returns (cache, tokens int32 [chunk, B], log-probs float32 [chunk, B], emitted int32 [B]: how many of them count).
+    """
+    B = rows.token.shape[0]
+    model, cache = spec.model, cache.replace(start=cache.end - rows.used)
+    eos_column = jnp.any(jnp.arange(spec.config.vocab_size)[:, None] == settings.eos, axis=-1)  # [V]
+
+    def going_on(carry):
+        i, _, _, done, *_ = carry
+        finished = jnp.sum(done & rows.active)
+        return (i < steps) & (finished < refill_at) & ~jnp.all(done)
+
+    def one_step(carry):
+        i, cache, token, done, emitted, tokens, logps = carry
+        hidden, cache = model.apply({"params": params}, token[:, None], (rows.used + i)[:, None], None, cache)
+        token, logp = _draw(logits(params, hidden[:, 0]), rows, rows.count + i, settings, eos_column)
+        tokens = lax.dynamic_update_slice(tokens, token[None], (i, 0))
+        logps = lax.dynamic_update_slice(logps, logp[None], (i, 0))
+        emitted = jnp.where(done, emitted, i + 1)
+        is_eos = jnp.any(token[:, None] == settings.eos[None], axis=-1)
+        done = done | is_eos | (rows.count + i + 1 >= rows.limit)
+        return i + 1, cache, token, done, emitted, tokens, logps
+
+    zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+    tokens, logps = zeros((spec.chunk, B)), jnp.zeros((spec.chunk, B), jnp.float32)
+    start = (zeros(()), cache, rows.token, ~rows.active, zeros((B,)), tokens, logps)
+    _, cache, _, _, emitted, tokens, logps = lax.while_loop(going_on, one_step, start)
+    cache = cache.with_arrays(jax.tree.map(spec.place, cache.arrays))
+    return cache, tokens, logps, emitted
+
+
+def _draw(z, rows: Rows, position, settings: SamplingArrays, eos_column):
+    """One token a row from logits z [B, V] at response positions [B], and its log-prob."""
+    spread = functools.partial(jnp.broadcast_to, shape=position.shape)
+    truncation = {}
+    if settings.top_k is not None:
+        truncation = {n: spread(getattr(settings, n)) for n in ("top_k", "top_p", "min_p")}
+    if settings.bias is not None:
+        z = z + settings.bias
+    z = jnp.where((position < rows.min_count)[:, None] & eos_column, -jnp.inf, z)
+    u = uniforms(rows.keys, position)
+    return draw(z, u, spread(settings.temperature), allowed=settings.allowed, **truncation)
+
+
+# ---------------------------------------------------------------------------------------- arrays of the dense cache
+
+
+def new_cache(spec: ProgramSpec, rows: int, window: int):
+    """A zeroed models.decoder.Cache. On a CPU keys are in blocks (models.attention.to_blocks), as its kernels are
+    slow at transposing operands."""
+    cache = empty_cache(spec.config, rows, window, spec.cache_dtype, key_blocks=spec.platform == "cpu")
+    return cache.with_arrays(jax.tree.map(spec.place, cache.arrays))
+
+
+def write_prompts(spec: ProgramSpec, array, prompts, source, chosen, end):
+    """The array with row source[b] of `prompts` [n, K, P, ...] in the columns before `end` of every chosen row b.
+
+    source: int32 [B]. chosen: bool [B]. The array may be in blocks, prompts are not.
+    """
+    P = prompts.shape[2]
+    if array.ndim == 5:  # the blocks that hold these columns, as columns
+        n = array.shape[4]
+        blocks = min((P + n - 2) // n + 1, array.shape[2])
+        first = jnp.minimum((end - P) // n, array.shape[2] - blocks)
+        part = from_blocks(lax.dynamic_slice_in_dim(array, first, blocks, 2))
+        part = to_blocks(_write_columns(part, prompts, source, chosen, end - first * n), n)
+        return spec.place(lax.dynamic_update_slice_in_dim(array, part, first, 2))
+    return spec.place(_write_columns(array, prompts, source, chosen, end))
+
+
+def _write_columns(array, prompts, source, chosen, end):
+    P = prompts.shape[2]
+    old = lax.dynamic_slice_in_dim(array, end - P, P, 2)
+    new = jnp.where(jnp.expand_dims(chosen, range(1, array.ndim)), prompts[source], old)
+    return lax.dynamic_update_slice_in_dim(array, new, end - P, 2)
+
+
+def resize(spec: ProgramSpec, array, rows, shift, window: int):
+    """An array of the rows int32 [B'] (None: all) and another window, whose column c is column c + shift of the old.
+
+    One layer at a time, so that a move never doubles the cache.
+    """
+    array = array if rows is None else array[rows]
+    if array.ndim == 5:
+        return spec.place(to_blocks(_move_columns(from_blocks(array), shift, window)))
+    return spec.place(_move_columns(array, shift, window))
+
+
+def _move_columns(array, shift, window: int):
+    sides = [(window, window) if i == 2 else (0, 0) for i in range(array.ndim)]
+    return lax.dynamic_slice_in_dim(jnp.pad(array, sides), window + shift, window, 2)
