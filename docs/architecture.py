@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 WIDTH, HEIGHT, GAP, ROW = 1080, 62, 28, 116
 # name: (what it does, row, first column, columns), of four columns
 BOXES = {
-    "commands": ("train · sft · evaluate · generate · study · report · preflight", 0, 0, 4),
+    "commands": ("train · sft · evaluate · generate · export · study · report · preflight", 0, 0, 4),
     "evaluation": ("data sets, accuracy with intervals, length control", 1, 0, 2),
     "step": ("build · collect: prompts to rollouts · batch: rollouts to rows", 1, 2, 2),
     "reporting": ("figures, page", 2, 0, 1),
@@ -24,7 +24,7 @@ BOXES = {
     "models": ("decoder, Hugging Face weights, tokenizers", 4, 0, 2),
     "algorithms": ("losses, advantages, selection, length rewards: pure functions", 4, 2, 2),
 }
-GROUPS = {name: "commands" for name in "train sft evaluate generate study report preflight".split()}
+GROUPS = {name: "commands" for name in "train sft evaluate generate export study report preflight".split()}
 GROUPS |= dict.fromkeys("build collect batch rollout_metrics".split(), "step")
 GROUPS |= dict.fromkeys("errors types rollouts".split(), "")  # records that all speak
 

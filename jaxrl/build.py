@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import types
@@ -13,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.errors import UserError
-from jaxrl.learner.learner import needs_reference
+from jaxrl.learner.learner import lora_of, needs_reference
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
 from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed, hardware, storage
 from jaxrl.runtime import mesh as meshes
-from jaxrl.runtime.checkpoint import Checkpointer
+from jaxrl.runtime.checkpoint import Checkpointer, restore
 from jaxrl.runtime.metrics import MetricsWriter
 from jaxrl.runtime.model_source import description, load_model
 from jaxrl.runtime.rundir import RunDir, open_run_dir
@@ -29,6 +30,8 @@ from jaxrl.tasks import dial
 from models.attention import default_implementation
 from models.config import DecoderConfig, from_hf, to_hf
 from models.decoder import abstract_params, init_params
+from models.lora import CONFIG as ADAPTER_CONFIG
+from models.lora import abstract_adapters, fingerprint, frozen_base, to_peft
 from models.tokenizers import Tokenizer, load_tokenizer, vocab_tokenizer
 
 
@@ -52,8 +55,12 @@ def mesh(config, devices=None):
 
 def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
     """The decoder of config.model: of its directory, or of its shape (vocab_size 0 means the tokenizer's)."""
-    if config.model.path:
-        return _model_config(config.model.path)
+    decoder = _model_config(config.model.path) if config.model.path else _shape_config(config, tokenizer)
+    lora = lora_of(config, decoder)
+    return dataclasses.replace(decoder, lora_scale=lora.scale) if lora else decoder
+
+
+def _shape_config(config, tokenizer: Tokenizer | None) -> DecoderConfig:
     shape = dict(config.model.shape)
     if shape["vocab_size"] == 0:
         if tokenizer is None:
@@ -98,7 +105,10 @@ def param_shardings(decoder: DecoderConfig, on) -> tuple[Any, Any]:
 
 def params_maker(config, decoder: DecoderConfig, on) -> Callable[[], Any]:
     """A function that loads or initialises the parameters, straight into their shards."""
-    dtype = jnp.dtype(config.model.param_dtype)
+    lora = config.model.lora
+    frozen = (lora.rank or lora.path) and not config.sft.steps  # then no float32 copy of the model is ever needed
+    rests = "float32" if lora.base == "float32" else "bfloat16"
+    dtype = jnp.dtype(rests if frozen else config.model.param_dtype)
     _, where = param_shardings(decoder, on)
     if config.model.path:
         return lambda: load_model(config.model.path, dtype, where, key="config.model.path")[1]
@@ -194,18 +204,21 @@ def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, st
     home.mkdir(exist_ok=True)
     tok.save(home)
     atomic_write(home / "config.json", json.dumps(to_hf(decoder), indent=2) + "\n")
+    if lora := lora_of(config, decoder):
+        atomic_write(home / ADAPTER_CONFIG, json.dumps(to_peft(decoder, lora, config.model.path), indent=2) + "\n")
     atomic_write(home / "generation_config.json", json.dumps({"eos_token_id": list(tok.eos_ids)}) + "\n")
     return [f"config.{key} is {now!r}, was {before!r}" for key, (before, now) in changed.items()]
 
 
 def reference(config, run: RunDir, learner, params):
-    """Parameters of the frozen reference model (those at step 0), or None if nothing in the config needs it.
+    """Parameters of the frozen reference model (those at step 0), or None if nothing in the config needs it. With
+    adapters it is their base, at no extra memory.
 
     They are kept in run_dir/reference, so that a resumed run compares with the same model. params: of a new run,
     copied; None reads them back. Raises UserError if they are not there.
     """
-    if not needs_reference(config):
-        return None
+    if not needs_reference(config) or learner.lora:
+        return learner.frozen
     with Checkpointer(run.root / "reference", keep_last=1) as store:
         if params is not None:
             copy = jax.tree.map(jnp.copy, params)
@@ -218,12 +231,40 @@ def reference(config, run: RunDir, learner, params):
         return found.arrays["params"]
 
 
+def keep_base(config, run: RunDir, learner) -> str:
+    """What tells the frozen base of a new run's adapters from another; "" in full training. A base that came of random
+    weights or of a warm start is kept in run_dir/base; one that was read from a directory is read from there again."""
+    if not learner.lora:
+        return ""
+    if config.sft.steps or not config.model.path:
+        with Checkpointer(run.root / "base", keep_last=1) as store:
+            store.save(0, {"params": learner.frozen}, {})
+    return fingerprint(learner.frozen)
+
+
+def find_base(config, run: RunDir, learner, decoder: DecoderConfig, on, identity: str) -> None:
+    """Gives the learner of a continued run its base. Raises UserError if it is another than at the beginning."""
+    if not learner.lora:
+        return
+    found = restore(run.root / "base", {"params": learner.abstract_base()})
+    if found:
+        learner.frozen = found.arrays["params"]
+    else:
+        learner.frozen = frozen_base(params_maker(config, decoder, on)(), decoder, config.model.lora.base)
+    if fingerprint(learner.frozen) != identity:
+        raise UserError(f"config.model.path={config.model.path}: not the weights that the adapters of {run.root} were "
+                        "trained beside; name those, or start a new run")
+
+
 def describe(config, decoder: DecoderConfig, on) -> str:
     """One line: model size, method, devices."""
     abstract, _ = abstract_params(decoder)
     count = sum(a.size for a in jax.tree.leaves(abstract))
-    a = config.algorithm
+    a, lora = config.algorithm, lora_of(config, decoder)
+    trained = sum(a.size for a in jax.tree.leaves(abstract_adapters(decoder, lora)[0])) if lora else count
+    adapters = f", {trained:,} of them in adapters of rank {lora.rank}" if lora else ""
+    count += trained if lora else 0
     return (
-        f"{decoder.model_type} with {count:,} parameters; loss {a.loss}, advantage {a.advantage}, selection "
+        f"{decoder.model_type} with {count:,} parameters{adapters}; loss {a.loss}, advantage {a.advantage}, selection "
         f"{a.selection}, length {config.length.reward}; {on.size} {on.devices.flat[0].platform} device(s)"
     )

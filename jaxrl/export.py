@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -68,21 +67,17 @@ def export(run: str, out: str, step: int | None = None, dtype: str = "") -> tupl
 
 
 def _save_pieces(tokenizer: VocabTokenizer, target: pathlib.Path) -> None:
-    """A list of pieces as the tokenizer.json that transformers reads: split at pieces, longest first, then look up."""
+    """A list of pieces as the tokenizer.json that transformers reads: added tokens, which are matched longest first."""
     import tokenizers
     import transformers
 
-    model = tokenizers.models.WordLevel(
-        {piece: i for i, piece in enumerate(tokenizer.pieces)}, tokenizer.special.get("unk", "")
-    )
-    inner = tokenizers.Tokenizer(model)
-    longest_first = "|".join(sorted(map(re.escape, tokenizer.pieces), key=len, reverse=True))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(longest_first), "isolated")
-    inner.decoder = tokenizers.decoders.Fuse()
     special = {f"{role}_token": piece for role, piece in tokenizer.special.items() if role != "sep"}
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template, **special
-    )
+    vocabulary = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, tokenizer.special.get("unk", "")))
+    inner.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in tokenizer.pieces])
+    inner.decoder = tokenizers.decoders.Fuse()
+    template = tokenizer.chat_template
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **special)
     (target / "vocab.json").unlink()
     fast.save_pretrained(target)
 

@@ -44,6 +44,7 @@ from jaxrl.rollout.kernels import Rows, SamplingArrays
 from jaxrl.runtime import cli, compilers, hardware, roofline
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import get, parse_config, validate
+from models.lora import join
 
 GIB = hardware.GIB
 SAMPLING = ("layout", "prefill", "move layer", "decode")
@@ -80,16 +81,16 @@ class Row(NamedTuple):
 def programs(config, decoder, mesh) -> list[Program]:
     """The programs of a run on `mesh`, as training would build them."""
     learner = Learner(config, decoder, mesh)
-    state = learner.abstract_state()
-    reference = _bytes(state.params) if needs_reference(config) else 0
-    lives = _bytes(state) + reference
+    state, base = learner.abstract_state(), learner.abstract_base()
+    reference = _bytes(state.params) if needs_reference(config) and not base else 0  # a base is its own
+    lives = _bytes(state) + _bytes(base) + reference
     return [
-        *_sampler_programs(config, decoder, mesh, state.params, lives),
-        *_learner_programs(config, learner, mesh, state, reference),
+        *_sampler_programs(config, decoder, mesh, join(base, state.params), lives),
+        *_learner_programs(config, learner, mesh, state, base, reference),
     ]
 
 
-def _learner_programs(config, learner: Learner, mesh, state, reference: float) -> Iterator[Program]:
+def _learner_programs(config, learner: Learner, mesh, state, base, reference: float) -> Iterator[Program]:
     b, shards = config.batch, meshes.num_batch_shards(mesh)
     row = row_length(config)
     rows = max(1, b.micro_tokens // (row * shards)) * shards
@@ -100,10 +101,10 @@ def _learner_programs(config, learner: Learner, mesh, state, reference: float) -
     updates, work = b.updates * b.epochs, micro * rows * row
     scores = updates * ((not learner.objective.on_policy) + needs_reference(config))
     if scores:
-        lower = lambda: learner.programs.score.lower(state.params, batch)  # noqa: E731
+        lower = lambda: learner.programs.score.lower(join(base, state.params), batch)  # noqa: E731
         resident = _bytes(state) - _bytes(state.params) + reference
         yield Program("score", lower, resident, micro, work, scores)
-    yield Program("update", lambda: learner.programs.update.lower(state, batch), reference, micro, work, updates)
+    yield Program("update", lambda: learner.programs.update.lower(state, batch, base), reference, micro, work, updates)
 
 
 def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[Program]:

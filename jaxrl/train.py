@@ -68,11 +68,12 @@ def train(config) -> int:
             watchdog.beat()
 
         def evaluate(state):
-            return evaluate_task(config, sampler, sampler.layout(state.params), tokenizer, task)
+            return evaluate_task(config, sampler, sampler.layout(learner.weights(state)), tokenizer, task)
 
         def save(state, step, record):
-            host, waiting = collector.state()
-            host = {"collector": host, "writer": writer.state() if main else {}, "rollbacks": rollbacks}
+            numbers, waiting = collector.state()
+            host = {"collector": numbers, "writer": writer.state() if main else {}, "rollbacks": rollbacks,
+                    "base": base}
             checkpoints.save(step, state, distributed.broadcast(host), metrics=record, blobs=waiting)
 
         console.note(mismatch_warning(config))
@@ -80,12 +81,16 @@ def train(config) -> int:
             console.note("\n".join([f"continuing {run.root} after step {step}", *changed]))
             state = found.arrays
             collector.restore(host["collector"], found.blobs)
+            base = host.get("base", "")
+            build.find_base(config, run, learner, decoder, mesh, base)
             reference = build.reference(config, run, learner, None)
         else:
             console.note(f"{build.describe(config, decoder, mesh)}\nrun directory: {run.root}")
             params = build.params_maker(config, decoder, mesh)()
             state = learner.init(sft.warm_start(config, decoder, mesh, params, tokenizer, note))
-            reference = build.reference(config, run, learner, state.params)  # before the save: a restart needs it
+            # before the save: a restart needs them
+            base = build.keep_base(config, run, learner)
+            reference = build.reference(config, run, learner, state.params)
             record = evaluate(state) | compiles.take()
             writer.write(0, record)
             console.note(f"before RL: accuracy {record['eval/accuracy']:.3f}" if "eval/accuracy" in record else "")
@@ -94,15 +99,15 @@ def train(config) -> int:
         if config.sampling.warmup:
             continued = bool(config.sampling.carry_over or config.sampling.prefetch)
             settings = (sampling_settings(config), SamplingParams())  # the latter is evaluation's: nothing is cut off
-            seconds = sampler.warmup(sampler.layout(state.params), settings, continued)
+            seconds = sampler.warmup(sampler.layout(learner.weights(state)), settings, continued)
             console.note(f"sampler: {len(sampler.shapes)} shapes ready in {seconds:.0f} s")
 
         # ---- the loop
         while step < config.steps:
             begin = time.perf_counter()
-            collected = collector.collect(sampler.layout(state.params), step)
+            collected = collector.collect(sampler.layout(learner.weights(state)), step)
             batches = make_batches(collected.chosen, config, step, num_batch_shards(mesh))
-            chosen = with_kl_penalty(collected.chosen, batches, config, learner, state.params, reference)
+            chosen = with_kl_penalty(collected.chosen, batches, config, learner, learner.weights(state), reference)
             batches = fill_in(batches, chosen := with_advantages(chosen, config))
             begin_update = time.perf_counter()
             state, learned = learner.update(state, [b.data for b in batches], reference)

@@ -89,6 +89,7 @@ class DecoderConfig:
     layer, where they differ; () means all layers rotate by rope_theta and rope_scaling and see everything.
     query_scale: of the scores; 0 means head_dim ** -0.5. norm_offset: norms multiply by 1 + scale. scale_embeddings:
     looked-up rows are multiplied by sqrt(hidden_size).
+    lora_scale: factor of the adapters' product, if the parameters have adapters (models/lora.py).
     """
 
     vocab_size: int
@@ -114,6 +115,7 @@ class DecoderConfig:
     query_scale: float = 0.0
     norm_offset: bool = False
     scale_embeddings: bool = False
+    lora_scale: float = 1.0
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -274,6 +276,8 @@ class _Reader:
         rope = hf.get(key) or {}
         if self.family.windows == "pattern":
             nested = self.nested_rope("full_attention")
+            if key == "rope_scaling" and isinstance(rope, dict) and "rope_type" not in rope:
+                self.refuse(key, "need a rope_type; transformers does not read 'type' here")
             rope = nested | rope if key == "rope_scaling" and isinstance(rope, dict) else nested
         return self.read_rope(rope, key, hf.get("rope_theta", self.defaults["rope_theta"]))
 
@@ -399,7 +403,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         hf |= {"rope_local_base_freq": next((k.rope_theta for k in kinds if k.window), 10000.0)}
         scalar = round((c.query_scale or c.head_dim**-0.5) ** -2, 6)
         hf |= {"query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar}
-    if (same := from_hf(hf)) != config:
+    c = dataclasses.replace(c, lora_scale=1.0)  # adapters are not part of the model's directory
+    if (same := from_hf(hf)) != c:
         field = next(f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(same, f.name))
         value, read = getattr(c, field), getattr(same, field)
         raise ValueError(f"{field}={value} cannot be exported as {c.model_type}, which would read {field}={read}")

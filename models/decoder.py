@@ -26,7 +26,7 @@ from models.attention import attend, attend_packed, to_blocks, write_keys
 from models.config import DecoderConfig, LayerKind
 from models.layout import quantise
 from models.rope import rope_frequencies
-from models.table import BIAS, NORM, find, set_path, weights, whole_shape
+from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, find, set_path, weights, whole_shape
 
 AUXILIARY = "auxiliary"  # Flax collection of what layers give besides their output
 
@@ -129,7 +129,7 @@ class Part(nn.Module):
     def weight(self, name: str):
         """Parameter `name` in the compute dtype; of an int8 matrix the pair (int8, float32 scales)."""
         w = self.raw(name)
-        return (w, self.get_variable("params", f"{name}_scale")) if w.dtype == jnp.int8 else w.astype(self.dtype)
+        return (w, self.get_variable("params", name + SCALE)) if w.dtype == jnp.int8 else w.astype(self.dtype)
 
     def has(self, name: str) -> bool:
         """Whether the family has parameter `name` in this module."""
@@ -144,9 +144,18 @@ class Part(nn.Module):
             if self.has(f"{names[0]}_bias"):
                 y += self.weight(f"{fused}_bias")
             return jnp.split(y, np.cumsum([row.shape[-1] for row in rows])[:-1], axis=-1)
-        out = [linear(x, self.weight(name)) for name in names]
+        out = [self.adapted(x, name) for name in names]
         bias = [f"{name}_bias" for name in names]
         return [y + self.weight(b) if self.has(b) else y for y, b in zip(out, bias, strict=True)]
+
+
+    def adapted(self, x, name: str):
+        """x times matrix `name`, and its adapters if there are any (models/lora.py)."""
+        y = linear(x, self.weight(name))
+        if not self.has_variable("params", name + LORA_A):
+            return y
+        a, b = (self.get_variable("params", name + half).astype(self.dtype) for half in (LORA_A, LORA_B))
+        return y + self.config.lora_scale * linear(linear(x, a), b)
 
 
 class RMSNorm(Part):

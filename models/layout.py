@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from models.config import DecoderConfig
-from models.table import MATRIX, Weight, get_path, set_path, weights
+from models.table import LORA_A, LORA_B, MATRIX, SCALE, Weight, get_path, set_path, weights
 
 HEAD = ("lm_head", "kernel")
 
@@ -38,16 +38,32 @@ def sampling_layout(
 
     out: dict = {}
     for path, rows, layer, small in _entries(config, fuse, untie, int8):
-        arrays = [get_path(params, row.path) for row in rows]
-        arrays = arrays if layer is None else [a[layer] for a in arrays]
+        arrays = [dense(params, row, config, layer) for row in rows]
         arrays = arrays if small else [a.astype(dtype) for a in arrays]
         w = jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
         w = w.T if path == HEAD and rows[0].path != HEAD else w
         if small:
             w, scale = quantise(w)
-            set_path(out, (*path[:-1], f"{path[-1]}_scale"), scale)
+            set_path(out, (*path[:-1], path[-1] + SCALE), scale)
         set_path(out, path, w)
     return out
+
+
+def dense(params, row: Weight, config: DecoderConfig, layer: int | None = None):
+    """The array of a row, of one layer if given, as it is stored; if it is int8 or has adapters beside it, the float32
+    matrix that it stands for: scale x W + lora_scale a b."""
+
+    def stored(suffix=""):
+        array = get_path(params, (*row.path[:-1], row.path[-1] + suffix))
+        return array if array is None or layer is None else array[layer]
+
+    w, scale, a, b = map(stored, ("", SCALE, LORA_A, LORA_B))
+    if scale is not None:
+        w = w.astype(jnp.float32) * scale[..., None, :]
+    if a is None:
+        return w
+    product = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+    return w.astype(jnp.float32) + config.lora_scale * product
 
 
 def layout_specs(config: DecoderConfig, fuse: bool = True, untie: bool = False, int8: bool = False):
@@ -57,7 +73,7 @@ def layout_specs(config: DecoderConfig, fuse: bool = True, untie: bool = False, 
         axes = rows[0].axes
         axes = axes[::-1] if path == HEAD and rows[0].path != HEAD else axes
         if small:
-            set_path(out, (*path[:-1], f"{path[-1]}_scale"), P(*axes[:-2], axes[-1]))
+            set_path(out, (*path[:-1], path[-1] + SCALE), P(*axes[:-2], axes[-1]))
         set_path(out, path, P(*axes))
     return out
 

@@ -4,7 +4,7 @@ The decoder, the Hugging Face files, the sampler's layout and placement, weight 
 counts read it. A new family is a new tuple of rows in FAMILIES, and what it computes in models/decoder.py.
 
 Letters of `dims`: D width, Q query heads x head size, K key-value heads x head size, H head size, F MLP width,
-V vocabulary.
+V vocabulary, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import jax
 from models.config import DecoderConfig
 
 MATRIX, NORM, BIAS, EMBEDDING = "matrix", "norm", "bias", "embedding"
+# what may stand beside a matrix, as NAME + suffix: float32 scales of an int8 one, low-rank adapters (models/lora.py)
+SCALE, LORA_A, LORA_B = "_scale", "_lora_a", "_lora_b"
 # letter -> logical axis; what an axis means on a mesh is said in jaxrl/runtime/mesh.py
-_AXES = {"D": "embed", "Q": "heads", "K": "kv_heads", "H": "norm", "F": "mlp", "V": "vocab"}
+_AXES = {"D": "embed", "Q": "heads", "K": "kv_heads", "H": "norm", "F": "mlp", "V": "vocab", "R": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Weight:
         return self.path[0] == "layers"
 
     @property
-    def axes(self) -> tuple[str, ...]:
+    def axes(self) -> tuple[str | None, ...]:
         """Logical axis of every dimension of `shape`."""
         return tuple("norm" if self.kind == NORM else _AXES[letter] for letter in self.dims)
 
@@ -153,9 +155,13 @@ def whole_shape(row: Weight, config: DecoderConfig) -> tuple[int, ...]:
 
 def kinds(params):
     """The tree with the kind of each parameter in its place. params: (part of) a training tree, of any family; what
-    is in no table, such as an adapter, counts as MATRIX."""
-    keys = lambda path: tuple(p.key for p in path)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: _KINDS.get(keys(path), MATRIX), params)
+    is in no table, such as an adapter, counts as MATRIX, the scales of an int8 matrix as NORM."""
+
+    def one(path, _):
+        keys = tuple(p.key for p in path)
+        return _KINDS.get(keys, NORM if keys[-1].endswith(SCALE) else MATRIX)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def matrix_elements(config: DecoderConfig) -> tuple[int, int]:

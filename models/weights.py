@@ -44,12 +44,21 @@ def load_params(
     Raises ValueError, one line naming file and tensor: missing, unexpected or misshapen tensors, values that
     are not finite in `dtype`, truncated or missing files.
     """
-    root, dtype = epath.Path(directory), np.dtype(dtype)
+    # some tied models carry a copy of the embedding as their head
+    ignored = ("lm_head.weight",) if config.tie_embeddings else ()
+    return read_table(epath.Path(directory), weights(config), config, shardings, dtype, ignored)
+
+
+def read_table(root: epath.Path, table: dict[tuple[str, ...], Weight], config: DecoderConfig, shardings=None,
+               dtype=jnp.float32, ignored=(), single: str = "model.safetensors") -> dict[str, Any]:
+    """The parameters of a table from its files; see `load_params`. ignored: copies of the embedding that may be there.
+    single: the file that holds all of them, if there is no index."""
+    dtype = np.dtype(dtype)
     with contextlib.ExitStack() as stack:
-        where = _open_tensors(root, stack)
-        _check(root, where, config)
+        where = _open_tensors(root, stack, single)
+        _check(root, where, table, config, ignored)
         params: dict = {}
-        for path, row in weights(config).items():
+        for path, row in table.items():
             shape = whole_shape(row, config)
             parts: dict[str, np.ndarray] = {}  # devices that hold copies of each other share what is read
 
@@ -66,7 +75,8 @@ def load_params(
     return params
 
 
-def _open_tensors(root: epath.Path, stack: contextlib.ExitStack) -> dict[str, tuple[epath.Path, Any]]:
+def _open_tensors(root: epath.Path, stack: contextlib.ExitStack, file: str = "model.safetensors"
+                  ) -> dict[str, tuple[epath.Path, Any]]:
     """Tensor name -> (file, open safetensors handle); local files stay mapped until the stack closes."""
     from safetensors import SafetensorError, safe_open
 
@@ -78,14 +88,14 @@ def _open_tensors(root: epath.Path, stack: contextlib.ExitStack) -> dict[str, tu
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{path}: truncated or not a safetensors file ({e})") from None
 
-    single, index = root / "model.safetensors", root / INDEX
+    single, index = root / file, root / INDEX
     if single.exists():
         handle = open_file(single)
         return {name: (single, handle) for name in handle.keys()}
     if not index.exists():
         old = any(root.glob("pytorch_model*.bin"))
         hint = "; pytorch_model.bin is not read, convert it to safetensors" if old else ""
-        raise ValueError(f"{root}: no model.safetensors and no {INDEX}{hint}")
+        raise ValueError(f"{root}: no {file} and no {INDEX}{hint}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{index}: key 'weight_map' is missing or empty: need tensor name -> file name")
@@ -102,10 +112,10 @@ def _open_tensors(root: epath.Path, stack: contextlib.ExitStack) -> dict[str, tu
     return {name: (root / file, handles[file]) for name, file in weight_map.items()}
 
 
-def _check(root, where, config) -> None:
+def _check(root, where, table, config, ignored) -> None:
     """All names, shapes and dtypes, from the file headers alone, so that errors come before any reading."""
     expected = {}
-    for row in weights(config).values():
+    for row in table.values():
         whole = whole_shape(row, config)
         for place in np.ndindex(*whole[: row.stacked]):
             inner = whole[row.stacked :]
@@ -113,8 +123,7 @@ def _check(root, where, config) -> None:
     hint = f"expected a {config.model_type} of {config.num_layers} layers"
     if missing := [name for name in expected if name not in where]:
         raise ValueError(f"{root}: tensor {missing[0]} is missing ({len(missing)} in all; {hint})")
-    copy = {"lm_head.weight"} if config.tie_embeddings else set()  # some tied models carry one
-    extra = sorted(n for n in where if n not in expected and n not in copy and not _DERIVED.fullmatch(n))
+    extra = sorted(n for n in where if n not in expected and n not in ignored and not _DERIVED.fullmatch(n))
     if extra:
         file = where[extra[0]][0]
         raise ValueError(f"{file}: tensor {extra[0]} is unexpected ({len(extra)} in all; {hint})")
@@ -125,7 +134,7 @@ def _check(root, where, config) -> None:
             raise ValueError(f"{file}: tensor {name} has shape {found}, config needs {list(shape)}")
         if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{file}: tensor {name} has dtype {view.get_dtype()}, need F32, F16 or BF16")
-    for name in copy & set(where):
+    for name in set(ignored) & set(where):
         _check_same(where, name, "model.embed_tokens.weight")
 
 
@@ -195,7 +204,7 @@ def save_params(
         eos = list(tokenizer.eos_ids)
         hf |= {"eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": tokenizer.pad_id}
         hf |= {"bos_token_id": tokenizer.bos_id}
-    files = _plan(params, config, max_shard_bytes)
+    files = _plan(params, weights(config), config, max_shard_bytes)
     if writer:
         root.mkdir(parents=True, exist_ok=True)
         for old in (*root.glob("model*.safetensors"), root / INDEX, root / "config.json"):
@@ -220,10 +229,20 @@ def save_params(
     (root / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
-def _plan(params, config, max_shard_bytes) -> list[list[tuple[str, Any]]]:
+def write_tensors(file: pathlib.Path, params, table: dict[tuple[str, ...], Weight], config: DecoderConfig) -> None:
+    """The parameters of a table as one safetensors file, written by process 0."""
+    from safetensors.numpy import save_file
+
+    tensors = {name: np.ascontiguousarray(_to_host(part())) for name, part, _ in _tensors(params, table, config)}
+    if jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _plan(params, table, config, max_shard_bytes) -> list[list[tuple[str, Any]]]:
     """The (name, function giving the array) of every tensor, grouped into files, without reading any."""
     files, used = [[]], 0
-    for name, part, nbytes in _tensors(params, config):
+    for name, part, nbytes in _tensors(params, table, config):
         if files[-1] and used + nbytes > max_shard_bytes:
             files.append([])
             used = 0
@@ -232,19 +251,18 @@ def _plan(params, config, max_shard_bytes) -> list[list[tuple[str, Any]]]:
     return files
 
 
-def _tensors(params, config) -> Iterator[tuple[str, Any, int]]:
+def _tensors(params, table, config) -> Iterator[tuple[str, Any, int]]:
     """(name, function giving the array, bytes) of every tensor, layer by layer, so that a file of a sharded
     checkpoint holds whole layers as far as possible."""
-    table = weights(config)
     for path, row in table.items():
         array, shape = get_path(params, path), whole_shape(row, config)
         if array is None or array.shape != shape:
             found = "missing" if array is None else f"of shape {list(array.shape)}"
             raise ValueError(f"parameter {'/'.join(path)} is {found}, config needs {list(shape)}")
     rows = list(table.values())
-    ends = [row for row in rows if not row.layered]
-    order = [(ends[0], None), *((r, i) for i in range(config.num_layers) for r in rows if r.layered)]
-    for row, layer in (*order, *((row, None) for row in ends[1:])):
+    ends = [(row, None) for row in rows if not row.layered]
+    order = [(r, i) for i in range(config.num_layers) for r in rows if r.layered]
+    for row, layer in (*ends[:1], *order, *ends[1:]):
         array = get_path(params, row.path)
         inner = whole_shape(row, config)[row.layered :]
         for place in np.ndindex(*inner[: row.stacked - row.layered]):

@@ -10,11 +10,19 @@ import numpy as np
 
 from jaxrl.errors import UserError
 from jaxrl.learner.packing import PackedBatch
-from jaxrl.learner.state import TrainState, abstract_state, build_optimizer, init_state
+from jaxrl.learner.state import (
+    TrainState,
+    abstract_state,
+    build_optimizer,
+    init_state,
+    placed,
+    sharding_of,
+)
 from jaxrl.learner.update import Objective, build_programs, place_batch
 from jaxrl.runtime import compiles
 from models.attention import SHARES_PROMPTS, default_implementation
 from models.config import DecoderConfig
+from models.lora import LoRA, abstract_base, frozen_base, join, load_adapters, read_lora, targeted
 
 
 def objective(config) -> Objective:
@@ -60,8 +68,27 @@ def needs_reference(config) -> bool:
     return bool(config.algorithm.kl_coef) or objective(config).scores_reference
 
 
+def lora_of(config, decoder: DecoderConfig) -> LoRA | None:
+    """The adapters of config.model.lora; None in full training. Raises UserError for targets that the model lacks or
+    a PEFT directory that does not fit."""
+    c = config.model.lora
+    try:
+        if c.path:
+            return read_lora(c.path, decoder)
+        if not c.rank:
+            return None
+        targeted(decoder, c.targets)
+        return LoRA(c.rank, c.alpha, tuple(c.targets), c.rslora)
+    except (ValueError, OSError) as e:
+        raise UserError(f"config.model.lora.{'path' if c.path else 'targets'}: {e}") from e
+
+
 class Learner:
-    """Builds the programs of a configuration once and runs them on the mini-batches of each step."""
+    """Builds the programs of a configuration once and runs them on the mini-batches of each step.
+
+    lora: the adapters that are trained, or None. frozen: their base, once `init` or `attach` was called; it is no part
+    of the state, so no update copies it and no checkpoint holds it.
+    """
 
     def __init__(self, config, decoder: DecoderConfig, mesh):
         row, tensor = config.batch.row_tokens or 128, mesh.shape["tensor"]
@@ -79,6 +106,7 @@ class Learner:
         self.decoder, self.mesh = decoder, mesh
         self.param_dtype = jnp.dtype(config.model.param_dtype)
         self.objective, self.optimizer = objective(config), optimizer(config)
+        self.lora, self.frozen, self.config = lora_of(config, decoder), None, config
         self.programs = build_programs(
             decoder,
             mesh,
@@ -88,17 +116,34 @@ class Learner:
             remat=config.model.remat,
             attention=config.model.attention,
             sequence_parallel=config.mesh.sequence_parallel,
+            lora=self.lora,
         )
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the state, for restoring a checkpoint onto this mesh."""
-        return abstract_state(self.decoder, self.optimizer, self.mesh, param_dtype=self.param_dtype)
+        return abstract_state(
+            self.decoder, self.optimizer, self.mesh, param_dtype=self.param_dtype, lora=self.lora
+        )
+
+    def abstract_base(self):
+        """Shapes and shardings of the frozen base; None in full training."""
+        return self.lora and placed(self.mesh, self.decoder, *abstract_base(self.decoder, self.config.model.lora.base))
 
     def init(self, params) -> TrainState:
-        """A fresh state around params, which must not be used afterwards."""
-        return init_state(
-            self.decoder, self.optimizer, self.mesh, params=params, param_dtype=self.param_dtype
-        )
+        """A fresh state around params, which must not be used afterwards. With adapters they become the base."""
+        parts = self.decoder, self.optimizer, self.mesh
+        if self.lora is None:
+            return init_state(*parts, params=params, param_dtype=self.param_dtype)
+        self.frozen, start = frozen_base(params, self.decoder, self.config.model.lora.base), None
+        if self.config.model.lora.path:
+            where = sharding_of(self.abstract_state().params)
+            start = load_adapters(self.config.model.lora.path, self.decoder, where, self.param_dtype)[1]
+        key = jax.random.key(self.config.seed)
+        return init_state(*parts, key=key, params=start, param_dtype=self.param_dtype, lora=self.lora)
+
+    def weights(self, state: TrainState):
+        """All parameters of the model, adapters beside their matrices: what `score` and the sampler's layout take."""
+        return join(self.frozen, state.params)
 
     @property
     def compiles(self) -> int:
@@ -121,10 +166,10 @@ class Learner:
         """
         scored, records = [self._scored(state, batch, reference) for batch in batches], []
         for batch, scores in zip(batches, scored, strict=True):
-            placed = place_batch(batch, self.mesh).replace(**scores)
+            ready = place_batch(batch, self.mesh).replace(**scores)
             jax.block_until_ready(records[-1:])  # so that at most two mini-batches lie on the devices
             with compiles.program("update", batch.tokens.shape):
-                state, metrics = self.programs.update(state, placed)
+                state, metrics = self.programs.update(state, ready, self.frozen)
             records.append(metrics)
         records = jax.device_get(records)
         skipped = [i for i, record in enumerate(records) if record["nonfinite"]]
@@ -132,7 +177,7 @@ class Learner:
 
     def _scored(self, state: TrainState, batch: PackedBatch, reference) -> dict[str, Any]:
         """The log-probs that must be known before the first update: fields of PackedBatch, on the devices."""
-        models = {} if self.objective.on_policy else {"old_logprobs": state.weights}
+        models = {} if self.objective.on_policy else {"old_logprobs": self.weights(state)}
         models |= {"ref_logprobs": reference} if self.objective.scores_reference else {}
         return {name: self.score(params, batch) for name, params in models.items()}
 

@@ -37,7 +37,8 @@ class HeadSettings:
     temperature: divides the logits. tied: the head is the embedding [V, D], not a kernel [D, V].
     chunk: vocabulary entries at a time (each device). saved_bytes: keep up to this many bytes of logits (per
     device) for the backward pass instead of computing them again: 4 bytes x positions x vocabulary save a
-    quarter of the head's FLOPs. mesh: None for one device. shard_vocab: the head is split over `tensor`.
+    quarter of the head's FLOPs. mesh: None for one device. shard_vocab: the head is split over `tensor`. frozen: the
+    head has no gradient, which saves a third of its FLOPs.
     """
 
     temperature: float = 1.0
@@ -46,6 +47,7 @@ class HeadSettings:
     saved_bytes: int = 0
     mesh: Mesh | None = None
     shard_vocab: bool = True
+    frozen: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -119,7 +121,7 @@ def _fused_backward(settings, capacity, residuals, cotangents):
             run,
             mesh=settings.mesh,
             in_specs=(rows, settings.head_spec, rows, rows, rows, rows, P(None, BATCH, vocab), rows, rows),
-            out_specs=(rows, settings.head_spec),
+            out_specs=(rows, None if settings.frozen else settings.head_spec),
             check_vma=False,
         )
     d_hidden, d_head = run(hidden, head, targets, index, lse, entropy, saved, *cotangents)
@@ -201,18 +203,20 @@ def _backward(s: HeadSettings, hidden, head, targets, index, lse, entropy, saved
         d_z = jnp.where(hit, g, 0) - jnp.exp(log_p) * (g + e * (log_p + entropy))
         d_z = (d_z * (1 / s.temperature)).astype(h.dtype)
         d_h += jnp.einsum("nv,vd->nd" if s.tied else "nv,dv->nd", d_z, w, preferred_element_type=jnp.float32)
+        if s.frozen:
+            return (d_h, None), None
         d_w = jnp.einsum("nv,nd->vd" if s.tied else "nv,nd->dv", d_z, h, preferred_element_type=jnp.float32)
         d_w = d_w.astype(head.dtype)
         if s.size("fsdp") > 1:
             d_w = lax.psum_scatter(d_w, "fsdp", scatter_dimension=1 - vocab_axis, tiled=True)
         return (d_h, lax.dynamic_update_slice_in_dim(d_head, d_w, start, vocab_axis)), None
 
-    carry = (jnp.zeros(h.shape, jnp.float32), jnp.zeros(head.shape, head.dtype))
+    carry = (jnp.zeros(h.shape, jnp.float32), None if s.frozen else jnp.zeros(head.shape, head.dtype))
     (d_h, d_head), _ = _over_vocabulary(s, head, step, carry, saved.shape[0], saved)
     d_h = d_h.astype(h.dtype)
     if s.size("tensor") > 1:
         d_h = lax.psum(d_h, "tensor")
-    if s.size("data") > 1:
+    if s.size("data") > 1 and not s.frozen:
         d_head = lax.psum(d_head, "data")
     return _scatter(d_h, index, hidden.shape[0]), d_head
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -16,6 +16,7 @@ from jaxrl.errors import UserError
 from jaxrl.runtime.mesh import logical_rules, replicated, shardings
 from models.config import DecoderConfig
 from models.decoder import abstract_params, init_params
+from models.lora import LoRA, abstract_adapters, init_adapters
 from models.table import BIAS, NORM, kinds
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -24,28 +25,15 @@ HOST = "pinned_host"  # the memory that a device can copy from and to by itself
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 [], optimizer updates applied. params: the master copy of the trainable parameters. opt_state:
-    optax's. skipped: int32 [], updates not applied because something was not finite. skipped_in_a_row: int32 [], of
-    these the latest. frozen: the parameters that no update changes; none in full training."""
+    """step: int32 [], optimizer updates applied. params: the master copy of what is trained: all of the model, or the
+    adapters (models/lora.py) beside a frozen base that is no part of the state. opt_state: optax's. skipped: int32 [],
+    updates not applied because something was not finite. skipped_in_a_row: int32 [], of these the latest."""
 
     step: Any
     params: Any
     opt_state: Any
     skipped: Any
     skipped_in_a_row: Any
-    frozen: Any = flax.struct.field(default_factory=dict)
-
-    @property
-    def weights(self):
-        """All parameters of the model as one tree."""
-        return merge(self.frozen, self.params)
-
-
-def merge(a, b):
-    """Two trees of nested dicts as one; where both have a leaf, b's."""
-    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
-        return b
-    return {**a, **{k: merge(a[k], v) if k in a else v for k, v in b.items()}}
 
 
 class Optimizer(NamedTuple):
@@ -162,16 +150,15 @@ def fresh_state(params, optimizer: Optimizer) -> TrainState:
 
 
 def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rules: dict | None = None,
-                   param_dtype=jnp.float32) -> TrainState:
+                   param_dtype=jnp.float32, lora: LoRA | None = None) -> TrainState:
     """TrainState of jax.ShapeDtypeStruct with shardings: what `preflight` lowers with and checkpoints restore to.
 
-    Moments lie as their parameters do, on the host if the optimizer is offloaded. Raises UserError if a dimension
-    does not divide by its mesh axis.
+    lora: train these adapters, not the whole model. Moments lie as their parameters do, on the host if the optimizer
+    is offloaded. Raises UserError if a dimension does not divide by its mesh axis.
     """
-    rules = rules or logical_rules(mesh, config.num_kv_heads, config.vocab_size)
-    params, specs = abstract_params(config, param_dtype)
-    placed = shardings(mesh, specs, rules, params)
-    by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(placed)}
+    params, specs = abstract_adapters(config, lora, param_dtype) if lora else abstract_params(config, param_dtype)
+    params = placed(mesh, config, params, specs, rules)
+    by_path = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
     state = jax.eval_shape(lambda p: fresh_state(p, optimizer), params)
 
     def place(path, leaf):
@@ -183,6 +170,13 @@ def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rule
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def placed(mesh: Mesh, config: DecoderConfig, shapes, specs, rules: dict | None = None):
+    """Shapes with the shardings that their logical PartitionSpecs mean on the mesh."""
+    rules = rules or logical_rules(mesh, config.num_kv_heads, config.vocab_size)
+    where = shardings(mesh, specs, rules, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def sharding_of(tree):
@@ -205,14 +199,15 @@ def on_host(tree, shardings):
 
 
 def init_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, key=None, params=None,
-               rules: dict | None = None, param_dtype=jnp.float32) -> TrainState:
+               rules: dict | None = None, param_dtype=jnp.float32, lora: LoRA | None = None) -> TrainState:
     """A fresh TrainState, every array created where it lives: no host and no device ever holds all of it.
 
     Give `key` for random parameters (the same on every mesh) or `params`, already in shards (see
-    models.weights.load_params); the caller must not use `params` afterwards.
+    models.weights.load_params); the caller must not use `params` afterwards. lora: they are these adapters.
     """
-    target = sharding_of(abstract_state(config, optimizer, mesh, rules, param_dtype))
+    target = sharding_of(abstract_state(config, optimizer, mesh, rules, param_dtype, lora))
     if params is None:
-        make = jax.jit(lambda key: fresh_state(init_params(config, key, param_dtype), optimizer), out_shardings=target)
+        init = functools.partial(init_adapters, config, lora) if lora else functools.partial(init_params, config)
+        make = jax.jit(lambda key: fresh_state(init(key, param_dtype), optimizer), out_shardings=target)
         return make(key)
     return jax.jit(lambda p: fresh_state(p, optimizer), out_shardings=target, donate_argnums=0)(params)

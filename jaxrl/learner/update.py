@@ -46,7 +46,6 @@ from jaxrl.learner.state import (
     TrainState,
     abstract_state,
     add_updates,
-    merge,
     on_device,
     on_host,
     sharding_of,
@@ -55,6 +54,7 @@ from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.lora import LoRA, join
 from models.table import NORM, kinds
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
@@ -92,9 +92,9 @@ class Objective:
 
 
 class Programs(NamedTuple):
-    """update(state, batch) -> (state, metrics); state is donated. score(params, batch) -> (logp, entropy), float32
-    [M, R, T], no gradient; params: as `state.weights`. Both are jitted. metrics: dict of float32 scalars (see
-    `_metrics`)."""
+    """update(state, batch, frozen=None) -> (state, metrics); state is donated. score(params, batch) -> (logp, entropy),
+    float32 [M, R, T], no gradient. Both are jitted. frozen: the base of adapters; params: base and adapters joined
+    (models.lora.join). metrics: dict of float32 scalars (see `_metrics`)."""
 
     update: Callable
     score: Callable
@@ -137,8 +137,10 @@ def build_programs(
     remat: str = "none",
     attention: str = "auto",
     sequence_parallel: bool = False,
+    lora: LoRA | None = None,
 ) -> Programs:
-    """The learner's programs. dtype: compute dtype (sums, softmax and log-probs stay float32).
+    """The learner's programs. dtype: compute dtype (sums, softmax and log-probs stay float32). lora: train these
+    adapters beside a frozen base.
 
     remat, attention: see models.decoder.Decoder; "auto" takes the backend's kernel. sequence_parallel: between
     blocks, tokens are split over the mesh's tensor axis, which must divide them. Raises ValueError for unknown
@@ -157,9 +159,10 @@ def build_programs(
         saved_bytes=2**28 if platform == "cpu" else 0,
         mesh=mesh,
         shard_vocab=rules["vocab"] is not None,
+        frozen=lora is not None,
     )
     # Results lie exactly as the inputs do, so that no second call compiles again.
-    resting = sharding_of(abstract_state(config, optimizer, mesh, rules))
+    resting = sharding_of(abstract_state(config, optimizer, mesh, rules, lora=lora))
     model = Decoder(config, dtype=dtype, remat=remat, attention=attention)
     parts = Parts(objective, loss, loss_hyper, correction, correction_hyper, optimizer, model, head, mesh, rules,
                   resting.params, dtype)
@@ -184,9 +187,10 @@ def _score(parts: Parts, params, batch: PackedBatch):
     return lax.fori_loop(0, batch.num_micro, one, (zeros, zeros))
 
 
-def _update(parts: Parts, moments_rest, state: TrainState, batch: PackedBatch):
+def _update(parts: Parts, moments_rest, state: TrainState, batch: PackedBatch, frozen=None):
     """moments_rest: shardings of the optimizer's state between updates."""
-    total, grads, sums, maxima = _gradient(parts, state, batch, _whole(parts, state, batch))
+    whole = _whole(parts, join(frozen, state.params), batch)
+    total, grads, sums, maxima = _gradient(parts, state.params, frozen, batch, whole)
     grad_norm, lr = optax.tree.norm(grads), parts.optimizer.schedule(state.step)
     state = state.replace(opt_state=on_device(state.opt_state, moments_rest))
     state, ok = _apply(state, grads, parts.optimizer, jnp.isfinite(total) & jnp.isfinite(grad_norm))
@@ -194,7 +198,7 @@ def _update(parts: Parts, moments_rest, state: TrainState, batch: PackedBatch):
     return state.replace(opt_state=on_host(state.opt_state, moments_rest)), metrics
 
 
-def _whole(parts: Parts, state: TrainState, batch: PackedBatch) -> Whole:
+def _whole(parts: Parts, params, batch: PackedBatch) -> Whole:
     """The constants of a loss that depend on the whole mini-batch, and the denominators without rejected tokens."""
     loss, on_policy, drops = parts.loss, parts.objective.on_policy, parts.correction_hyper["drop_rejected"]
     hyper, num_tokens, num_sequences = parts.loss_hyper, batch.num_tokens, batch.num_sequences
@@ -202,7 +206,7 @@ def _whole(parts: Parts, state: TrainState, batch: PackedBatch) -> Whole:
         return Whole(hyper, num_tokens, num_sequences)
     now, entropy = batch.old_logprobs, None
     if loss.prepare is not None or on_policy:
-        now, entropy = _score(parts, state.weights, batch)
+        now, entropy = _score(parts, params, batch)
     rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), _inputs(parts, batch, now, entropy))
     if loss.prepare is not None:
         hyper = loss.prepare(rows, hyper)
@@ -213,13 +217,12 @@ def _whole(parts: Parts, state: TrainState, batch: PackedBatch) -> Whole:
     return Whole(hyper, num_tokens, num_sequences)
 
 
-def _gradient(parts: Parts, state: TrainState, batch: PackedBatch, whole: Whole):
-    """(loss, gradient of the trainable parameters in float32, sums, maxima) of the mini-batch, folded over its
-    micro-batches."""
-    params, frozen = _cast(state.params, parts.dtype), _cast(state.frozen, parts.dtype)
+def _gradient(parts: Parts, params, frozen, batch: PackedBatch, whole: Whole):
+    """(loss, gradient of params in float32, sums, maxima) of the mini-batch, folded over its micro-batches."""
+    params, frozen = _cast(params, parts.dtype), _cast(frozen, parts.dtype)
 
     def share(params, micro):
-        return _micro_loss(parts, merge(frozen, params), micro, whole)
+        return _micro_loss(parts, join(frozen, params), micro, whole)
 
     gradient = jax.value_and_grad(share, has_aux=True)
     (_, (sums, maxima)), _ = jax.eval_shape(gradient, params, _micro(batch, 0))
@@ -302,9 +305,9 @@ def _micro(batch: PackedBatch, i) -> PackedBatch:
 
 
 def _cast(params, dtype):
-    """Parameters in the compute dtype, once per program and before any gather over the mesh; norms stay."""
-
-    return jax.tree.map(lambda kind, x: x if kind == NORM else x.astype(dtype), kinds(params), params)
+    """Parameters in the compute dtype, once per program and before any gather over the mesh; norms and int8 stay."""
+    stays = lambda kind, x: kind == NORM or x.dtype == jnp.int8  # noqa: E731
+    return jax.tree.map(lambda kind, x: x if stays(kind, x) else x.astype(dtype), kinds(params), params)
 
 
 # --- after the gradient -------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from jaxrl.tasks.templates import THINKING
 from models.attention import IMPLEMENTATIONS
 from models.config import FAMILIES
 from models.decoder import REMAT_POLICIES
+from models.lora import BASES, TARGETS
 
 
 def _methods(table, default: str) -> Choice:
@@ -91,6 +92,13 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "model.sampler_dtype": (Choice("", ("", *_DTYPES)), "empty: model.dtype"),
     "model.attention": (Choice("auto", ("auto", *IMPLEMENTATIONS)), "auto: the best of the platform"),
     "model.remat": (_methods(REMAT_POLICIES, "none"), "what the backward pass recomputes in each layer"),
+
+    "model.lora.rank": (Integer(0), "of adapters, which are trained beside a frozen model; 0: train all of it"),
+    "model.lora.alpha": (Number(32.0, **_POSITIVE), "the adapters count alpha / rank"),
+    "model.lora.rslora": (Flag(False), "alpha / sqrt(rank) instead (2312.03732)"),
+    "model.lora.targets": (Words(("all",), TARGETS), "matrices of the layers that get an adapter"),
+    "model.lora.base": (Choice("bfloat16", BASES), "how the frozen model rests; int8: the matrices of its layers"),
+    "model.lora.path": (_optional("a PEFT directory"), "adapters to begin with; rank, alpha, targets are then its own"),
 
     "task.name": (Choice("dial", ("dial", "math", "choice", "user")), "dial is embedded; user needs task.reward"),
     "task.data": (_optional("a file (jsonl, jsonl.gz, parquet) or data set name"), "training problems"),

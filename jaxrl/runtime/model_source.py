@@ -6,6 +6,7 @@ A run directory holds `model/` (Hugging Face config.json and the tokenizer, writ
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from etils import epath
 
 from jaxrl.errors import UserError
 from jaxrl.runtime import checkpoint, manifest, storage
+from models import lora
 from models.config import DecoderConfig, from_hf
 from models.decoder import abstract_params
 from models.tokenizers import Tokenizer, load_tokenizer
@@ -76,7 +78,7 @@ def load_model(
         config, tokenizer = from_hf(home), load_tokenizer(home)
         shardings = shardings(config) if callable(shardings) else shardings
         if is_run(root):
-            return config, _run_params(root, config, dtype, shardings, step), tokenizer
+            return config, _run_params(root, home, config, dtype, shardings, step), tokenizer
         if step is not None:
             raise UserError(f"{root}: a Hugging Face directory has no checkpoint of step {step}")
         return config, load_params(root, config, shardings, dtype), tokenizer
@@ -88,7 +90,10 @@ def load_model(
         raise
 
 
-def _run_params(root: epath.Path, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
+def _run_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
+    """home: a local directory with the run's description."""
+    if (home / lora.CONFIG).exists():
+        return _merged_params(root, home, config, dtype, shardings, step)
     stored, _ = abstract_params(config, stored_dtype(root, step))
     if shardings is not None:
         stored = jax.tree.map(
@@ -101,12 +106,34 @@ def _run_params(root: epath.Path, config: DecoderConfig, dtype, shardings, step)
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
+def _merged_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
+    """Of a run that trained adapters: an ordinary model, they merged into their base."""
+    settings = lora.read_lora(home, config)
+    stored, _ = lora.abstract_adapters(config, settings, stored_dtype(root, step))
+    found = checkpoint.restore(root / "checkpoints", {"params": stored}, step=step, partial=True)
+    if found is None:
+        raise UserError(f"{root}: the run has no checkpoint yet")
+    model = run_settings(root)["model"]
+    kind = model["lora"]["base"]
+    if kept := checkpoint.restore(root / "base", {"params": lora.abstract_base(config, kind)[0]}):
+        base = kept.arrays["params"]
+    else:
+        rests = jnp.float32 if kind == "float32" else jnp.bfloat16
+        base = lora.frozen_base(load_model(model["path"], rests, shardings)[1], config, kind)
+    if lora.fingerprint(base) != found.host["base"]:
+        raise UserError(f"{model['path']}: not the weights that the adapters of {root} were trained beside")
+    config = dataclasses.replace(config, lora_scale=settings.scale)
+    merge = jax.jit(lambda params: lora.merge(params, config, dtype), out_shardings=shardings)
+    return merge(lora.join(base, found.arrays["params"]))
+
+
 def stored_dtype(root: str | os.PathLike, step: int | None):
     """The parameters' dtype in a checkpoint, so that a run need not tell how it was configured."""
     paths = dict(manifest.step_paths(epath.Path(root) / "checkpoints"))
     for s in sorted(paths, reverse=True) if step is None else [step]:
         try:
-            return jnp.dtype(manifest.read_manifest(paths[s])["arrays"]["params/final_norm/scale"]["dtype"])
-        except (KeyError, manifest.Damaged):  # restore() says what is wrong with it
+            arrays = manifest.read_manifest(paths[s])["arrays"]
+            return jnp.dtype(next(spec["dtype"] for name, spec in arrays.items() if name.startswith("params/")))
+        except (KeyError, StopIteration, manifest.Damaged):  # restore() says what is wrong with it
             continue
     return jnp.float32

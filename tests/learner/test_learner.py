@@ -11,7 +11,8 @@ from jaxrl.algorithms.hyper import Number
 from jaxrl.algorithms.inputs import guarded, token_ratio, token_stats
 from jaxrl.algorithms.losses import LOSSES, Loss
 from jaxrl.learner.learner import Learner, combine, needs_reference, objective, optimizer
-from jaxrl.learner.packing import pack
+from jaxrl.learner.packing import PackSettings, pack
+from jaxrl.rollouts import from_sequences
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import make_mesh
 from models.config import DecoderConfig
@@ -75,10 +76,11 @@ def test_a_loss_gets_the_reference_it_asks_for_and_nothing_else_gets_one(monkeyp
     decoder, mesh = DecoderConfig(11, 8, 12, 1, 2, 1, 4, model_type="llama"), make_mesh(devices=jax.devices()[:1])
     learner, first = Learner(config, decoder, mesh), init_params(decoder, jax.random.key(0))
     prompt, answers = np.array([1, 2]), [np.array([3, 4, 5]), np.array([6, 7])]
-    batch, _ = pack([prompt] * 2, answers, [1.0, -1.0], [np.full(len(a), -2.4) for a in answers], (8,), 8)
+    rollouts = from_sequences([prompt] * 2, answers, [np.full(len(a), -2.4) for a in answers])
+    batch, _ = pack(rollouts, np.array([1.0, -1.0]), PackSettings(8, 8))
     state, found, sums = learner.init(jax.tree.map(jnp.copy, first)), [], []
     for _ in range(2):
-        scores = learner.score(state.weights, batch) - learner.score(first, batch)
+        scores = learner.score(learner.weights(state), batch) - learner.score(first, batch)
         found.append(float((scores**2).sum() / batch.num_tokens))
         state, metrics = learner.update(state, [batch, batch], first)
         sums.append(metrics)

@@ -69,7 +69,8 @@ ELSEWHERE = {  # keys that some other family or version has
 # what these do is not arithmetic: dropout acts in torch's training mode only, the rest is bookkeeping
 NO_ARITHMETIC = {"attention_dropout", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache",
                  "id2label", "label2id", "problem_type", "_name_or_path", "return_dict", "output_hidden_states",
-                 "pad_token_id", "output_attentions", "chunk_size_feed_forward", "eos_token_id", "bos_token_id"}  # fmt: skip
+                 "pad_token_id", "output_attentions", "chunk_size_feed_forward", "eos_token_id",
+                 "bos_token_id"}  # fmt: skip
 
 
 def base(family: str) -> dict:

@@ -170,7 +170,7 @@ WRONG = {
 TAKES = {Number: {"a fraction"}, Integer: set(), Choice: set(), Flag: {"a boolean"}, Words: set()}
 # And by key: -1 where it is a choice of its own, entropies may be lowered, names and paths are any text.
 TAKES_TOO = {f"mesh.{axis}": {"negative"} for axis in ("data", "fsdp", "tensor")}
-TAKES_TOO |= {"algorithm.entropy_coef": {"negative"}, "model.path": {"empty"}}
+TAKES_TOO |= {"algorithm.entropy_coef": {"negative"}, "model.path": {"empty"}, "model.lora.path": {"empty"}}
 TAKES_TOO |= {key: {"another word"} for key in (
     "run_dir", "log.wandb_project", "task.problem_field", "task.answer_field", "task.id_field",
 )}  # fmt: skip
