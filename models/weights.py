@@ -141,10 +141,9 @@ def _check(root, where, table, config, ignored) -> None:
 def _check_same(where, name: str, other: str) -> None:
     """transformers does not tie a head that differs from the embedding, whatever the config says."""
     views = [where[n][1].get_slice(n) for n in (name, other)]
-    if views[0].get_shape() != views[1].get_shape() or any(
-        not np.array_equal(*(view[start : start + 4096] for view in views))
-        for start in range(0, views[0].get_shape()[0], 4096)
-    ):
+    (shape, dtype), embedding = ((view.get_shape(), view.get_dtype()) for view in views)
+    rows = [(start, min(start + 4096, shape[0])) for start in range(0, shape[0], 4096)]
+    if (shape, dtype) != embedding or not all(np.array_equal(*(v[a:b] for v in views)) for a, b in rows):
         raise ValueError(
             f"{where[name][0]}: tensor {name} differs from {other}, but config.json has tie_word_embeddings true: "
             "set it to false, so that both are used"
