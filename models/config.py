@@ -216,6 +216,8 @@ class _Reader:
     def config(self) -> DecoderConfig:
         self.refuse_what_is_not_computed()
         heads, hidden, layers = map(self.number, ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+        if layers > 10_000:
+            self.refuse("num_hidden_layers", "need at most 10000")
         head_dim = self.hf.get("head_dim", self.defaults.get("head_dim"))
         if head_dim is None and hidden % heads:
             self.refuse("hidden_size", f"not a multiple of num_attention_heads={heads} and no head_dim is given")
