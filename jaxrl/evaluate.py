@@ -7,7 +7,8 @@
 ("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over lengths: asked for in the prompt (--budget_mode=exact
 or max), enforced from outside by s1's budget forcing (forced), or only compared with (none).
 --template=chat|boxed|plain, --system_prompt=TEXT and --enable_thinking=on|off (of chat templates that have the switch)
-are as a run was trained, unless given. --reward=module:function grades with a function of yours. --distributed joins
+are as a run was trained, unless given; so are --unfinished_thinking=wrong|graded and --need_marker, which say what
+counts as an answer. --reward=module:function grades with a function of yours. --distributed joins
 the processes of several hosts.
 --server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
 time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
@@ -54,8 +55,9 @@ from jaxrl.rollout.requests import decodable
 from jaxrl.runtime import cli, distributed, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.metrics import null_for_nan
-from jaxrl.runtime.model_source import checkpoint_steps, load_model
+from jaxrl.runtime.model_source import checkpoint_steps, load_model, run_settings
 from jaxrl.runtime.storage import atomic_write
+from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.grader import GRADER_VERSION, Grader
 from jaxrl.tasks.rewards import UserReward
@@ -72,6 +74,7 @@ FLAGS = dict(
     waits=Integer(0), answer_tokens=Integer(0), end_thinking="</think>", distributed=Flag(False), batch=Integer(0),
     slots=Integer(64, 1), tensor=Integer(1, 1), grader_workers=Integer(2, 1),
     grader_timeout=Number(5.0, 0, above=True),
+    unfinished_thinking=Choice("", ("", *UNFINISHED)), need_marker=Flag(False),
 )  # fmt: skip
 
 
@@ -108,7 +111,10 @@ def main(argv: list[str]) -> None:
     (out / "completions").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         limits = (flags["grader_workers"], flags["grader_timeout"])
-        grader = stack.enter_context(Grader(*limits))
+        trained = {} if flags["server"] else run_settings(flags["model"]).get("task", {})
+        unfinished = flags["unfinished_thinking"] or trained.get("unfinished_thinking", "wrong")
+        need_marker = flags["need_marker"] or trained.get("need_marker", False)
+        grader = stack.enter_context(Grader(*limits, need_marker=need_marker, unfinished=unfinished))
         reward = stack.enter_context(UserReward(flags["reward"], *limits)) if flags["reward"] else None
         evaluate = evaluate_served if flags["server"] else evaluate_checkpoints
         results, info = evaluate(flags, out, grader, reward)

@@ -27,6 +27,7 @@ from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.runtime.metrics import read_metrics
 from jaxrl.runtime.rundir import RunDir
 from jaxrl.runtime.signals import EXIT_UNSAVED, StopRequest
+from jaxrl.tasks.data import digest
 from jaxrl.tasks.load import open_task
 
 
@@ -46,6 +47,7 @@ def train(config) -> int:
         sampler = build.sampler(config, decoder, tokenizer, mesh)
         learner = Learner(config, decoder, mesh)
         collector = Collector(config, task, tokenizer, sampler)
+        data = {"task.data": digest(task.train), "task.eval_data": digest(task.held_out)}
 
         # ---- the run directory: a new run, or the newest checkpoint of this one
         run = build.run_dir(config)
@@ -73,11 +75,13 @@ def train(config) -> int:
         def save(state, step, record):
             numbers, waiting = collector.state()
             host = {"collector": numbers, "writer": writer.state() if main else {}, "rollbacks": rollbacks,
-                    "base": base}
+                    "base": base, "data": data}
             checkpoints.save(step, state, distributed.broadcast(host), metrics=record, blobs=waiting)
 
         console.note(mismatch_warning(config))
         if found:
+            others = [k for k, v in host.get("data", {}).items() if v != data[k]]
+            changed += [f"config.{k}: its rows are others than before" for k in others]
             console.note("\n".join([f"continuing {run.root} after step {step}", *changed]))
             state = found.arrays
             collector.restore(host["collector"], found.blobs)

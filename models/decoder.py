@@ -189,11 +189,12 @@ class Attention(Part):
         q, k = rope(q, sin, cos), rope(k, sin, cos)
         if c.query_scale:  # attention itself divides by the root of the head size
             q = q * (c.query_scale * c.head_dim**0.5)
-        if layer_cache is None:
+        if layer_cache is not None:
+            layer_cache = write_cache(layer_cache, k, v, end)
+        if segments[0] is not None:
             windows = tuple(kind.window for kind in self.kinds)
             out = attend_packed(q, k, v, segments[0], self.implementation, windows, kind, segments[1])
         else:
-            layer_cache = write_cache(layer_cache, k, v, end)
             keys, values, *scales = layer_cache
             out = attend(q, keys, values, mask, scales)
         (out,) = self.linear(out.reshape(B, T, -1), "o")
@@ -276,8 +277,9 @@ class Decoder(nn.Module):
 
         Args:
           tokens: int32 [B, T]. positions: int32 [B, T], position of each token in its own sequence.
-          segment_ids: int32 [B, T] for packed rows without a cache; attention is causal within equal ids,
-            0 is padding. None means one sequence per row.
+          segment_ids: int32 [B, T] for packed rows; attention is causal within equal ids, 0 is padding. None
+            means one sequence per row. With a cache: the first tokens that it gets, which see each other and need
+            not read it, so that a kernel can do it without writing scores out.
           parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
           cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on.
 

@@ -147,11 +147,12 @@ EVERYTHING = {
 
 def test_a_continued_run_says_what_was_changed(tmp_path, dial_model, capsys):
     for steps, rate in ((1, 1e-3), (2, 5e-4)):
-        changes = {"steps": steps, "optimizer.learning_rate": rate, "eval.problems": 2}
+        changes = {"steps": steps, "optimizer.learning_rate": rate, "eval.problems": 2, "task.dial.train": 63 + steps}
         assert train.train(tiny(tmp_path, changes, dial_model)) == 0
     printed = capsys.readouterr().out
     assert "\nconfig.optimizer.learning_rate is 0.0005, was 0.001\nconfig.steps is 2, was 1\n" in printed
-    assert printed.count(", was ") == 2
+    assert "\nconfig.task.data: its rows are others than before\n" in printed and "eval_data" not in printed
+    assert printed.count(", was ") == 3
 
 
 @pytest.mark.parametrize("changes", [PLAIN, EVERYTHING], ids=["plain", "everything"])

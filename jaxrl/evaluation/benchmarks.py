@@ -13,14 +13,15 @@ from jaxrl.evaluation.identity import reward_identity
 from jaxrl.rollout.budget_forcing import Delimiters
 from jaxrl.runtime.model_source import run_settings
 from jaxrl.tasks import dial
-from jaxrl.tasks.answers import choice_letter, extract
+from jaxrl.tasks.answers import extract
+from jaxrl.tasks.choices import choice_letter
 from jaxrl.tasks.data import load_problems
-from jaxrl.tasks.equality import clean
-from jaxrl.tasks.grader import GRADER_VERSION, Grader
+from jaxrl.tasks.equality import normal_form
+from jaxrl.tasks.grader import Grader
 from jaxrl.tasks.readers import SUFFIXES
 from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Grade
-from jaxrl.tasks.templates import encode_prompt, messages, prompt_options, prompt_text
+from jaxrl.tasks.templates import encode_prompt, messages, opening, prompt_options, prompt_text
 from jaxrl.types import Problem
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,9 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
         log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])
     asked = asked_as(flags, tokenizer)
     template = asked["template"]
+    opened = ""
+    if tokenizer and template == "chat":
+        opened = opening(_encode(loaded.problems[0], tokenizer, asked), tokenizer)
     file = pathlib.Path(spec).name
     return EvalSet(
         spec=spec,
@@ -118,10 +122,10 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
         encode=lambda problem: _encode(problem, tokenizer, asked),
         text=lambda p: messages(p, asked["system"]) if template == "chat" else prompt_text(p, template),
         shown=lambda prompt: _shown(prompt, tokenizer),
-        grade=lambda problems, texts: grade_text(problems, texts, grader, reward),
-        vote=_vote,
+        grade=lambda problems, texts: grade_text(problems, texts, grader, reward, opened),
+        vote=lambda problem, text: _vote(problem, opened + text, grader),
         template=template,
-        grader_version=f"{GRADER_VERSION} {reward_identity(reward.spec)}" if reward else GRADER_VERSION,
+        grader_version=f"{grader.version} {reward_identity(reward.spec)}" if reward else grader.version,
         max_tokens=MAX_TOKENS,
         delimiters=lambda: Delimiters(*(tuple(tokenizer.encode(s)) for s in (flags["end_thinking"], *S1_PIECES))),
         answer_tokens=64,
@@ -161,11 +165,15 @@ def asked_as(flags: dict, tokenizer) -> dict[str, Any]:
 
 
 def grade_text(
-    problems: Sequence[Problem], texts: Sequence[str], grader: Grader, reward: UserReward | None = None
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    grader: Grader,
+    reward: UserReward | None = None,
+    opening: str = "",
 ) -> list[Grade]:
     """As in training (grade_group), but an empty reference answer is matched by an empty response."""
     asked = [(p, t) for p, t in zip(problems, texts, strict=True) if p.answer or p.task == "user"]
-    grades = iter(grade_group([p for p, _ in asked], [t for _, t in asked], grader, reward))
+    grades = iter(grade_group([p for p, _ in asked], [t for _, t in asked], grader, reward, opening))
     out = []
     for problem, text in zip(problems, texts, strict=True):
         if problem.answer or problem.task == "user":
@@ -176,11 +184,11 @@ def grade_text(
     return out
 
 
-def _vote(problem: Problem, text: str) -> str | None:
+def _vote(problem: Problem, text: str, grader: Grader) -> str | None:
     if problem.task == "choice":
-        return choice_letter(text)
-    answer = extract(text)
-    return None if answer is None else clean(answer.latex)[:200]
+        return choice_letter(text, **grader.reading)
+    answer = extract(text, **grader.reading)
+    return None if answer is None else normal_form(answer)
 
 
 def load_sets(

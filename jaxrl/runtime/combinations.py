@@ -105,5 +105,10 @@ def _methods(config: ConfigDict) -> Iterator[str]:
             f"length.hyper.overlong.cache={overlong.cache} is above the limit of "
             f"{overlong.max_length or config.sampling.max_tokens} tokens"
         )
+    greso = config.batch.greso_hyper
+    if not greso.low <= greso.start <= greso.high:
+        yield f"batch.greso_hyper.start={greso.start} must be between low={greso.low} and high={greso.high}"
+    if a.kl_unbiased and (a.kl_in_reward or not a.kl_coef):
+        yield "algorithm.kl_unbiased=True is about a KL loss: algorithm.kl_coef above 0, algorithm.kl_in_reward=False"
     if a.kl_in_reward and not a.kl_coef:
         yield "algorithm.kl_in_reward=True needs algorithm.kl_coef above 0"

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.aggregation import AGGREGATIONS
 from jaxrl.algorithms.correction import CORRECTIONS
+from jaxrl.algorithms.greso import GRESO
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
 from jaxrl.algorithms.kl import KL_KINDS
 from jaxrl.algorithms.length import LENGTH_REWARDS
@@ -27,6 +28,7 @@ from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
 from jaxrl.runtime.combinations import impossible
+from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import BUDGET_SAMPLERS
 from jaxrl.tasks.data import DUPLICATES
 from jaxrl.tasks.dial import MAX_BUDGET, MAX_OPERANDS
@@ -120,6 +122,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         Text("", "module:function, or empty", r"|[\w.]+:\w+"),
         "reward(problem, completion_text, answer, **info) -> float or None",
     ),
+    "task.unfinished_thinking": (
+        Choice("wrong", UNFINISHED),
+        "an open <think> with a number or a box in it: no answer, or graded as if it were closed",
+    ),
+    "task.need_marker": (Flag(False), "only boxes, <answer>, #### and 'answer is' hold answers, not any last number"),
     "task.grader_workers": (Integer(2, 1), "processes"),
     "task.grader_timeout": (Number(5.0, **_POSITIVE), "seconds of wall clock per answer"),
     "task.max_failures": (Number(0.5, 0, 1), "share of ungraded completions in a step that stops the run"),
@@ -134,6 +141,13 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "batch.max_generation_batches": (Integer(10), "per step; 0: no limit"),
     "batch.on_short": (Choice("smaller", ("smaller", "error")), "what to do when that limit is reached"),
     "batch.greso": (Flag(False), "skip prompts predicted to give groups without spread (2506.02177)"),
+    "batch.greso_hyper.start": (GRESO["start"], "chance that a prompt of one group without spread is sampled again"),
+    "batch.greso_hyper.step": (GRESO["step"], "by which the chances move after a generation batch"),
+    "batch.greso_hyper.low": (GRESO["low"], "least chance"),
+    "batch.greso_hyper.high": (GRESO["high"], "largest chance"),
+    "batch.greso_hyper.floor": (GRESO["floor"], "least after many such groups in a row"),
+    "batch.greso_hyper.target_easy": (GRESO["target_easy"], "share of all-correct groups that is aimed at"),
+    "batch.greso_hyper.target_hard": (GRESO["target_hard"], "share of all-wrong groups that is aimed at"),
     "batch.keep_surplus": (Flag(False), "keep selected groups beyond batch.prompts for the next step"),
     "batch.updates": (Integer(1, 1), "mini-batches (optimizer updates) per epoch over the batch"),
     "batch.epochs": (Integer(1, 1), "passes over the batch in a step"),
@@ -185,6 +199,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "algorithm.selection": (Text("none", "rules joined by +, as in accuracy+lspo"), "a chain, run from left to right"),
     "algorithm.kl_coef": (Number(0.0), "above 0 keeps a frozen reference model"),
     "algorithm.kl_kind": (Choice("k3", KL_KINDS), "estimate of the KL divergence"),
+    "algorithm.kl_value_clamp": (Number(10.0), "k3 of a token is at most that, as in verl; 0: off, as in TRL"),
+    "algorithm.kl_unbiased": (Flag(False), "weight the KL loss by pi / pi_old (TRL's use_bias_correction_kl)"),
     "algorithm.kl_in_reward": (Flag(False), "subtract it from the reward instead of adding it to the loss"),
     "algorithm.entropy_coef": (Number(0.0, -math.inf), "of the entropy bonus; negative lowers the entropy"),
     "algorithm.entropy_advantage": (Flag(False), "Entropy-Adv (2506.14758)"),

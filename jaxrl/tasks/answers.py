@@ -1,13 +1,15 @@
 r"""Find the final answer in a text: pure Python, time linear in the text, nothing in it is executed.
 
-Where the answer is, in this order (a model that reasons in <think> tags is read after the first </think>):
+Thinking between <think> and </think> (and its relatives) is left out. The last answer counts, found in this order:
 
-1. the last \boxed{...}; boxes next to each other, or joined by "and", "or" or a comma, form one list, so that
-   naming two values in two boxes is a list of two values. An unclosed last box is no answer: it was cut off.
-   A later "Final answer: ..." overrides the boxes.
+1. the last \boxed{...} or <answer>...</answer>; boxes with nothing but a joiner between them (and, or, a comma, space)
+   are one list, so that naming two values in two boxes is a list of two values. An unclosed last one is no answer: it
+   was cut off. A later "the answer is x", "Final answer: ..." or "#### x" overrides it.
 2. "#### x", then "the answer is x" / "Answer: x".
 3. otherwise the last formula, or the last number (or list of numbers: "41 or 42" is two values) of the last
-   line.
+   line, with the scale word, unit or bound that belongs to it.
+
+A text that ends inside its thinking has no answer (unfinished="wrong"), or is read as if it were none ("graded").
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from jaxrl.tasks import units
+from jaxrl.tasks.notation import SPACING, WRAPPER, closing_brace
 
 MAX_ANSWER = 2000  # characters of an answer; longer ones are not parsed
 TAIL = 4000  # characters at the end of a text that are searched when it has no box
@@ -27,15 +32,40 @@ MATH_WORDS = frozenset(
 )
 _PERCENT = re.compile(r"[\s$)\]\\]{0,8}?\\?(?:%|[Pp]ercent(?:age)?\b|[Pp]ct\b)")
 _FORMULA = re.compile(
-    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|(?<![\\\d])\$((?:\\\$|[^\n$])+?)(?<!\\)\$|\\\(((?:(?!\\\()[^\n])+?)\\\)",
+    r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|"
+    r"(?<![\\\d])\$((?:\\\$|[^\n$])+?)(?<!\\)\$|\\\(((?:(?!\\\()[^\n])+?)\\\)",
     re.S,
 )
 _JOIN = r"\s*(?:,?\s*\b(?:and|or)\b|,|;)\s*"
-_VALUE = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)(?:\s*/\s*\d+)?"
+_BETWEEN = re.compile(  # what may lie between boxes of one list, wrappers aside: joiners, ends of formulas, labels
+    r"(?:\s|\\[()\[\],;: ]|\\q?quad(?![A-Za-z])|[$,;&]|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=|(?:for )?part \(?\w\)?:?)*+"
+)
+_VALUE = (
+    r"[-+]?(?:\d+ [1-9]\d*/\d+|"  # 2 1/3
+    r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)(?:\s*/\s*\d+)?)"
+)
 _NUMBERS = re.compile(rf"(?:(?<=[\s=$€£¥:(*])|^){_VALUE}(?:{_JOIN}{_VALUE}){{0,9}}(?:\s*(?:\\?%|percent\b|pct\b))?")
-_MARKER = re.compile(r"(?i)\banswer\b\**\s*(?:is\b\s*:?|:|=)\s*")
+# What belongs to a number in prose: 12 million, 12 km, 12 or more, 12 squared; at least 12.
+_BEHIND = re.compile(
+    rf"(?:[ -]?(?:{'|'.join(units.SCALE_WORDS)})s?\b)*(?:(?<=\d)(?:[kKMB]|[mb]n)\b)?(?:\s*{units.IN_PROSE})?"
+    r"(?:\s+(?:(?:or|and)\s+(?:more|less|fewer|greater|above|below|higher|lower|over|under|larger|smaller|longer|"
+    r"shorter|up)|squared|cubed|factorial)\b)?"
+)
+_BEFORE = re.compile(
+    r"(?i)\b(?:at least|at most|up to|(?:(?:no|not) )?(?:more|greater|less|fewer|larger|smaller|higher|lower) than)"
+    r"\s*\$?$"
+)
+_MARKER = re.compile(
+    r"(?i)\banswers?\b\**\s*(?:(?:is|are|equals?|(?:should|would|must|will) be|comes? (?:out )?to)\b\s*:?|:|=)\s*"
+)
 _FINAL = re.compile(r"(?i)\bfinal answer\b\**\s*(?:is\b\s*:?|:)\s*")
-WRAPPER = r"\\(?:text(?:normal|bf|it|rm|sf|sc)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|rm)(?![A-Za-z])\s*"
+_DIRECT = re.compile(r"[\s*:]*(?:\$|\\[(\[]|[-+]?\.?\d)")  # a value comes next, not a word about it
+_CUT = re.compile(r"\s*[,;(–—-]?\s*(?:and |but )?(?:not|because|since|as|which|so|rather|instead|where)\b")
+_THINK = re.compile(
+    r"(?i)<(/?)(?:think|thinking|thoughts?|reason|reasoning)>|\[(/?)think\]|<\|(begin|end)_of_thought\|>"
+)
+_ANSWER = re.compile(r"(?i)<answer>|</answer>")
+UNFINISHED = ("wrong", "graded")
 
 
 class Answer(NamedTuple):
@@ -45,20 +75,7 @@ class Answer(NamedTuple):
     bare: bool
 
 
-def closing_brace(text: str, start: int, limit: int = MAX_ANSWER, pair: str = "{}") -> int:
-    """Index of the brace that closes the one at `start`, or -1 if none does within `limit` characters."""
-    depth = 0
-    for i in range(start, min(len(text), start + limit)):
-        if text[i] == pair[0]:
-            depth += 1
-        elif text[i] == pair[1]:
-            depth -= 1
-            if depth == 0:
-                return i
-    return -1
-
-
-def _last_boxes(text: str) -> tuple[str, int] | None:
+def _last_boxes(text: str, reference: bool = False) -> tuple[str, int] | None:
     """(content, end) of the last box or list of boxes; content "" when the last box is not closed."""
     contents: list[str] = []
     first, last_end = len(text), len(text)
@@ -79,18 +96,27 @@ def _last_boxes(text: str) -> tuple[str, int] | None:
             if end < 0:
                 return "", len(text)
             last_end = end + 1
-        else:
-            between = text[end + 1 : first]
-            listed = len(between) < 70 and re.search(r"\b(?:and|or)\b|[,;]", between) and content != contents[-1]
-            if end < 0 or end > first or not (len(between) < 10 or listed):
-                break  # unclosed, around the one already found, or a result on the way
-        if not contents or contents[-1] != content:
+        elif end < 0 or end > first or not _joined(text[end + 1 : first], reference):
+            break  # unclosed, around the one already found, or a result on the way
+        if _ungrouped(content) not in map(_ungrouped, contents[-1:]):
             contents.append(content)
         first = start
     if not contents:
         return None
     percent = r"\%" if _PERCENT.match(text[last_end : last_end + 24]) else ""
     return ", ".join(reversed(contents)) + percent, last_end
+
+
+def _joined(between: str, reference: bool) -> bool:
+    """Whether two boxes are one list. A reference does not change its mind: any word that joins will do there."""
+    if reference:
+        return len(between) < 10 or (len(between) < 70 and re.search(r"\b(?:and|or)\b|[,;]", between) is not None)
+    return len(between) < 100 and _BETWEEN.fullmatch(re.sub(WRAPPER + "|[{}]", " ", between)) is not None
+
+
+def _ungrouped(content: str) -> str:
+    """The content with 1,000 written as 1000: the same value twice is no list."""
+    return re.sub(r"(?<=\d)(?:,|\{,\}|\\[,;: ]|\s)(?=\d{3}(?!\d))", "", content)
 
 
 def boxed(text: str) -> str | None:
@@ -137,6 +163,7 @@ def _reads_as_formula(text: str) -> bool:
     text = re.sub(r"(?<=[\d)])(?:or|and)(?=[A-Za-z(\d-])", ",", text)
     return (
         len(text) <= 300
+        and not re.search(r"\?|\b[Nn]ot?\b", text)
         and not words(re.sub(r"^[^A-Za-z\\]*\d\s*[A-Za-z]+[.²³]?$", "", text))
         and (not re.search(r"(?<![\\{A-Za-z])[a-z]{2}\s+\S|[A-Za-z]\d+[A-Za-z]", text))
     )
@@ -151,8 +178,18 @@ def _from_plain(text: str, numbers_in: str) -> Answer | None:
     start = max(0, (formulas[1] if formulas else 0) - (len(text) - len(numbers_in)))
     numbers = _last(_NUMBERS.finditer(numbers_in, start))
     if numbers:
-        return Answer(re.sub(r"\s*(?:,\s*)?\b(?:and|or)\b\s*", ", ", numbers[0].strip()), True)
+        return Answer(_in_prose(numbers_in, numbers), True)
     return Answer(formulas[0], False) if formulas else None
+
+
+def _in_prose(text: str, numbers: re.Match) -> str:
+    """A number or list of numbers with what belongs to it: bound and currency in front, scale, unit or bound behind."""
+    values = re.sub(r"\s*(?:,\s*)?\b(?:and|or)\b\s*", ", ", numbers[0].strip())
+    front = text[max(0, numbers.start() - 40) : numbers.start()]
+    before = _BEFORE.search(front)
+    currency = "$" if front.endswith("$") and text.count("$") % 2 else ""
+    behind = _BEHIND.match(text, numbers.end())[0]
+    return (before[0].rstrip("$ ") + " " if before else "") + currency + values + behind
 
 
 def _from_marker(rest: str) -> Answer | None:
@@ -172,20 +209,68 @@ def _from_marker(rest: str) -> Answer | None:
     sentence = re.split(r"\.(?=\s|$|\*)", line, maxsplit=1)[0].strip().strip("*").strip()
     if not sentence:
         return None
+    leading = _NUMBERS.match(sentence)
+    if leading and _CUT.match(sentence, leading.end()):  # "12, not 13"
+        return Answer(leading[0].strip(), True)
     return _from_plain(sentence, sentence) or Answer(sentence, True)
 
 
-def extract(text: str, need_marker: bool = False) -> Answer | None:
-    """The final answer of a completion, or None. need_marker: accept only boxes, "####" and "answer is"."""
-    text = text.split("</think>", 1)[-1]
-    boxes = _last_boxes(text)
-    if boxes:
-        after = text[boxes[1] :][-TAIL:]
-        final = _last(_FINAL.finditer(after))
-        answer = _from_marker(after[final.end() :]) if final else None
-        if answer is None or not re.search(r"\d|\\|[=<>]", answer.latex):
-            answer = Answer(boxes[0], False)
-        return answer if answer.latex else None
+def spoken(text: str, unfinished: str = "wrong") -> str | None:
+    """A completion without its thinking; None if it ends inside it, which "graded" overlooks.
+
+    The first end of thinking counts without a beginning, too: chat templates write that into the prompt.
+    """
+    if unfinished not in UNFINISHED:
+        raise ValueError(f"unfinished={unfinished!r}; valid: {', '.join(UNFINISHED)}")
+    parts, start, thinking, ended = [], 0, False, False
+    for tag in _THINK.finditer(text):
+        opens = tag[0][1] != "/" and tag[3] != "end"
+        if opens and not thinking:
+            parts.append(text[start : tag.start()])
+        elif not opens and not thinking and ended:
+            parts.append(text[start : tag.start()])
+        elif not opens and not thinking:
+            parts = []
+        if not opens or not thinking:
+            start = tag.end()
+        thinking, ended = opens, ended or not opens
+    if thinking and unfinished == "wrong":
+        return None
+    return " ".join([*parts, text[start:]]) if parts else text[start:]
+
+
+def _last_tag(text: str) -> tuple[str, int] | None:
+    """(content, end) of the last <answer>...</answer>; content "" if it is not closed."""
+    start = max(text.rfind("<answer>"), text.rfind("<ANSWER>"), text.rfind("<Answer>"))
+    if start < 0:
+        return None
+    end = _ANSWER.search(text, start + 8)
+    return (text[start + 8 : end.start()].strip(), end.end()) if end else ("", len(text))
+
+
+def _later_of(boxes: tuple[str, int] | None, tag: tuple[str, int] | None) -> tuple[str, int] | None:
+    return max((found for found in (boxes, tag) if found), key=lambda found: found[1], default=None)
+
+
+def last_marked(text: str) -> tuple[str, int] | None:
+    """(content, end) of the last box (or list of boxes) or <answer> tag; content "" if it was cut off."""
+    return _later_of(_last_boxes(text), _last_tag(text))
+
+
+def extract(text: str, need_marker: bool = False, unfinished: str = "wrong") -> Answer | None:
+    """The final answer of a completion, or None. need_marker: accept only boxes, <answer>, "####" and "answer is"."""
+    text = spoken(text, unfinished)
+    if text is None:
+        return None
+    if not text.isascii():
+        text = text.translate(SPACING)
+    boxes, tag = _last_boxes(text), _last_tag(text)
+    marked = _later_of(boxes, tag)
+    if marked:
+        later = _later(text[marked[1] :][-TAIL:])
+        if later:
+            return later
+        return _from_tag(tag[0]) if marked is tag else Answer(boxes[0], False) if boxes[0] else None
     tail = text[-TAIL:]
     if "####" in tail:
         line = tail.rsplit("####", 1)[1].strip().split("\n", 1)[0]
@@ -199,9 +284,29 @@ def extract(text: str, need_marker: bool = False) -> Answer | None:
     return _from_plain(tail.rstrip(), lines[-1])
 
 
+def _later(after: str) -> Answer | None:
+    """What a marker behind the last box says, if it is a value and no word about the box."""
+    if "####" in after and _DIRECT.match(line := after.rsplit("####", 1)[1]):
+        return Answer(line.strip().split("\n", 1)[0].strip(), True)
+    marker = _last(m for m in _MARKER.finditer(after) if _DIRECT.match(after, m.end())) or _last(_FINAL.finditer(after))
+    answer = _from_marker(after[marker.end() :]) if marker else None
+    return answer if answer and re.search(r"\d|\\|[=<>]", answer.latex) else None
+
+
+def _from_tag(content: str) -> Answer | None:
+    """The answer inside <answer>...</answer>: a box, a marker's, a formula, or all of it."""
+    if not content or len(content) > TAIL:
+        return None
+    boxes = _last_boxes(content)
+    if boxes:
+        return Answer(boxes[0], False) if boxes[0] else None
+    marker = _last(_MARKER.finditer(content))
+    return _from_marker(content[marker.end() :] if marker else content)
+
+
 def reference(gold: str) -> Answer:
     """The reference answer of a data set row: a box if it has one, otherwise all of it, delimiters removed."""
-    boxes = _last_boxes(gold)
+    boxes = _last_boxes(gold, reference=True)
     if boxes and boxes[0]:
         return Answer(boxes[0], False)
     if boxes:  # never closed
@@ -222,17 +327,3 @@ def _outside(text: str) -> str:
     """Words between formulas as LaTeX text, so that "$125$ miles" keeps its unit and "$1$ and $2$" its "and"."""
     text = text.strip().strip(".").strip()
     return re.sub(r"[A-Za-z]+", lambda m: rf"\text{{ {m[0]} }}", text.replace("%", r"\%").replace(r"\\%", r"\%"))
-
-
-def choice_letter(text: str) -> str | None:
-    """The letter of the option a completion settles on: "\\boxed{\\text{(C)}}", "Answer: C. 42", a last line "(C)"."""
-    answer = extract(text)
-    candidate = answer.latex if answer else text[-TAIL:].strip().rsplit("\n", 1)[-1]
-    plain = re.sub(r"[{}$*]", "", re.sub(WRAPPER, "", candidate)).strip()
-    if re.fullmatch(r"\(?[a-z]\)?\.?", plain):
-        plain = plain.upper()
-    match = re.match(
-        r"(?i:the |correct |option |choice |answer |is )*[(\[]?([A-Z])(?:[)\]]|[.:,!]?(?:\s*$|\s+\d)|[.:] )",
-        plain,
-    )
-    return match[1] if match else None

@@ -13,7 +13,11 @@ else is math-verify's business (grader_worker). Policies:
   is not.
 - A percent sign may be missing, or the value given instead: 28\% is matched by 28, 28\%, 0.28; but 0.28 not
   by 28.
-- Units and currency may be missing; units of another scale (5 m for 5 cm) are wrong. Degrees count as a unit.
+- Scale words count: 12 million is 12000000 and not 12; a dozen is 12.
+- Units and currency may be missing; where both are there, amounts convert (60 minutes for 1 hour), and an amount of
+  another scale or kind (5 m for 5 cm, 5 kg for 5 m) is wrong. Degrees count as a unit.
+- Bounds are no values: "12 or more", "at least 12", \ge 12 only equal each other. "About 12" is 12.
+- Powers and operators in words count: 12 squared is 144.
 - Words are compared letter by letter, case ignored: never as a product of letters, so that Clara is not
   Carla.
 - Bases: 2516_8 is matched by 2516_8 and 2516; 2516_{10} and 1358 are wrong. For a reference without a base
@@ -27,45 +31,29 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from jaxrl.tasks.answers import MAX_ANSWER, WRAPPER, Answer, closing_brace, words
+from jaxrl.tasks import units
+from jaxrl.tasks.answers import MAX_ANSWER, Answer, words
+from jaxrl.tasks.notation import DEGREE, WRAPPER, clean, closing_brace
 
 MAX_DIGITS = 400
 _DECIMALS = Fraction(1, 2_000_000)  # half a unit of the sixth decimal
 _RELATIVE = Fraction(1, 100_000)
 
-_DEGREE = r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree"
 # Atomic: a unit of many words that something else follows would otherwise be tried in 2^letters ways.
-_UNIT = rf"(?>(?:{WRAPPER}\{{[^{{}}\d]*\}}|{_DEGREE}|[^\W\d_]+\.?|[²³/€£¥]|(?<=[\w}}])(?<!\d)\^\{{?[23]\}}?|\s)*)"
-_PERCENT = rf"(?:\\?%|(?:{WRAPPER}\{{\s*)?(?:percent(?:age)?|pct)\s*\}}?)"
+_UNIT = rf"(?>(?:{WRAPPER}\{{[^{{}}\d]*\}}|{DEGREE}|[^\W\d_]+\.?|[²³/€£¥¢]|(?<=[\w}}])(?<!\d)\^\{{?[23]\}}?|\s)*)"
+_PERCENT = rf"(?:\\?%|(?:{WRAPPER}\{{\s*)?(?:per\s?cent|percentage|pct)\s*\}}?)"
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"
 _POWER = r"\s*(?:\\times|\\cdot|×|\*|x)\s*10\s*\^\s*[{(]?\s*([+-]?\d{1,3})\s*[})]?"
 _DECIMAL = rf"({_INTEGER}|(?=\.\d))(\.\d*)?(?:[eE]([+-]?\d{{1,3}})|{_POWER})?"
-_FRACTION = r"(?:(\d+)\s*)?\\frac\s*(?:\{\s*([+-]?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d+))|(\d+)\s*/\s*(\d+)"
+_FRACTION = (
+    r"(?:(\d+)\s*)?\\frac\s*(?:\{\s*([+-]?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d+))|"
+    r"(?:(\d+)\s+(?!0))?(\d+)\s*/\s*(\d+)"
+)
 _END = rf"\s*+(?P<percent>{_PERCENT})?\s*+(?P<unit>{_UNIT})"
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<body>{_DECIMAL}){_END}")
 _RATIO = re.compile(rf"(?P<sign>[+-]?)\s*(?:{_FRACTION}){_END}")
 _REPEATING = re.compile(rf"(?P<sign>[+-]?)\s*(\d*)\.(\d*)\\overline\s*\{{\s*(\d+)\s*\}}{_END}")
-_SCALES = {
-    name: unit
-    for unit, names in {
-        "mm": "mm millimeter millimetre",
-        "cm": "cm centimeter centimetre",
-        "m": "m meter metre",
-        "km": "km kilometer kilometre",
-        "mg": "mg milligram",
-        "g": "g gram",
-        "kg": "kg kilogram",
-        "s": "s sec second",
-        "min": "min minute",
-        "h": "h hr hour",
-        "day": "day",
-        "week": "week",
-        "cent": "cent",
-        "dollar": "dollar",
-    }.items()
-    for name in names.split()
-}
-_ASCII = str.maketrans("−–，；：（）．％", "--,;:().%")
+_UNITLESS = frozenset("or and plus minus times over than least most squared cubed".split())  # no unit has these words
 _BASE_NAMES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -83,44 +71,19 @@ class Number(NamedTuple):
         return self.value / 100 if self.percent else self.value
 
 
-def clean(latex: str) -> str:
-    """The same LaTeX without what only concerns layout: spacing, sizes, dollar signs, markdown, final stop."""
-    text = latex.translate(_ASCII).replace("\\$", "").replace("$", "")
-    text = re.sub(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^", text).replace("**", "")
-    text = re.sub(r"(?<!\\)\\[()\[\]]", "", text)
-    text = re.sub(r"(?<!\\)\\!\s*", "", text).replace("{,}", ",").replace("{ , }", ",")
-    text = re.sub(r"(?<=\d)(?:\\[,;:]|\\ |~)\s*(?=\d{3}(?!\d))", ",", text)
-    if not re.search("matrix|array|cases", text):
-        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # a doubled backslash: LaTeX that went through JSON once more
-    text = re.sub(r"(?<=[\d)])(?:or|and)(?=[A-Za-z(\d-])", ", ", text)
-    text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z])", "", text)
-    text = re.sub(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s", " ", text)
-    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace(r"\varnothing", r"\emptyset")
-    text = re.sub(r",?\s*\\(?:text|mbox)\s*\{\s*(?:and|or|AND|OR)\s*\}", ", ", text)
-    text = re.sub(r"\\(?:mathrm|text|rm)\s*\{\s*([ei])\s*\}", r"\1", text)
-    return _close_roots(text).strip().rstrip(".,;: ").strip()
-
-
-def _close_roots(text: str) -> str:
-    r"""\sqrt(2) -> \sqrt{2}: math-verify would read 4\sqrt(2) as 4."""
-    while match := re.search(r"\\sqrt\s*\(", text):
-        end = closing_brace(text, match.end() - 1, pair="()")
-        if end < 0:
-            break
-        text = f"{text[: match.start()]}\\sqrt{{{text[match.end() : end]}}}{text[end + 1 :]}"
-    return text
-
-
 def _unit(text: str) -> str | None:
     """Plain unit word of a number, "" for none; None if what follows the digits is not a unit but algebra."""
     wrapped = re.search(WRAPPER, text) is not None
-    text = re.sub(_DEGREE, " degree ", text)
-    text = re.sub(r"\s+", " ", re.sub(rf"{WRAPPER}|[{{}}]", " ", text)).strip().lower()
-    name = text.split("^")[0].rstrip(" .²³")
-    name = name if name in _SCALES else name.removesuffix("s")
-    if not text or wrapped or name in _SCALES or len(words(text)) == len(name.split()):
-        return name
-    return None
+    text = re.sub(DEGREE, " degree ", text)
+    text = re.sub(r"\s+", " ", re.sub(rf"{WRAPPER}|[{{}}]", " ", text)).replace(" ^", "^").replace("^ ", "^").strip()
+    parts = re.findall(r"[^\s/^.²³\d]+", text.lower())
+    if not _UNITLESS.isdisjoint(parts) and parts[-1] not in ("squared", "cubed"):
+        return None
+    if not text or wrapped or len(words(text)) == len(parts):
+        return text
+    if any(len(p) == 1 and p not in units.LETTERS for p in re.findall("[A-Za-z]+", text)):
+        return None
+    return text if units.parse(text) else None
 
 
 def plain_number(latex: str, bare: bool = False) -> Number | None:
@@ -140,10 +103,11 @@ def plain_number(latex: str, bare: bool = False) -> Number | None:
         value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
         exact, fraction = True, None
     elif match := _RATIO.fullmatch(text):
-        whole, a1, a2, b1, b2, a3, b3 = match.groups()[1:8]
+        whole, a1, a2, b1, b2, mixed, a3, b3 = match.groups()[1:9]
         top, bottom = int((a1 or a2 or a3).replace(" ", "")), int(b1 or b2 or b3)
-        if bottom == 0 or (whole and top < 0):
+        if bottom == 0 or (whole and top < 0) or (mixed and top >= bottom):
             return None
+        whole = whole or mixed
         value, exact = Fraction(top, bottom) + int(whole or 0), True
         fraction = (top, bottom) if whole is None else None
     elif match := _NUMBER.fullmatch(text):
@@ -172,9 +136,12 @@ def _close(gold: Fraction, value: Fraction, exact: bool) -> bool:
 
 def numbers_equal(gold: Number, answer: Number) -> bool:
     """Equality of two plain numbers under the policies above."""
-    scales = _SCALES.get(gold.unit), _SCALES.get(answer.unit)
-    if all(scales) and scales[0] != scales[1]:
-        return False
+    if gold.unit and answer.unit:
+        ratio = units.ratio(gold.unit, answer.unit)
+        if ratio is None:
+            return False
+        if ratio != 1:
+            return _close(gold.true_value, answer.true_value * ratio, gold.exact and answer.exact)
     if gold.fraction and answer.fraction and gold.fraction != answer.fraction:
         if Fraction(*answer.fraction).denominator != answer.fraction[1]:
             return False
@@ -236,6 +203,53 @@ def _ratios_equal(gold: str, answer: str) -> bool | None:
     return (g1, g2) == (a1, a2) or (g1 * a2 == g2 * a1 and 0 not in (g1, g2, a1, a2))
 
 
+# How a bound is said: behind the number ("12 or more", "12+") and in front of it ("at least 12", "> 12").
+_BOUND_AFTER = {
+    ">=": r"(?:or|and) (?:more|greater|above|higher|over|larger|older|longer|later|up(?:wards)?)",
+    "<=": r"(?:or|and) (?:less|fewer|below|lower|under|smaller|younger|shorter|earlier)",
+}
+_BOUND_BEFORE = {
+    ">=": r"at least|(?:no|not) (?:less|fewer|smaller|lower) than|a minimum of|\\geq?(?:slant)?(?![A-Za-z])|>=",
+    "<=": r"at most|(?:no|not) (?:more|greater|larger|higher) than|up to|a maximum of|\\leq?(?:slant)?(?![A-Za-z])|<=",
+    ">": r"(?:more|greater|larger|higher|bigger) than|over|above|exceeding|\\gt(?![A-Za-z])|>",
+    "<": r"(?:less|fewer|smaller|lower) than|under|below|\\lt(?![A-Za-z])|<",
+}
+_AFTER = re.compile(
+    "|".join(f"(?P<_{i}>\\b{p}\\b)" for i, p in enumerate(_BOUND_AFTER.values())) + r"|(?P<_2>(?<=\d)\s*\+$)"
+)
+_BEFORE = re.compile("|".join(f"(?P<_{i}>{p})" for i, p in enumerate(_BOUND_BEFORE.values())))
+_ABOUT = re.compile(r"(?i)(?:about|approximately|approx\.?|around|roughly|exactly|just|only)\s+(?=[-+\d\\.$])")
+
+
+def bound(latex: str) -> tuple[str, str]:
+    r"""("" or the relation, the rest) of a cleaned answer: (">=", "12") for "12 or more", "at least 12", "12+"."""
+    if not latex or not (latex[0] in "\\<>" or latex[-1] == "+" or " " in latex):
+        return "", latex
+    plain = re.sub(r"\s+", " ", re.sub(rf"{WRAPPER}(?=\{{)|[{{}}]", " ", latex)).strip()
+    if before := _BEFORE.match(plain):
+        return list(_BOUND_BEFORE)[int(before.lastgroup[1:])], plain[before.end() :].strip()
+    if (after := _AFTER.search(plain)) and re.search(r"\d", plain[: after.start()]):
+        relation = ">=" if after.lastgroup == "_2" else list(_BOUND_AFTER)[int(after.lastgroup[1:])]
+        return relation, (plain[: after.start()] + plain[after.end() :]).strip()
+    about = _ABOUT.match(plain)
+    return "", plain[about.end() :] if about else latex
+
+
+def _number(answer: Answer, text: str) -> Number | None:
+    """The plain number of a cleaned answer; a currency sign in front, which cleaning takes away, is its unit."""
+    number = plain_number(text, answer.bare)
+    if number and not number.unit and re.match(r"\s*-?\s*\\\$" if not answer.bare else r"\s*-?\s*\\?\$", answer.latex):
+        return number._replace(unit="dollar")
+    return number
+
+
+def normal_form(answer: Answer) -> str:
+    """A text that answers of one value share, where it can be told without algebra: what votes are counted by."""
+    text = clean(answer.latex)
+    number = plain_number(text, answer.bare) if len(text) <= MAX_ANSWER else None
+    return str(number.true_value) if number else text[:200]
+
+
 def decide(gold: Answer, answer: Answer) -> bool | None:
     """Whether two answers are equal, or None if it takes algebra to tell. Never raises on any text."""
     g, a = clean(gold.latex), clean(answer.latex)
@@ -245,7 +259,10 @@ def decide(gold: Answer, answer: Answer) -> bool | None:
         if known is not None:
             return known
     a = re.sub(r"^[A-Za-z]\w{0,2}\s*=\s*(?=[-+\d\\.])", "", a) if "=" not in g else a
-    g_number, a_number = plain_number(g, gold.bare), plain_number(a, answer.bare)
+    (g_bound, g), (a_bound, a) = bound(g), bound(a)
+    if g_bound != a_bound:  # unless the other one says it as a relation or an interval
+        return None if re.search(r"[<>\[]|\\[lg]eq?(?![a-z])|\\in", a if g_bound else g) else False
+    g_number, a_number = _number(gold, g), _number(answer, a)
     if g_number and a_number:
         return numbers_equal(g_number, a_number)
     g_words, a_words = as_words(g), as_words(a)

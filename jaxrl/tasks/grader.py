@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from jaxrl.tasks import answers, equality
 from jaxrl.tasks.workers import Pool
 
-GRADER_VERSION = "2"  # raise it with every change of a verdict: results of different versions do not compare
+GRADER_VERSION = "3"  # raise it with every change of a verdict: results of different versions do not compare
 OUTCOMES = ("correct", "wrong", "unparsed", "timeout", "crashed")
 
 _reference = functools.lru_cache(4096)(answers.reference)
@@ -27,7 +27,8 @@ class Grader:
 
     workers: processes. timeout: wall-clock seconds per pair; then its worker is killed. memory_mb: address space of a
     worker. batch_timeout: seconds for all pairs of one call, so that any batch costs bounded time; pairs not started by
-    then are "timeout". need_marker: without a box, "####" or "answer is", a text is "unparsed".
+    then are "timeout". need_marker: without a box, <answer>, "####" or "answer is", a text is "unparsed". unfinished:
+    what a text is that ends inside its thinking, "wrong" (no answer) or "graded" (read as if it were none).
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Grader:
         memory_mb: int = 1024,
         batch_timeout: float = 300.0,
         need_marker: bool = False,
+        unfinished: str = "wrong",
     ):
-        self.batch_timeout, self.need_marker = batch_timeout, need_marker
+        self.batch_timeout = batch_timeout
+        self.reading = {"need_marker": need_marker, "unfinished": unfinished}
         self._pool = Pool("jaxrl.tasks.grader_worker", [str(memory_mb)], workers, timeout)
 
     def __enter__(self) -> Grader:
@@ -49,6 +52,12 @@ class Grader:
 
     def close(self) -> None:
         self._pool.close()
+
+    @property
+    def version(self) -> str:
+        """What verdicts depend on, beside the texts: part of the identity of every result."""
+        marker, graded = self.reading["need_marker"], self.reading["unfinished"] == "graded"
+        return GRADER_VERSION + " need_marker" * marker + " unfinished=graded" * graded
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         """One outcome for each (completion text, reference answer). Equal questions to algebra are asked once.
@@ -73,7 +82,7 @@ class Grader:
 
     def _quick(self, text: str, gold: str) -> str | tuple[str, str]:
         """The outcome where it takes no algebra, otherwise the pair of formulas to compare."""
-        answer = answers.extract(text, self.need_marker)
+        answer = answers.extract(text, **self.reading)
         if answer is None:
             return "unparsed"
         reference = _reference(gold)

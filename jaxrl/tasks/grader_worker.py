@@ -21,9 +21,10 @@ import random
 import re
 import sys
 
-from jaxrl.tasks import workers
-from jaxrl.tasks.answers import WRAPPER, is_word
-from jaxrl.tasks.equality import clean, plain_number
+from jaxrl.tasks import units, workers
+from jaxrl.tasks.answers import is_word
+from jaxrl.tasks.equality import plain_number
+from jaxrl.tasks.notation import DEGREE, WRAPPER, clean
 
 logging.disable(logging.CRITICAL)  # math-verify warns about every formula it cannot read
 
@@ -31,6 +32,11 @@ _TEXT = WRAPPER + r"\{[^{}]*\}"
 _TOKEN = re.compile(rf"{_TEXT}|\\(?:begin|end)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|_\{{[^{{}}]*\}}|[A-Za-z]+")
 _UNIT_WORDS = frozenset("mm cm dm km kg mg ft lb oz hr hrs yr cc mi mL ml mph kmh rad".split())
 _FUNCTION = re.compile(r"(?<![A-Za-z\\])([A-Za-z])\s*\(\s*([a-z])\s*\)\s*=")
+_ANGLE = rf"(\d+(?:\.\d+)?)\s*(?:{DEGREE})"
+_IN_DEGREES = re.compile(
+    rf"(\\(?:sin|cos|tan|cot|sec|csc)(?:\s*\^\s*(?:\d|\{{-?\d+\}}))?)\s*(?:[({{]\s*{_ANGLE}\s*[)}}]|{_ANGLE})"
+)
+_ASSIGNED = re.compile(r"([A-Za-z](?:_\{?\w\}?)?)\s*=\s*")
 _EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)")
 
 
@@ -70,6 +76,56 @@ def _without_unit(latex: str) -> str:
     return latex
 
 
+def _split_unit(latex: str) -> tuple[str, str]:
+    """(the formula, the plain text of the unit behind it)."""
+    rest = _without_unit(latex)
+    unit = latex[len(rest) :] if latex.startswith(rest) else ""
+    return rest, re.sub(rf"{WRAPPER}|[{{}}\\]", " ", unit).replace(" ^", "^").strip()
+
+
+def _parts(latex: str) -> tuple[str, list[str]]:
+    """What an answer of several values is ("tuple", "set", "equations", "list", or "" for one value) and its values."""
+    latex = latex.strip()
+    kind, inner = "list", latex
+    for name, opening, closing in (("set", "\\{", "\\}"), ("tuple", "(", ")")):
+        if latex.startswith(opening) and latex.endswith(closing):
+            kind, inner = name, latex[len(opening) : -len(closing)]
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(inner):
+        depth += (char in "([{") - (char in ")]}")
+        if depth < 0:  # (1,2),(3,4): the outer brackets are not a pair
+            return "", [latex]
+        if char in ",;" and depth == 0:
+            parts.append(inner[start:i].strip())
+            start = i + 1
+    parts.append(inner[start:].strip())
+    if len(parts) < 2 or not all(parts):
+        return "", parts
+    names = [match[1] for part in parts if (match := _ASSIGNED.match(part))]
+    return ("equations" if kind == "list" and len(set(names)) == len(parts) else kind), parts
+
+
+def _ordered(gold: str, answer: str) -> str | None:
+    r"""The verdict where order matters, on one side at least: a tuple, or equations for several variables.
+
+    (5,2) is not (2,5), and \{2,5\} is neither; x=2, y=5 is (2,5), in the order written or that of the alphabet.
+    """
+    (g_kind, g), (a_kind, a) = _parts(gold), _parts(answer)
+    if not g_kind or not a_kind or not {"tuple", "equations"} & {g_kind, a_kind} or g_kind == a_kind == "equations":
+        return None
+    if len(g) != len(a) or "set" in (g_kind, a_kind):
+        return "wrong"
+    orders = [(g, a)]
+    if "equations" in (g_kind, a_kind):
+        orders.append((sorted(g), a) if g_kind == "equations" else (g, sorted(a)))
+    for gold_parts, answer_parts in orders:
+        values = [[_ASSIGNED.sub("", part) for part in parts] for parts in (gold_parts, answer_parts)]
+        verdicts = {compare(x, y) for x, y in zip(*values, strict=True)}
+        if verdicts == {"correct"}:
+            return "correct"
+    return "wrong" if "wrong" in verdicts else "unparsed"
+
+
 def _protect_words(latex: str) -> str:
     def protect(match: re.Match) -> str:
         return rf"\text{{{match[0]}}}" if match[0][0].isalpha() and is_word(match[0]) else match[0]
@@ -90,12 +146,12 @@ def _same_variable(gold: str, answer: str) -> str:
 
 
 def prepare(latex: str) -> str:
-    """Cleaned LaTeX in the form that math-verify reads as meant."""
+    """Cleaned LaTeX in the form that math-verify reads as meant, its unit still there."""
     latex = clean(latex)
     latex = re.sub(r"\\[lc]?dots(?![A-Za-z])", r"\\text{dots}", latex)
     latex = re.sub(r"\{\d{1,3}(?:,\d{3})+\}", lambda m: m[0].replace(",", ""), latex)
     latex = re.sub(r"(?<=[\d\w)}])\s*\^\s*\(([^()]*)\)", r"^{\1}", latex)
-    return _without_unit(latex)
+    return _IN_DEGREES.sub(r"\1(\\frac{\2\3 \\pi}{180})", latex)
 
 
 def _constant(latex: str):
@@ -138,6 +194,16 @@ def contradicts_itself(latex: str, gold: str) -> bool:
             if abs(x - y) > (0.51 * 10.0**-digits if digits else 1e-9 * max(abs(x), abs(y))):
                 return True
     return False
+
+
+def _imaginary(gold, answer):
+    """Two expressions with the letter i as the imaginary unit, if there is no other letter that it could count with."""
+    from sympy import Expr, I
+
+    both = [value for value in (gold, answer) if isinstance(value, Expr)]
+    if len(both) < 2 or {symbol.name for value in both for symbol in value.free_symbols} != {"i"}:
+        return gold, answer
+    return tuple(value.subs({symbol: I for symbol in value.free_symbols}) for value in both)
 
 
 def _right_side(value):
@@ -191,7 +257,13 @@ def _agree_at_points(gold, answer) -> bool:
 
 def compare(gold: str, answer: str) -> str:
     """ "correct", "wrong", or "unparsed" if the answer is no formula. Arguments: LaTeX without delimiters."""
-    gold, answer = prepare(gold), prepare(answer)
+    gold, gold_unit = _split_unit(prepare(gold))
+    answer, answer_unit = _split_unit(prepare(answer))
+    if units.ratio(gold_unit, answer_unit) != 1:
+        return "wrong"  # amounts of two scales; those that are plain numbers were converted before
+    ordered = _ordered(gold, answer)
+    if ordered is not None:
+        return ordered
     answer = _same_variable(gold, answer)
     if re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer):
         return "correct"
@@ -206,6 +278,7 @@ def compare(gold: str, answer: str) -> str:
     gold_value = read(gold)
     if gold_value is None:
         return "wrong"
+    gold_value, answer_value = _imaginary(gold_value, answer_value)
     if equal(gold_value, answer_value):
         return "correct" if _really_equal(gold_value, answer_value) else "wrong"
     return "correct" if _agree_at_points(gold_value, answer_value) else "wrong"

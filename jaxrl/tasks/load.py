@@ -14,7 +14,7 @@ from jaxrl.tasks.data import check_prompt_lengths, load_problems
 from jaxrl.tasks.grader import Grader
 from jaxrl.tasks.rewards import UserReward, grade_group
 from jaxrl.tasks.task import Task
-from jaxrl.tasks.templates import encode_prompt, prompt_options
+from jaxrl.tasks.templates import encode_prompt, opening, prompt_options
 from jaxrl.types import Problem
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ def open_task(config, tokenizer) -> Iterator[Task]:
         else:
             train = _load(config, t.data, "train")
             held_out = _load(config, t.eval_data, "test") if t.eval_data else []
-            grader = stack.enter_context(Grader(t.grader_workers, t.grader_timeout))
+            reading = {"need_marker": t.need_marker, "unfinished": t.unfinished_thinking}
+            grader = stack.enter_context(Grader(t.grader_workers, t.grader_timeout, **reading))
             template = t.template
         reward = None
         if t.reward:
@@ -46,7 +47,12 @@ def open_task(config, tokenizer) -> Iterator[Task]:
 
         train = _fitting(train, encode, config, "task.data")
         held_out = _fitting(held_out, encode, config, "task.eval_data") if held_out else []
-        yield Task(train, held_out, encode, lambda problems, texts: grade_group(problems, texts, grader, reward))
+        opened = opening(encode(train[0]), tokenizer) if template == "chat" else ""
+
+        def grade(problems, texts):
+            return grade_group(problems, texts, grader, reward, opened)
+
+        yield Task(train, held_out, encode, grade)
 
 
 def _dial_problems(config):

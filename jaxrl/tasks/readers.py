@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
 import gzip
 import json
+import math
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxrl.errors import UserError
@@ -94,12 +96,35 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, dict | BadRow]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1024):
                 for row in batch.to_pylist():
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", plain(row)
                     number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(f"{path}: damaged or not parquet, after row {number} ({_first_line(e)})") from None
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: times in ISO form, decimals written out, bytes as UTF-8 or else base64.
+
+    Not-a-number becomes null, which is what tools that write it mean.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode("ascii")
+    if callable(getattr(value, "tolist", None)):  # arrays and numbers of numpy
+        return plain(value.tolist())
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _first_line(error: BaseException) -> str:

@@ -34,6 +34,8 @@ def _begin() -> None:
 def _handle(job: list[Any]) -> float:
     prompt, text, answer, info = job
     value = _function(prompt, text, answer, **info)
+    if callable(getattr(value, "item", None)):  # a number of numpy, jax or torch, or an array of one
+        value = value.item()
     if not isinstance(value, numbers.Real):
         raise TypeError(f"returned {'None' if value is None else type(value).__name__}, not a number")
     value = float(value)

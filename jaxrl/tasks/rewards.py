@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 
 from jaxrl.errors import UserError
-from jaxrl.tasks import answers, dial
+from jaxrl.tasks import dial
+from jaxrl.tasks.choices import choice_letter
 from jaxrl.tasks.grader import Grader
 from jaxrl.tasks.task import Grade
 from jaxrl.tasks.workers import Pool
@@ -84,13 +85,15 @@ def grade_group(
     texts: Sequence[str],
     grader: Grader | None = None,
     reward: UserReward | None = None,
+    opening: str = "",
 ) -> list[Grade]:
     """Grades completions (texts, parallel to problems), which may belong to different problems and kinds of task.
 
     Problem.task says how correctness is found: "dial" and "choice" in this process, "math" by `grader`, "user" by
     `reward` alone (correct means a reward of at least 1). With `reward` given, the rewards of all kinds are its own,
     and correctness is still reported. A completion that the grader or the reward function failed on is not valid, its
-    outcome "timeout" or "crashed". Raises UserError for an unknown kind, or one whose grader is missing.
+    outcome "timeout" or "crashed". opening: what the prompt has written of the responses (templates.opening), for the
+    graders only. Raises UserError for an unknown kind, or one whose grader is missing.
     """
     kinds = {p.task or "math" for p in problems}
     if not kinds <= set(KINDS):
@@ -100,16 +103,17 @@ def grade_group(
     if "user" in kinds and reward is None:
         raise UserError("task 'user' needs a reward function: set it as module:function")
     outcomes: list[str] = [""] * len(problems)
+    reading = grader.reading if grader else {}
     math_rows = [i for i, p in enumerate(problems) if (p.task or "math") == "math"]
     if math_rows:
-        found = grader.grade([(texts[i], problems[i].answer) for i in math_rows])
+        found = grader.grade([(opening + texts[i], problems[i].answer) for i in math_rows])
         for i, outcome in zip(math_rows, found, strict=True):
             outcomes[i] = outcome
     for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
         if problem.task == "dial":
             outcomes[i] = dial.grade(problem, text)
         elif problem.task == "choice":
-            letter = answers.choice_letter(text)
+            letter = choice_letter(opening + text, **reading)
             outcomes[i] = "unparsed" if letter is None else "correct" if letter == problem.answer else "wrong"
     if reward is None:
         return [Grade(float(o == "correct"), float(o == "correct"), o in _GRADED, o) for o in outcomes]

@@ -9,13 +9,15 @@ options and the letter as the answer, task "choice". verl's rows keep their chat
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrl.tasks.answers import boxed
+from jaxrl.tasks.answers import boxed, reference
+from jaxrl.tasks.equality import decide
 from jaxrl.tasks.readers import BadRow
 from jaxrl.types import Problem
 
@@ -49,6 +51,8 @@ def problem_of(
         names["answer"] = _find(row, OF_CHOICES) or names["answer"]
     prompt, raw = _text(row, names["problem"], place), row.get(names["answer"])
     info = {k: v for k, v in row.items() if k not in (names["problem"], names["answer"], names["id"])}
+    if len(choices) > len(LETTERS):
+        raise BadRow(f"{place}: {names['choices']} holds {len(choices)} choices; at most {len(LETTERS)} have letters")
     if choices:
         passage = row.get("passage")
         if isinstance(passage, str) and passage.strip() not in prompt:
@@ -158,10 +162,33 @@ def _there(row: dict, key: str) -> str:
     return f"the row has {fields}; name it (--{key}_field, config.task.{key}_field)"
 
 
+def _json_list(text: str) -> list | str:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, list) and all(isinstance(x, str) for x in value) else text
+
+
+def _different(golds: Sequence[str]) -> list[str]:
+    """The golds without those that say an earlier one's value again: 1/2 and 0.5."""
+    kept: list[str] = []
+    for gold in golds:
+        if not any(decide(reference(earlier), reference(gold)) for earlier in kept):
+            kept.append(gold)
+    return kept
+
+
 def _answer(value: Any, place: str, field: str, row: dict, allow_empty: bool) -> str:
-    """The reference answer as text; numbers are written out, of a list all are asked for: "1, 2"."""
+    """The reference answer as text; numbers are written out, of a list all are asked for: "1, 2".
+
+    A list may be JSON in text, '["1", "2"]'; golds that are one value in several notations count once.
+    """
+    if isinstance(value, str) and re.match(r'\s*\[\s*"', value):
+        value = _json_list(value)
     if isinstance(value, list | tuple) and value:
-        return ", ".join(_answer(x, place, field, row, allow_empty and len(value) == 1) for x in value)
+        golds = [_answer(x, place, field, row, allow_empty and len(value) == 1) for x in value]
+        return ", ".join(_different(golds))
     if isinstance(value, bool) or (value is not None and not isinstance(value, str | numbers.Real)):
         raise BadRow(f"{place}: answer field {field!r} is {type(value).__name__}, not text or a number")
     if value is None:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from jaxrl.errors import UserError
 from jaxrl.tasks import dial
+from jaxrl.tasks.answers import spoken
 from jaxrl.types import Problem
 from models.tokenizers import ChatTemplateError
 
@@ -30,6 +31,8 @@ class _Tokenizer(Protocol):
     chat_template: str | dict[str, str] | None
 
     def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
     def apply_chat_template(self, messages: Sequence[dict], **options) -> list[int] | None: ...
 
@@ -80,6 +83,12 @@ def messages(problem: Problem, system: str = "") -> list[dict[str, str]]:
         given = [{"role": "user", "content": prompt_text(problem, "chat")}]
     opening = system and not any(m["role"] == "system" for m in given)
     return [{"role": "system", "content": system}, *given] if opening else given
+
+
+def opening(prompt: Sequence[int], tokenizer: _Tokenizer) -> str:
+    """What a chat prompt (token ids) has written of the response, as far as graders care: an open <think>, or ""."""
+    end = tokenizer.decode(prompt[-24:], skip_special=False)
+    return "<think>" if spoken(end) is None else ""
 
 
 def prompt_options(task: Mapping[str, str]) -> dict:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxrl.tasks.answers import choice_letter, extract, is_word, reference
+from jaxrl.tasks.answers import extract, is_word, reference, spoken
 
 FOUND = [
     # boxes
@@ -19,6 +19,37 @@ FOUND = [
     (r"\boxed 42", "42"),
     (r"\boxed{28} percent", r"28\%"),
     (r"$\boxed{28}\%$", r"28\%"),
+    # the last one counts
+    (r"\boxed{13}? No, I forgot a term; the answer is \boxed{12}.", "12"),
+    (r"\boxed{6}, so all of it is \boxed{12}", "12"),
+    (r"\boxed{1,000}. Thus, \boxed{1000}", "1000"),
+    (r"\boxed{1,000}, \boxed{1000}", "1000"),
+    (r"\boxed{1} or rather \boxed{2}", "2"),
+    (r"\boxed{1}. \boxed{2}", "2"),
+    (r"\boxed{1}$ and $\boxed{2}$, \text{ and } $\boxed{3}", "1, 2, 3"),
+    (r"$x = \boxed{1}$ and $y = \boxed{2}$", "1, 2"),
+    (r"\(\boxed{1}\) \(\boxed{2}\)", "1, 2"),
+    (r"\boxed{13}. Wait, the answer is 12.", "12"),
+    (r"\boxed{13}" + "\n#### 12", "12"),
+    (r"\boxed{12}. The answer is written in 2 parts", "12"),
+    ("The answer is 12, not 13.", "12"),
+    ("The answer is 13? No, 12.", "12"),
+    # tags
+    ("<answer>12</answer>", "12"),
+    (r"<think>3 \boxed{4}</think><answer>12</answer>", "12"),
+    (r"<answer>\boxed{12}</answer>", "12"),
+    (r"<answer>13</answer> no: \boxed{12}", "12"),
+    (r"\boxed{12} <answer>13</answer>", "13"),
+    ("<answer>The answer is $12$.</answer>", "12"),
+    # what belongs to a number
+    ("so it is 12 million people in all", "12 million"),
+    ("he walks 12 km in all", "12 km"),
+    ("it costs $5", "$5"),
+    ("it is at least 12", "at least 12"),
+    ("it is 12 or more", "12 or more"),
+    ("it is 12 squared", "12 squared"),
+    ("it is 2 1/3 of them", "2 1/3"),
+    ("he has 12 in total", "12"),
     # thinking
     (r"<think>\boxed{3}</think> \boxed{5}", "5"),
     (r"<think>maybe \boxed{3}</think> The answer is 5.", "5"),
@@ -45,7 +76,7 @@ FOUND = [
     ("3x + 4y + 14 = 0", "3x + 4y + 14 = 0"),
     ("-\\frac{10}{9}", "-\\frac{10}{9}"),
     ("it is 41 or 42", "41, 42"),
-    ("the number is not 10 which is 1,000.99 euros", "1,000.99"),
+    ("the number is not 10 which is 1,000.99 euros", "1,000.99 euros"),
     ("first 3, then 4\nso he has 7 left", "7"),
     ("$x$ is 42", "42"),
 ]
@@ -71,6 +102,10 @@ def test_found(text, latex):
         "AZYUK2A",
         "the code x2y7z",
         "#### ",
+        "<answer>12",
+        "<answer></answer>",
+        r"<think>so \boxed{5}",
+        r"a</think>\boxed{5}<think>or",
     ],
 )
 def test_no_answer(text):
@@ -115,22 +150,27 @@ def test_words():
 
 
 @pytest.mark.parametrize(
-    ("text", "letter"),
+    ("text", "rest"),
     [
-        (r"\boxed{C}", "C"),
-        (r"\boxed{\text{(C)}}", "C"),
-        (r"\boxed{\textbf{(C) } 42}", "C"),
-        (r"\boxed{c}", "C"),
-        ("Answer: C", "C"),
-        ("The answer is (B).", "B"),
-        ("The correct answer is B. Newton's law", "B"),
-        ("the answer is option D", "D"),
-        ("I weigh the options.\n(A)", "A"),
-        ("A triangle has three sides", None),
-        (r"\boxed{42}", None),
-        (r"\boxed{\text{Newton}}", None),
-        ("", None),
+        ("a", "a"),
+        ("<think>a</think>b", "b"),
+        ("a</think>b", "b"),
+        ("a<think>b</think>c<think>d</think>e", "a c e"),
+        ("[THINK]a[/THINK]b", "b"),
+        ("<|begin_of_thought|>a<|end_of_thought|>b", "b"),
+        ("<Thinking>a</thinking>b</think>c", "b c"),
+        ("<think>a", None),
+        ("a</think>b<think>c", None),
     ],
 )
-def test_choice_letter(text, letter):
-    assert choice_letter(text) == letter
+def test_spoken(text, rest):
+    found = spoken(text)
+    assert (None if found is None else " ".join(found.split())) == rest
+    assert spoken(text, "graded") is not None
+
+
+def test_unfinished_thinking_is_a_choice():
+    for text in (r"<think>so \boxed{5}", "<think>so it is 5", "<think> the answer is 5"):
+        assert extract(text) is None and extract(text, unfinished="graded").latex == "5"
+    with pytest.raises(ValueError, match="valid: wrong, graded"):
+        extract("5", unfinished="right")

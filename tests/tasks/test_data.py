@@ -1,6 +1,8 @@
 """Data sets: real files, other schemas, and every kind of damage with file and line in the message."""
 
 import contextlib
+import datetime
+import decimal
 import gzip
 import json
 import re
@@ -11,7 +13,7 @@ import pytest
 
 from jaxrl.errors import UserError
 from jaxrl.runtime.config import base_config
-from jaxrl.tasks.data import NAMES, check_prompt_lengths, known_name, load_problems
+from jaxrl.tasks.data import NAMES, check_prompt_lengths, digest, known_name, load_problems
 from jaxrl.tasks.load import open_task
 from jaxrl.tasks.rows import format_choices
 from jaxrl.types import Problem
@@ -26,11 +28,11 @@ def write(tmp_path):
     def make(name, *rows):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [row if isinstance(row, bytes) else (json.dumps(row) + "\n").encode() for row in rows]
-        data = b"".join(lines)
         if name.endswith(".parquet"):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
         else:
+            lines = [row if isinstance(row, bytes) else (json.dumps(row) + "\n").encode() for row in rows]
+            data = b"".join(lines)
             path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         return str(path)
 
@@ -226,6 +228,20 @@ def test_saved_hub_data_set(tmp_path):
     assert "both" in error(str(tmp_path / "both"), split="test")
 
 
+def test_a_set_of_the_hub_is_named_with_its_config(monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return [dict(GOOD)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for spec in ("owner/thing:hard", "owner/thing", "gsm8k"):
+        assert len(load_problems(spec, split="train").problems) == 1
+    expected = [("owner/thing", "hard"), ("owner/thing", None), ("openai/gsm8k", "main")]
+    assert asked == [(*name, "train") for name in expected]
+
+
 def test_unreachable_and_unknown_names(monkeypatch, tmp_path):
     datasets = pytest.importorskip("datasets")
 
@@ -380,3 +396,45 @@ def test_prompt_lengths():
         check_prompt_lengths(problems, tokens, 2, "drop")
     with pytest.raises(UserError, match="valid: error, drop"):
         check_prompt_lengths(problems, tokens, 5, "cut")
+
+
+def test_more_choices_than_letters_are_refused_with_file_and_line(write):
+    path = write("x.jsonl", {"problem": "?", "choices": list(map(str, range(26))), "answer": 25})
+    assert load_problems(path).problems[0].answer == "Z"
+    path = write("x.jsonl", {"problem": "?", "choices": list(map(str, range(27))), "answer": 26})
+    assert "x.jsonl:1: choices holds 27 choices; at most 26 have letters" in error(path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ('["12"]', "12"),
+        ('["1", "2"]', "1, 2"),
+        (' [ "x=1", "x=2" ]', "x=1, x=2"),
+        (r'["\\frac{1}{2}", "0.5"]', r"\frac{1}{2}"),
+        (["1/2", "0.5", "3"], "1/2, 3"),
+        ("[1, 2]", "[1, 2]"),  # an interval
+        ('["1", 2]', '["1", 2]'),
+        ('["broken', '["broken'),
+    ],
+)
+def test_lists_of_golds(write, answer, gold):
+    assert load_problems(write("x.jsonl", {**GOOD, "answer": answer})).problems[0].answer == gold
+
+
+def test_values_that_json_has_no_form_for(write):
+    when, day = datetime.datetime(2026, 1, 2, 3, 4), datetime.date(2026, 1, 2)
+    row = {**GOOD, "answer": decimal.Decimal("12.50"), "when": when, "day": day, "raw": b"ab", "image": b"\xff\xd8"}
+    row |= {"score": float("nan"), "deep": [{"when": when}], "took": datetime.timedelta(seconds=3)}
+    [problem] = load_problems(write("x.parquet", row)).problems
+    assert problem.answer == "12.50"
+    info = json.loads(json.dumps(problem.info, allow_nan=False))
+    assert info == problem.info and info["when"] == "2026-01-02T03:04:00" and info["day"] == "2026-01-02"
+    assert (info["raw"], info["image"], info["score"]) == ("ab", "/9g=", None)
+    assert info["deep"] == [{"when": "2026-01-02T03:04:00"}] and info["took"] == "0:00:03"
+
+
+def test_digest_tells_rows_apart():
+    one, two = Problem("a", "1+1?", "2", "math"), Problem("b", "1+2?", "3", "math")
+    digests = {digest(rows) for rows in ([], [one], [two], [one, two], [two, one])}
+    assert len(digests) == 5 and digest([one]) == digest([Problem("a", "1+1?", "2", "math", info={"x": 1})])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from jaxrl.errors import UserError
 from jaxrl.tasks import dial
-from jaxrl.tasks.answers import Answer, choice_letter, extract, reference
+from jaxrl.tasks.answers import Answer, extract, reference
+from jaxrl.tasks.choices import choice_letter
 from jaxrl.tasks.data import load_problems
 from jaxrl.tasks.equality import clean, decide, plain_number, too_costly
 from jaxrl.tasks.grader import OUTCOMES, Grader

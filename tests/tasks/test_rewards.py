@@ -55,6 +55,8 @@ def test_mixed_kinds_keep_their_order():
 )
 def test_failures_of_the_grader_are_not_valid(outcome, grade):
     class Failing:
+        reading = {}
+
         def grade(self, pairs):
             return [outcome] * len(pairs)
 
@@ -89,6 +91,12 @@ def test_rewards_below_one_are_not_correct():
     with UserReward(f"{MODULE}:by_text", timeout=LONG) as reward:
         grades = grade_group(problems(4, task="user"), ["0.5", "1", "-2", "true"], reward=reward)
     assert [(g.correct, g.reward) for g in grades] == [(0.0, 0.5), (1.0, 1.0), (0.0, -2.0), (1.0, 1.0)]
+
+
+def test_numbers_of_numpy_are_numbers():
+    with UserReward(f"{MODULE}:by_text", timeout=LONG) as reward:
+        found = reward.rewards(problems(3), ["numpy.true", "numpy.half", "numpy.one"])
+    assert found == [(1.0, "ok"), (0.5, "ok"), (1.0, "ok")]
 
 
 @pytest.mark.parametrize(

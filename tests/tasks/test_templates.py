@@ -8,8 +8,18 @@ from jaxrl import generate
 from jaxrl.errors import UserError
 from jaxrl.runtime.config import base_config, validate
 from jaxrl.tasks import dial
+from jaxrl.tasks.grader import Grader
 from jaxrl.tasks.load import open_task
-from jaxrl.tasks.templates import BOXED, encode_prompt, messages, prompt_options, prompt_suffix, prompt_text
+from jaxrl.tasks.rewards import grade_group
+from jaxrl.tasks.templates import (
+    BOXED,
+    encode_prompt,
+    messages,
+    opening,
+    prompt_options,
+    prompt_suffix,
+    prompt_text,
+)
 from jaxrl.types import Problem
 from models.tokenizers import load_tokenizer, vocab_tokenizer
 from tests.shared import shared_path
@@ -91,6 +101,18 @@ def test_broken_chat_templates_are_one_line(template, options, message):
     with pytest.raises(UserError, match=message) as error:
         encode_prompt(problem(), tokenizer, "chat", **options)
     assert "\n" not in str(error.value)
+
+
+def test_thinking_that_the_prompt_opens_is_told_to_the_graders():
+    tokenizer = load_tokenizer(str(shared_path("data", "tokenizers", "qwen3")))
+    ids = encode_prompt(problem(), tokenizer, "chat")
+    assert opening(ids, tokenizer) == "" == opening(encode_prompt(problem(), tokenizer, "chat", "", False), tokenizer)
+    opened = opening([*ids, *tokenizer.encode("<think>\n")], tokenizer)
+    texts = ["so 2", "so 3 </think> it is 2"]
+    with Grader(workers=1) as grader:
+        assert [g.outcome for g in grade_group([problem()] * 2, texts, grader)] == ["correct", "correct"]
+        found = [g.outcome for g in grade_group([problem()] * 2, texts, grader, opening=opened)]
+    assert found == ["unparsed", "correct"]
 
 
 def test_bos_goes_in_front_of_plain_text():

@@ -3,6 +3,8 @@
 import os
 import time
 
+import numpy as np
+
 NOT_A_FUNCTION = 3
 
 
@@ -27,6 +29,8 @@ def by_text(problem, completion_text, answer, **info):
         return float("inf")
     if action == "list":
         return [1.0]
+    if action.startswith("numpy"):
+        return {"numpy.true": np.bool_(True), "numpy.half": np.float16(0.5), "numpy.one": np.array([1])}[action]
     if action == "text":
         return "1.0"
     if action == "raise":
