@@ -38,10 +38,12 @@ class Call(NamedTuple):
 
 @dataclasses.dataclass
 class Rollout:
-    """calls: in order, one a layer's array where the engine goes by layers. stats: the engine's own counts."""
+    """calls: in order, one an array (keys, values) of a single layer where the engine goes by arrays. stats: the
+    engine's own counts. largest: rows x columns of the cache that all slots and the longest responses need."""
 
     calls: list[Call]
     stats: Stats
+    largest: int
 
     def of(self, program: str) -> list[Call]:
         return [call for call in self.calls if call.program == program]
@@ -122,7 +124,7 @@ def replay(lengths, prompts: Sequence[int], *, slots: int, chunk: int, window: i
         engine.submit(Request(np.zeros(length, np.int32), len(own), max_tokens, key))
     while engine.busy:
         engine.step(None)
-    return Rollout(recorder.calls, engine.stats)
+    return Rollout(recorder.calls, engine.stats, slots * engine.cache.windows[-1])
 
 
 def log_normal(shape: tuple[int, int], limit: int, median: float, sigma: float, seed: int = 0) -> np.ndarray:
