@@ -14,7 +14,7 @@ def impossible(config: ConfigDict) -> Iterator[str]:
     """What would raise later, or be ignored silently: the key, its value, and what would be valid, each in one line."""
     yield from _batches(config)
     yield from _tasks(config)
-    yield from _methods(config)
+    yield from impossible_methods(config)
 
 
 def _batches(config: ConfigDict) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _tasks(config: ConfigDict) -> Iterator[str]:
         yield f"checkpoint.keep_best={config.checkpoint.keep_best!r} needs held-out problems, task.eval_data"
 
 
-def _methods(config: ConfigDict) -> Iterator[str]:
+def impossible_methods(config: ConfigDict) -> Iterator[str]:
     """What does not fit together in selection, length reward and KL term."""
     a, length = config.algorithm, config.length
     for name in a.selection.split("+"):

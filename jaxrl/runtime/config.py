@@ -57,7 +57,10 @@ _BEST = r"|accuracy|reward/mean|eval/((accuracy|(pass|maj)@\d+)(_low|_high)?|(me
 
 # key -> (default and what the setting may be, what it means). The constants of methods are in `METHODS`.
 SETTINGS: dict[str, tuple[Any, str]] = {
-    "run_dir": (Text("runs/default", "a directory", r"(?s).*\S.*"), "where the run is kept"),
+    "run_dir": (
+        Text("runs/default", "a directory, gs://bucket/... or s3://bucket/...", r"(?s).*\S.*"),
+        "where the run is kept",
+    ),
     "seed": (Integer(0, 0, 2**32 - 1), "of every random choice"),
     "steps": (Integer(100, 1), "optimisation steps (rollout batches), not gradient updates"),
     "resume": (Flag(True), "continue from the newest checkpoint of run_dir, if there is one"),
