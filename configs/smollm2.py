@@ -1,35 +1,63 @@
 """SmolLM2-135M-Instruct learns arithmetic in words, and to keep to a length: a real language model on two CPU cores.
 
-    python -m jaxrl.sft   --config=configs/smollm2.py:warm --config.model.path=DIR          # warm start, once
+    python -m jaxrl.sft   --config=configs/smollm2.py:warm --config.model.path=DIR       # warm start: 24 steps, once
     python -m jaxrl.train --config=configs/smollm2.py:grpo --config.model.path=runs/smollm2_warm/model
+    python -m jaxrl.evaluate --model=runs/smollm2_grpo --data=words:split=test:count=512,words:split=test:kind=other \\
+        --samples=1 --max_new_tokens=160 --out=runs/smollm2_grpo/eval
+
+DIR is a Hugging Face directory of SmolLM2-135M-Instruct, or of any Llama, Qwen2 or Qwen3 with a chat template. The
+problems are made by `jaxrl/tasks/words.py`, so nothing else is needed. Recipes: warm, grpo, maspo, dapo (accuracy
+filter), lspo, l1_exact, l1_max; L1-Max continues from L1-Exact (--config.model.path=runs/smollm2_l1_exact). With ",gpu"
+behind the recipe, the sizes of one GPU: configs/smollm2.py:grpo,gpu.
+
+What is measured of it so far is in docs/results.md, "A real model".
 """
 
 from jaxrl.runtime.config import base_config
 
-RECIPES = ("warm", "grpo", "maspo", "lspo", "dapo", "l1_exact", "l1_max")
+RECIPES = ("warm", "grpo", "maspo", "dapo", "lspo", "l1_exact", "l1_max")
 
 
 def get_config(recipe: str = "grpo"):
-    """recipe: one of RECIPES."""
-    if recipe not in RECIPES:
-        raise ValueError(f"configs/smollm2.py:{recipe}: choose one of {', '.join(RECIPES)}")
+    """recipe: one of RECIPES, with ",gpu" for the sizes of a GPU."""
+    recipe, _, size = recipe.partition(",")
+    if recipe not in RECIPES or size not in ("", "gpu"):
+        raise ValueError(f"configs/smollm2.py:{recipe}: choose one of {', '.join(RECIPES)}, perhaps with ,gpu")
     c = base_config()
     c.run_dir = f"runs/smollm2_{recipe}"
     c.steps = 60
     c.task.name, c.task.template, c.task.long_prompts = "math", "chat", "drop"
     c.task.data, c.task.eval_data = "words", "words:split=test:count=512"
-    c.task.grader_workers = 1
+    # Few demonstrations on purpose: they teach the form of an answer, and leave the arithmetic to RL. Half of them are
+    # asked for in about their length, so that a length reward has obedience to start from.
     c.sft.data = "words:split=demos:budgets=exact"
     c.sft.batch, c.sft.learning_rate, c.sft.warmup_steps = 16, 1e-4, 5
-    c.sft.steps = c.sft.full_steps = 40 if recipe == "warm" else 0
-    c.batch.prompts, c.batch.group_size, c.batch.updates = 8, 8, 2
-    c.batch.micro_tokens = 4096
-    c.sampling.max_prompt, c.sampling.max_tokens, c.sampling.slots = 128, 96, 64
-    c.sampling.chunk = 16
-    c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-5, 3
-    c.optimizer.b2 = 0.95
-    c.eval.every, c.eval.problems = 20, 256
-    c.log.samples = 2
+    c.sft.steps = c.sft.full_steps = 24 if recipe == "warm" else 0
+    c.batch.prompts, c.batch.group_size = 8, 8
+    c.batch.share_prompts = True  # prompts are as long as answers: the update computes half of the tokens
+    c.batch.row_tokens, c.batch.micro_tokens = 512, 2048
+    c.sampling.max_prompt, c.sampling.max_tokens, c.sampling.slots, c.sampling.chunk = 128, 96, 64, 16
+    c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.b2 = 2e-5, 3, 0.95
+    c.eval.every, c.eval.problems, c.checkpoint.every = 30, 96, 5
     a = c.algorithm
     a.loss = recipe if recipe in ("grpo", "maspo") else "dapo"
+    if recipe == "maspo":
+        c.batch.updates = 2  # with one update per batch its gate and limiter have nothing to do
+    if recipe in ("dapo", "lspo"):
+        a.selection = "accuracy" if recipe == "dapo" else "lspo"
+        c.batch.generation_prompts, c.batch.max_generation_batches = 16, 2
+    if recipe.startswith("l1"):
+        c.sampling.max_tokens = 224
+        c.length.mode = "exact" if recipe == "l1_exact" else "both"
+        c.length.reward = "lcpo_exact" if recipe == "l1_exact" else "lcpo_max"
+        c.length.low, c.length.high = 32, 160
+        c.length.hyper.lcpo_exact.alpha = c.length.hyper.lcpo_max.exact_alpha = 0.01
+        c.length.hyper.lcpo_max.alpha = 0.01
+        c.length.warmup_steps = 20  # skill before control, as in configs/quickstart_l1.py
+        a.advantage = "dler"
+    if size == "gpu":
+        c.model.dtype, c.model.remat = "bfloat16", "dots"
+        c.batch.prompts, c.batch.group_size, c.batch.micro_tokens = 64, 16, 32768
+        c.batch.share_prompts = False  # the GPU's attention kernel has no form for it
+        c.sampling.slots, c.eval.problems = 512, 512
     return c

@@ -125,6 +125,8 @@ def attend_packed(q, k, v, segment_ids, implementation: str, windows: tuple[int,
     if shared is not None and implementation not in SHARES_PROMPTS:
         raise ValueError(f"attention={implementation!r} cannot share prompts: choose {', '.join(SHARES_PROMPTS)}")
     kind = None if len(set(windows)) == 1 else kind
+    if implementation == "cudnn" and q.dtype == jnp.float32:
+        implementation = "xla"  # cuDNN's kernel has no float32
     if implementation == "splash":
         branches = [functools.partial(_splash, window=w) for w in windows]
         args = (q, k, v, segment_ids)
@@ -162,11 +164,14 @@ def _splash_local(q, k, v, segment_ids, window, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    B, T, N, H = q.shape
-    K = k.shape[2]
+    B, length, N, H = q.shape
+    if pad := -length % 128:  # the kernel's blocks are whole ones
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    K, T = k.shape[2], length + pad
     one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
     mask = masks.MultiHeadMask([one for _ in range(N // K)])
-    block = next((b for b in (512, 256, 128) if T % b == 0), T)  # the kernel's default of 128 starves the MXU
+    block = next(b for b in (512, 256, 128) if T % b == 0)  # the kernel's default of 128 starves the MXU
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks = kernel.BlockSizes(**{f"block_{name}": block for name in names})
     attention = kernel.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)
@@ -176,4 +181,4 @@ def _splash_local(q, k, v, segment_ids, window, interpret):
     per_head = jax.vmap(attention, in_axes=(0, 0, 0, None))
     ids = kernel.SegmentIds(q=segment_ids, kv=segment_ids)
     out = jax.vmap(per_head)(q, k, v, ids)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)[:, :length]

@@ -1,4 +1,4 @@
-"""The decoder: Llama 2/3.x, Qwen2/2.5 and Qwen3 by configuration flags.
+"""The decoder of all families: a model is a DecoderConfig and the table of its weights.
 
 One `Decoder.__call__` scores, trains, prefills and decodes, so the sampler and the learner cannot drift
 apart. Dimensions: B rows, T tokens, D width, N query heads, K key-value heads, H head size, F MLP width,
@@ -11,7 +11,6 @@ decoding wants.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -27,10 +26,12 @@ from models.attention import attend, attend_packed, to_blocks, write_keys
 from models.config import DecoderConfig, LayerKind
 from models.layout import quantise
 from models.pages import Pages, Place, attend_pages
+from models.rope import rope_frequencies
 from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, find, set_path, weights, whole_shape
 
 AUXILIARY = "auxiliary"  # Flax collection of what layers give besides their output
 
+ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -97,32 +98,17 @@ def empty_cache(
     return Cache(zeros(k_shape, dtype), zeros(shape, dtype), start, end, scales)
 
 
-def rope_frequencies(config: DecoderConfig, kind: LayerKind) -> np.ndarray:
-    """float32 [H/2] rotary frequencies of a kind of layer, with Llama 3's scaling where it asks for it."""
-    half = config.head_dim // 2
-    freq = kind.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    s = kind.rope_scaling
-    if s is not None:
-        wavelength = 2 * math.pi / freq
-        smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
-            s.high_freq_factor - s.low_freq_factor
-        )
-        smooth = np.clip(smooth, 0.0, 1.0)  # 0: long wavelength, slowed down; 1: short, left alone
-        freq = (1 - smooth) * freq / s.factor + smooth * freq
-    return freq.astype(np.float32)
-
-
 def apply_rope(x, sin, cos):
     """Rotary embedding in the half-split form, computed in float32. x: [B, T, N, H]; sin, cos: [B, T, 1, H/2]."""
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def rms_norm(x, scale, eps):
+def rms_norm(x, scale, config: DecoderConfig):
     """RMSNorm over the last axis, computed in float32, returned in x's dtype."""
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    y, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.rms_norm_eps)
+    return (y * (1 + scale if config.norm_offset else scale)).astype(x.dtype)
 
 
 def linear(x, w):
@@ -150,7 +136,8 @@ class Part(nn.Module):
         row = find(self.config, self.name, name)
         if row is None:  # a fused parameter of the sampling layout; those are never initialised
             return self.get_variable("params", name)
-        init = {NORM: nn.initializers.ones, BIAS: nn.initializers.zeros}
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        init = {NORM: zeros if self.config.norm_offset else ones, BIAS: zeros}
         init = init.get(row.kind, nn.initializers.normal(self.config.init_std))
         return self.param(name, init, row.shape, self.param_dtype)
 
@@ -192,7 +179,7 @@ class RMSNorm(Part):
     @nn.compact
     def __call__(self, x):
         """x: [..., D] -> the same."""
-        return rms_norm(x, self.raw("scale"), self.config.rms_norm_eps)
+        return rms_norm(x, self.raw("scale"), self.config)
 
 
 class Attention(Part):
@@ -215,13 +202,16 @@ class Attention(Part):
         on_cpu = layer_cache is not None and layer_cache[0].ndim == 5  # keys in blocks
         rope = cpu.apply_rope if on_cpu else apply_rope
         q, k = rope(q, sin, cos), rope(k, sin, cos)
+        if c.query_scale:  # attention itself divides by the root of the head size
+            q = q * (c.query_scale * c.head_dim**0.5)
+        if layer_cache is not None and not isinstance(mask, Place):
+            layer_cache = write_cache(layer_cache, k, v, end)
         if isinstance(mask, Place):
             layer_cache, out = attend_pages(layer_cache, q, k, v, mask)
-        elif layer_cache is None:
+        elif segments[0] is not None:
             windows = tuple(kind.window for kind in self.kinds)
             out = attend_packed(q, k, v, segments[0], self.implementation, windows, kind, segments[1])
         else:
-            layer_cache = write_cache(layer_cache, k, v, end)
             keys, values, *scales = layer_cache
             out = attend(q, keys, values, mask, scales)
         (out,) = self.linear(out.reshape(B, T, -1), "o")
@@ -232,7 +222,7 @@ class Attention(Part):
         if not self.has(name):
             return x
         scale = self.weight(name)
-        return rms_norm(x.reshape(*x.shape[:2], -1, *scale.shape), scale, self.config.rms_norm_eps).reshape(x.shape)
+        return rms_norm(x.reshape(*x.shape[:2], -1, *scale.shape), scale, self.config).reshape(x.shape)
 
 
 def write_cache(layer_cache, k, v, end):
@@ -248,13 +238,13 @@ def write_cache(layer_cache, k, v, end):
 
 
 class MLP(Part):
-    """SwiGLU."""
+    """SwiGLU, or GeGLU: a gated MLP."""
 
     @nn.compact
     def __call__(self, x):
         """x: [..., D] -> [..., D]."""
         gate, up = self.linear(x, "gate", "up")
-        return self.linear(nn.silu(gate) * up, "down")[0]
+        return self.linear(ACTIVATIONS[self.config.activation](gate) * up, "down")[0]
 
 
 class Block(nn.Module):
@@ -304,8 +294,9 @@ class Decoder(nn.Module):
 
         Args:
           tokens: int32 [B, T]. positions: int32 [B, T], position of each token in its own sequence.
-          segment_ids: int32 [B, T] for packed rows without a cache; attention is causal within equal ids,
-            0 is padding. None means one sequence per row.
+          segment_ids: int32 [B, T] for packed rows; attention is causal within equal ids, 0 is padding. None
+            means one sequence per row. With a cache: the first tokens that it gets, which see each other and need
+            not read it, so that a kernel can do it without writing scores out.
           parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
           cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on. Pages: T = 1.
 
@@ -315,6 +306,8 @@ class Decoder(nn.Module):
         c, (B, T) = self.config, tokens.shape
         parts = (c, self.dtype, self.param_dtype)
         x = jnp.take(self._table("embed", "embedding"), tokens, axis=0).astype(self.dtype)
+        if c.scale_embeddings:
+            x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         # On a mesh: each device looks its columns of the table up for all rows, then columns are traded for
         # rows. The other way round would gather the table, and its gradient, on every device.
         x = nn.with_logical_constraint(x, ("lookup_batch", None, "embed"))
@@ -361,9 +354,11 @@ class Decoder(nn.Module):
 
     def _view(self, kind: LayerKind, positions, cache):
         """What a kind of layer knows of the positions: (sin, cos, mask over the cache's columns, or Place, or None)."""
-        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config, kind)
-        mask = None if cache is None else cache.sees(positions, kind.window)
-        return jnp.sin(angle), jnp.cos(angle), mask
+        frequencies, factor = rope_frequencies(self.config.head_dim, kind.rope_theta, kind.rope_scaling)
+        angle = positions[..., None, None].astype(jnp.float32) * frequencies
+        sin, cos = jnp.sin(angle), jnp.cos(angle)
+        sin, cos = (sin, cos) if factor == 1 else (sin * factor, cos * factor)
+        return sin, cos, None if cache is None else cache.sees(positions, kind.window)
 
 
 def head_matrix(params):

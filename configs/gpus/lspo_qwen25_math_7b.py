@@ -10,5 +10,5 @@ def get_config(loss: str = "gspo"):
     """loss: gspo, grpo or dapo."""
     c = lspo_qwen25_math_7b.get_config(loss)
     c.topology = "h100:8"
-    c.sampling.slots, c.sampling.tensor = 768, 1
+    c.sampling.slots, c.sampling.tensor = 1152, 1
     return c

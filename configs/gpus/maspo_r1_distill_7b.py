@@ -9,5 +9,5 @@ from configs.pods import maspo_r1_distill_7b
 def get_config():
     c = maspo_r1_distill_7b.get_config()
     c.topology = "h100:8"
-    c.sampling.slots, c.sampling.tensor = 512, 1
+    c.sampling.slots, c.sampling.tensor = 640, 1
     return c

@@ -86,14 +86,16 @@ def lcpo_max(inputs, hyper):
     Prompts of mode "exact" get the Exact reward with slope exact_alpha (the paper's dual objective);
     prompts without a budget get I. hyper: alpha 1e-3 and delta 0.5 are what the first released code amounts to (alpha
     is not printed; the current code's own alpha is twice ours). combine: "multiply", or "add" for the current code
-    without multiplier_reward (I + clip(...)). form: "linear", or "sigmoid" for I * sigmoid(alpha (n_gold - n_y)).
+    without multiplier_reward (I + clip(...)). form: "linear"; "sigmoid", the current code's min(sigmoid(alpha (n_gold -
+    n_y)) + 0.1 [n_y <= n_gold], 1) in place of the clipped line; "sigmoid_paper" without the 0.1.
     """
     correct = inputs.correct
     slack = hyper["alpha"] * (inputs.budgets - inputs.lengths)
-    if hyper["form"] == "sigmoid":
-        term = 1 / (1 + np.exp(-np.clip(slack, -700, 700)))
-    else:
+    if hyper["form"] == "linear":
         term = np.clip(slack + hyper["delta"], 0, 1)
+    else:
+        bonus = 0.1 if hyper["form"] == "sigmoid" else 0.0
+        term = np.minimum(1 / (1 + np.exp(-np.clip(slack, -700, 700))) + bonus * (slack >= 0), 1)
     scored = correct * term if hyper["combine"] == "multiply" else correct + term
     scored = np.where(inputs.modes == "exact", _exact(inputs, hyper["exact_alpha"]), scored)
     return np.where(inputs.budgets > 0, scored, correct)
@@ -157,15 +159,21 @@ def laser(inputs, hyper):
     return inputs.correct + hyper["bonus"] * inputs.correct * within
 
 
-def laser_targets(inputs: LengthInputs, candidates) -> dict[str, float]:
+def laser_targets(inputs: LengthInputs, candidates, coverage: str = "all") -> dict[str, float]:
     """LASER-D's targets from a monitored batch: {"easy", "medium", "hard"} -> tokens.
 
-    Groups with accuracy >= 2/3 are easy, >= 1/3 medium, below hard. The coverage of a level at a length L is the share
-    of its correct responses with len <= L. The target is the smallest candidate at which at least one correct response
-    is still expected in a group at the level's lower accuracy: int(coverage * int(G * level)) >= 1 with level 2/3, 1/3,
-    and 1 response for hard; max_length if none. G is the largest group. (The "floor" rule of the released code.)
+    The coverage of a level at a length L is the share of its responses with len <= L. The target is the smallest
+    candidate at which at least one correct response is still expected in a group at the level's lower accuracy:
+    int(coverage * int(G * level)) >= 1 with level 2/3, 1/3, and 1 response for hard. G is the largest group. (The
+    "floor" rule of the released code.)
+
+    coverage: "all", as released: over all responses of groups with accuracy > 2/3, > 1/3, below; where no candidate
+    fits, the target is the longest response of the batch. "correct": over the correct responses of groups with
+    accuracy >= 2/3, >= 1/3, below; max_length where no candidate fits.
     """
-    level = _levels(inputs)
+    level = _levels(inputs, strict=coverage == "all")
+    counted = np.ones(len(level), bool) if coverage == "all" else inputs.correct > 0
+    most = max(inputs.lengths, default=inputs.max_length) if coverage == "all" else inputs.max_length
     size = int(np.max(np.bincount(np.unique(inputs.group, return_inverse=True)[1]), initial=0))
     targets = {}
     for name, code, expected in (
@@ -173,27 +181,28 @@ def laser_targets(inputs: LengthInputs, candidates) -> dict[str, float]:
         ("medium", 1, int(size / 3)),
         ("hard", 0, 1),
     ):
-        right = inputs.lengths[(level == code) & (inputs.correct > 0)]
-        fits = [c for c in sorted(candidates) if len(right) and int(np.mean(right <= c) * expected) >= 1]
-        targets[name] = float(fits[0]) if fits else float(inputs.max_length)
+        lengths = inputs.lengths[(level == code) & counted]
+        fits = [c for c in sorted(candidates) if len(lengths) and int(np.mean(lengths <= c) * expected) >= 1]
+        targets[name] = float(min([*fits[:1], most]))
     return targets
 
 
-def _levels(inputs: LengthInputs) -> np.ndarray:
-    """Difficulty by group accuracy: 2 easy, 1 medium, 0 hard."""
+def _levels(inputs: LengthInputs, strict: bool = False) -> np.ndarray:
+    """Difficulty by group accuracy: 2 easy (>= 2/3), 1 medium (>= 1/3), 0 hard. strict: > instead of >=."""
     accuracy = inputs.by_group(lambda right: np.full(len(right), right.mean()), inputs.correct)
-    return (accuracy >= 2 / 3).astype(int) + (accuracy >= 1 / 3)
+    reached = np.greater if strict else np.greater_equal
+    return reached(accuracy, 2 / 3).astype(int) + reached(accuracy, 1 / 3)
 
 
 def laser_d(inputs, hyper):
     """LASER-D (2505.15612): LASER with one target per difficulty of the prompt.
 
-    hyper: bonus, and target_easy, target_medium, target_hard in tokens. A target of 0 is found by
-    `laser_targets` on this very batch (the paper uses a separate monitoring set) among `candidates` equally
-    spaced lengths up to max_length.
+    A prompt is easy from an accuracy of 2/3 on, medium from 1/3. hyper: bonus, and target_easy, target_medium,
+    target_hard in tokens. A target of 0 is found by `laser_targets` on this very batch (the paper uses a separate
+    monitoring set) among `candidates` equally spaced lengths up to max_length, by `coverage`.
     """
     grid = np.arange(1, hyper["candidates"] + 1) * inputs.max_length / hyper["candidates"]
-    found = laser_targets(inputs, grid)
+    found = laser_targets(inputs, grid, hyper["coverage"])
     target = np.array([hyper[f"target_{k}"] or found[k] for k in ("hard", "medium", "easy")])
     return inputs.correct + hyper["bonus"] * inputs.correct * (inputs.lengths <= target[_levels(inputs)])
 
@@ -226,8 +235,10 @@ def dler(inputs, hyper):
 
 
 _LCPO_MAX = {"alpha": Number(1e-3), "delta": Number(0.5, 0, 1), "exact_alpha": Number(3e-4)}
-_LCPO_MAX |= {"combine": Choice("multiply", ("multiply", "add")), "form": Choice("linear", ("linear", "sigmoid"))}
+_LCPO_MAX |= {"combine": Choice("multiply", ("multiply", "add"))}
+_LCPO_MAX |= {"form": Choice("linear", ("linear", "sigmoid", "sigmoid_paper"))}
 _TARGETS = {f"target_{level}": Integer(0) for level in ("easy", "medium", "hard")}
+_COVERAGE = {"candidates": Integer(16, 1, 4096), "coverage": Choice("all", ("all", "correct"))}
 _OVERLONG = {"max_length": Integer(0), "cache": Integer(0), "factor": Number(1.0), "floor": Flag(True)}
 
 LENGTH_REWARDS: dict[str, Method] = {
@@ -239,7 +250,7 @@ LENGTH_REWARDS: dict[str, Method] = {
     "alp": Method(alp, {"beta": Number(0.1), "N": Integer(0)}),
     "shorter_better": Method(shorter_better, {"alpha": Number(2.0, 0, above=True), "beta": Number(1e-3)}),
     "laser": Method(laser, {"bonus": Number(0.5), "target": Integer(0)}),
-    "laser_d": Method(laser_d, {"bonus": Number(0.5), **_TARGETS, "candidates": Integer(16, 1, 4096)}),
+    "laser_d": Method(laser_d, {"bonus": Number(0.5), **_TARGETS, **_COVERAGE}),
     "overlong": Method(overlong, _OVERLONG),
     "dler": Method(dler, {"limit": Integer(0)}),
 }

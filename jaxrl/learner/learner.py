@@ -38,6 +38,8 @@ def objective(config) -> Objective:
         on_policy=config.batch.updates * config.batch.epochs == 1,
         kl_coef=0.0 if a.kl_in_reward else a.kl_coef,
         kl_kind=a.kl_kind,
+        kl_value_clamp=a.kl_value_clamp,
+        kl_unbiased=a.kl_unbiased,
         entropy_coef=a.entropy_coef,
         entropy_advantage=shaping,
         correction=a.correction,

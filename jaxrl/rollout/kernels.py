@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.rollout.sampling import draw, uniforms
-from models.attention import from_blocks, to_blocks
+from models.attention import default_implementation, from_blocks, to_blocks
 from models.config import DecoderConfig
 from models.decoder import Decoder, empty_cache, logits
 from models.pages import empty_pages, side_by_side
@@ -77,7 +77,8 @@ class ProgramSpec:
 
     @property
     def model(self) -> Decoder:
-        return Decoder(self.config, dtype=self.dtype, scan_layers=False)
+        attention = default_implementation(self.platform)
+        return Decoder(self.config, dtype=self.dtype, scan_layers=False, attention=attention)
 
     @property
     def cache_dtype(self):
@@ -92,8 +93,10 @@ def prefill(spec: ProgramSpec, params, tokens, lengths):
     """The `arrays` of a Cache of P columns, prompts right-aligned. tokens: int32 [n, P]; lengths: int32 [n]."""
     n, P = tokens.shape
     cache = empty_cache(spec.config, n, P, spec.cache_dtype).replace(start=P - lengths)
-    positions = jnp.maximum(jnp.arange(P)[None] - (P - lengths)[:, None], 0)
-    return spec.model.apply({"params": params}, tokens, positions, None, cache)[1].arrays
+    column = jnp.arange(P)[None] - (P - lengths)[:, None]
+    # On a CPU, which has no kernel, prompts read themselves from the cache.
+    segments = None if spec.platform == "cpu" else (column >= 0).astype(jnp.int32)
+    return spec.model.apply({"params": params}, tokens, jnp.maximum(column, 0), segments, cache)[1].arrays
 
 
 def score(spec: ProgramSpec, params, tokens):

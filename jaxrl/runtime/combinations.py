@@ -14,7 +14,7 @@ def impossible(config: ConfigDict) -> Iterator[str]:
     """What would raise later, or be ignored silently: the key, its value, and what would be valid, each in one line."""
     yield from _batches(config)
     yield from _tasks(config)
-    yield from _methods(config)
+    yield from impossible_methods(config)
 
 
 def _batches(config: ConfigDict) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _tasks(config: ConfigDict) -> Iterator[str]:
         yield f"checkpoint.keep_best={config.checkpoint.keep_best!r} needs held-out problems, task.eval_data"
 
 
-def _methods(config: ConfigDict) -> Iterator[str]:
+def impossible_methods(config: ConfigDict) -> Iterator[str]:
     """What does not fit together in selection, length reward and KL term."""
     a, length = config.algorithm, config.length
     for name in a.selection.split("+"):
@@ -105,5 +105,10 @@ def _methods(config: ConfigDict) -> Iterator[str]:
             f"length.hyper.overlong.cache={overlong.cache} is above the limit of "
             f"{overlong.max_length or config.sampling.max_tokens} tokens"
         )
+    greso = config.batch.greso_hyper
+    if not greso.low <= greso.start <= greso.high:
+        yield f"batch.greso_hyper.start={greso.start} must be between low={greso.low} and high={greso.high}"
+    if a.kl_unbiased and (a.kl_in_reward or not a.kl_coef):
+        yield "algorithm.kl_unbiased=True is about a KL loss: algorithm.kl_coef above 0, algorithm.kl_in_reward=False"
     if a.kl_in_reward and not a.kl_coef:
         yield "algorithm.kl_in_reward=True needs algorithm.kl_coef above 0"

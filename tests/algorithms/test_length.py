@@ -68,7 +68,7 @@ def test_lcpo_constants_and_mixed_prompts():
     np.testing.assert_allclose(_reward("lcpo_exact", [1, 0], [900, 900], 0), [1, 0])
     np.testing.assert_allclose(_reward("lcpo_max", [1, 0], [1200] * 2, 1000, combine="add"), [1.3, 0.3])
     np.testing.assert_allclose(
-        _reward("lcpo_max", [1, 0], [1200] * 2, 1000, form="sigmoid"), [1 / (1 + np.exp(0.2)), 0]
+        _reward("lcpo_max", [1, 0], [1200] * 2, 1000, form="sigmoid_paper"), [1 / (1 + np.exp(0.2)), 0]
     )
     # A correct slight overrun still beats any wrong answer (delta > 0); a budget of 1 is expressible here.
     assert _reward("lcpo_max", [1], [1400], 1000)[0] > 0
@@ -77,8 +77,20 @@ def test_lcpo_constants_and_mixed_prompts():
         _reward("lcpo_exact", [1], [5], 10, modes="max")
     with pytest.raises(ValueError, match="combine='plus' must be one of multiply, add"):
         _reward("lcpo_max", [1], [5], 10, combine="plus")
-    with pytest.raises(ValueError, match="form='cubic' must be one of linear, sigmoid"):
+    with pytest.raises(ValueError, match="form='cubic' must be one of linear, sigmoid, sigmoid_paper"):
         _reward("lcpo_max", [1], [5], 10, form="cubic")
+
+
+def test_the_released_sigmoid_adds_a_tenth_within_the_budget():
+    """L1's get_delta_score_sigmoid: + 0.1 at or below the budget, clipped to 1."""
+    lengths = [0, 900, 1000, 1001, 5000]
+    found = _reward("lcpo_max", [1] * 5, lengths, 1000, form="sigmoid", alpha=0.01)
+    sigmoid = [1 / (1 + np.exp(-0.01 * (1000 - n))) for n in lengths]
+    expected = [1.0, min(sigmoid[1] + 0.1, 1), 0.6, sigmoid[3], sigmoid[4]]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    plain = _reward("lcpo_max", [1] * 5, lengths, 1000, form="sigmoid_paper", alpha=0.01)
+    np.testing.assert_allclose(found - plain, np.array(expected) - sigmoid, atol=1e-12)
+    assert _reward("lcpo_max", [0], [0], 1000, form="sigmoid")[0] == 0  # multiplied with correctness
 
 
 def test_arora_and_kimi_work_group_by_group():
@@ -117,16 +129,56 @@ def test_laser_and_laser_d():
     correct = [1, 1, 1, 1, 0, 0, 0, 0, 0]
     lengths = [10, 30, 90, 50, 60, 70, 80, 80, 80]
     ids = np.repeat([0, 1, 2], 3)
-    targets = laser_targets(LengthInputs(correct, lengths, 120, group=ids), [20, 40, 60, 80, 100])
+    targets = laser_targets(LengthInputs(correct, lengths, 120, group=ids), [20, 40, 60, 80, 100], "correct")
     assert targets == {
         "easy": 40.0,
         "medium": 60.0,
         "hard": 120.0,
     }  # int(1/3 * 2) = 0 at 20, int(2/3 * 2) = 1 at 40
-    found = _reward("laser_d", correct, lengths, ids=ids, max_length=100, candidates=5)
+    found = _reward("laser_d", correct, lengths, ids=ids, max_length=100, candidates=5, coverage="correct")
     np.testing.assert_allclose(found, [1.5, 1.5, 1.0, 1.5, 0, 0, 0, 0, 0])
     fixed = _reward("laser_d", correct, lengths, ids=ids, target_easy=95, target_medium=49, target_hard=1)
     np.testing.assert_allclose(fixed, [1.5, 1.5, 1.5, 1.0, 0, 0, 0, 0, 0])
+
+
+def released_targets(correct, lengths, thresholds):
+    """LASER-D's released choice written out for groups of one size: bands by > 2/3 and > 1/3, coverage over all of
+    their responses, the longest response where no threshold fits."""
+    size, longest, targets = len(correct[0]), max(map(max, lengths)), {}
+    for name, low, high, expected in (
+        ("easy", 2 / 3, 2, int(size * 2 / 3)), ("medium", 1 / 3, 2 / 3, int(size / 3)), ("hard", -1, 1 / 3, 1),
+    ):  # fmt: skip
+        pool = [n for c, row in zip(correct, lengths, strict=True) if low < sum(c) / size <= high for n in row]
+        targets[name] = float(longest)
+        for threshold in thresholds:
+            covered = sum(n <= threshold for n in pool) / len(pool) if pool else 0.0
+            if int(covered * expected) >= 1 and threshold < targets[name]:
+                targets[name] = float(threshold)
+    return targets
+
+
+def test_laser_d_takes_the_released_coverage_unless_told():
+    """Wrong answers are long: counting them, too, raises the targets of medium and hard prompts."""
+    thresholds = range(2048, 16385, 1024)
+    correct = [[1] * 6 + [0] * 2, [1] * 4 + [0] * 4, [1] * 2 + [0] * 6]
+    lengths = [
+        [900, 1500, 2000, 5000, 7000, 8000, 9000, 9500],
+        [3900, 4000, 5900, 6100, 8000, 9000, 12000, 15000],
+        [5500, 6100, 9000, 10000, 12000, 14000, 16000, 16319],
+    ]
+    flat = LengthInputs(np.ravel(correct), np.ravel(lengths), 16384, group=np.repeat([0, 1, 2], 8))
+    released = laser_targets(flat, thresholds)
+    assert list(released.values()) == [2048, 6144, 16319] and released == released_targets(correct, lengths, thresholds)
+    assert list(laser_targets(flat, thresholds, "correct").values()) == [2048, 4096, 6144]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        correct, lengths = rng.integers(0, 2, (6, 8)).tolist(), rng.integers(1, 16385, (6, 8)).tolist()
+        flat = LengthInputs(np.ravel(correct), np.ravel(lengths), 16384, group=np.repeat(np.arange(6), 8))
+        assert laser_targets(flat, thresholds) == released_targets(correct, lengths, thresholds)
+    # exactly 2/3 correct: coverage counts the prompt as medium, the reward as easy
+    edge = LengthInputs([1, 1, 0], [10, 20, 30], 40)
+    assert laser_targets(edge, [10, 20, 40]) == {"easy": 30, "medium": 30, "hard": 30}
+    assert _reward("laser_d", [1, 1, 0], [10, 20, 30], target_easy=15).tolist() == [1.5, 1, 0]
 
 
 def test_overlong_and_dler():

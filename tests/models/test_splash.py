@@ -7,8 +7,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from models import attention
+from models.config import DecoderConfig
+from models.decoder import Decoder, empty_cache, init_params
 
 B, T, N, K, H = 4, 128, 4, 2, 128
 
@@ -40,6 +43,37 @@ def test_gradients_match_xla():
     got = run(lambda *a: attention._splash(*a, ids, interpret=True))
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, atol=2e-4, rtol=2e-4)
+
+
+def test_a_window_matches_xla():
+    q, k, v, ids = inputs()
+    want = attention.attend_packed(q, k, v, ids, "xla", (20,))
+    close_where_not_padding(jax.jit(lambda *a: attention._splash(*a, ids, 20, interpret=True))(q, k, v), want, ids)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_prompts_that_see_each_other_fill_the_cache_as_those_that_read_it(implementation, monkeypatch):
+    """A prefill, right-aligned in 40 columns, which are no whole blocks of the kernel."""
+    local = attention._splash_local
+    monkeypatch.setattr(attention, "_splash_local", lambda *a: local(*a[:-1], True))
+    config = DecoderConfig(31, 64, 96, 3, 4, 2, 128, model_type="llama")
+    params, P, lengths = init_params(config, jax.random.key(0)), 40, jnp.array([3, 40, 17])
+    tokens = jax.random.randint(jax.random.key(1), (3, P), 0, 31)
+    column = jnp.arange(P)[None] - (P - lengths)[:, None]
+    cache = empty_cache(config, 3, P, jnp.float32, scan_layers=True).replace(start=P - lengths)
+
+    def prefill(implementation, segments):
+        model = Decoder(config, attention=implementation)
+        return model.apply({"params": params}, tokens, jnp.maximum(column, 0), segments, cache)
+
+    want, want_cache = prefill("xla", None)
+    got, got_cache = prefill(implementation, (column >= 0).astype(jnp.int32))
+    real = np.asarray(column >= 0)
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=2e-5)
+    for a, b in zip(got_cache.arrays, want_cache.arrays, strict=True):  # [layers, B, K, columns, H]
+        keep = real[None, :, None, :, None]
+        np.testing.assert_allclose(np.where(keep, a, 0), np.where(keep, b, 0), atol=2e-5)
+    assert got_cache.end == want_cache.end == P
 
 
 def test_on_a_mesh():
