@@ -145,5 +145,8 @@ def _ragged(q, kv, table, positions, window: int):
 
     B = len(q)
     starts, count = jnp.arange(B + 1, dtype=jnp.int32), jnp.array([B], jnp.int32)
-    options = dict(sm_scale=q.shape[-1] ** -0.5, sliding_window=window or None)
+    # the kernel's own choice of blocks asks which chip it is on, which a machine that only compiles has not
+    pages = min(max(512 // kv.shape[1], 1), table.shape[1])
+    options = dict(num_queries_per_block=min(B, 8), num_kv_pages_per_block=pages, sliding_window=window or None)
+    options["sm_scale"] = q.shape[-1] ** -0.5
     return ragged_paged_attention(q, kv, positions + 1, table, starts, count, **options)
