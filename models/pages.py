@@ -4,8 +4,9 @@ A pool of pages is shared by all rows of a replica; a table says which pages hol
 nobody: what rows without a response write goes there. Keys and values of a token lie side by side, k and v of head 0,
 of head 1, and so on, so that a token is one contiguous write.
 
-`xla` gathers the table's pages and is the reference, on every backend. `ragged` is the TPU's kernel of jax; it reads
-the pages of a row's own context and no others.
+`xla` gathers the table's pages and is the reference, on every backend. `ragged` is jax's kernel for the TPU, `triton`
+ours for the GPU (models/pages_gpu.py); both read the pages of a row's own context and no others. jax's kernel has one
+scale for all int8 keys, not one a token: int8 pages on a TPU are gathered, which reads more than a dense cache does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from models import pages_gpu
 from models.attention import attend
 from models.config import DecoderConfig
 from models.layout import quantise
@@ -71,10 +73,14 @@ class Pages:
         return Place(self.table, positions[:, 0], window, self.implementation)
 
 
-def implementation(platform: str, config: DecoderConfig, int8: bool, tensor: int = 1) -> str:
-    """The implementation to use on `platform` ("cpu", "gpu" or "tpu"), with heads split over `tensor` devices."""
-    tiled = config.head_dim % 128 == 0 and config.num_kv_heads % tensor == 0
-    return "ragged" if platform == "tpu" and tiled and not int8 else "xla"
+def implementation(platform: str, config: DecoderConfig, page: int, int8: bool, tensor: int = 1) -> str:
+    """The implementation to use on `platform` ("cpu", "gpu" or "tpu") for pages of `page` tokens, with heads split over
+    `tensor` devices: the platform's kernel where it takes these sizes, else "xla"."""
+    H, divides = config.head_dim, config.num_kv_heads % tensor == 0
+    if platform == "tpu" and H % 128 == 0 and divides and not int8:
+        return "ragged"
+    powers = all(n >= 16 and n & (n - 1) == 0 for n in (page, H))
+    return "triton" if platform == "gpu" and powers else "xla"
 
 
 def empty_pages(config: DecoderConfig, count: int, size: int, dtype) -> tuple:
@@ -126,6 +132,8 @@ def _attend_local(layer, q, k, v, table, positions, window: int, implementation:
     layer = tuple(a.at[to, positions % page].set(n.astype(a.dtype)) for a, n in zip(layer, new, strict=True))
     if implementation == "ragged":
         return layer, _ragged(q, layer[0], table, positions, window)
+    if implementation == "triton":
+        return layer, pages_gpu.attend_pages(q, layer, table, positions, window)
     return layer, _gathered(q, layer, table, positions, window)
 
 
@@ -145,8 +153,9 @@ def _ragged(q, kv, table, positions, window: int):
 
     B = len(q)
     starts, count = jnp.arange(B + 1, dtype=jnp.int32), jnp.array([B], jnp.int32)
-    # the kernel's own choice of blocks asks which chip it is on, which a machine that only compiles has not
-    pages = min(max(512 // kv.shape[1], 1), table.shape[1])
+    # The kernel's own choice of blocks asks which chip it is on, which a machine that only compiles has not. A row's
+    # last block is read whole: 256 tokens keep that below a tenth or so of common contexts.
+    pages = min(max(256 // kv.shape[1], 1), table.shape[1])
     options = dict(num_queries_per_block=min(B, 8), num_kv_pages_per_block=pages, sliding_window=window or None)
     options["sm_scale"] = q.shape[-1] ** -0.5
     return ragged_paged_attention(q, kv, positions + 1, table, starts, count, **options)

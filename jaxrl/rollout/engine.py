@@ -100,7 +100,7 @@ class Engine:
         sizes |= dict(multiple=multiple, window=window)
         if pages:
             parts = placement.mesh.shape["tensor"] if placement else 1
-            how = implementation(spec.platform, config, cache == "int8", parts)
+            how = implementation(spec.platform, config, pages, cache == "int8", parts)
             sizes |= dict(page=pages, tokens=cache_tokens, implementation=how)
         self.cache: KVCache = (PagedCache if pages else DenseCache)(self.runner, **sizes)
         fused = placement.fused if placement else True
