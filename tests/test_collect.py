@@ -14,11 +14,12 @@ from jaxrl.algorithms.hyper import Method
 from jaxrl.algorithms.length import LENGTH_REWARDS, LengthInputs
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.batch import make_batches, with_advantages
-from jaxrl.collect import Collector, shape_rewards
+from jaxrl.collect import Collector
 from jaxrl.errors import UserError
 from jaxrl.rollout_metrics import sample_rows
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime.config import base_config
+from jaxrl.shaping import shape_rewards
 from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Grade, Task
 from jaxrl.types import Completion, Problem
@@ -131,6 +132,33 @@ def test_samples_show_the_advantages_that_are_trained_on(advantage):
     rows = sample_rows(got, trained, Tokenizer(), 1)
     assert [r["advantage"] for r in rows[:G]] == pytest.approx(trained.columns["advantage"][:G], abs=1e-4)
     assert not rows[-1]["selected"] and {r["advantage"] for r in rows[G:]} == {None}
+
+
+@pytest.mark.parametrize("name", ["leash", "a_dlp"])
+def test_an_adaptive_length_reward_goes_on_from_its_state(name):
+    """Its multiplier moves once a step, after everything sampled in it; the step's own rewards have the one before."""
+    changes = {"length.reward": name, "batch.generation_prompts": 3, "length.hyper.leash.target": 3,
+               "length.hyper.a_dlp.rate": 0.01}  # fmt: skip
+    whole, _ = make(even_mixed, changes)
+    steps = [whole.collect(None, s) for s in range(6)]
+    first, _ = make(even_mixed, changes)
+    before = [first.collect(None, s) for s in range(3)]
+    numbers, arrays = first.state()
+    second, _ = make(even_mixed, changes)
+    second.restore(json.loads(json.dumps(numbers)), arrays)
+    after = [second.collect(None, s) for s in range(3, 6)]
+    assert [s.chosen.reward.tolist() for s in steps] == [s.chosen.reward.tolist() for s in before + after]
+    seen = [s.metrics.get("length/state/multiplier") for s in steps]
+    assert seen[0] is None and len(set(seen)) == 6 and seen[3:] == [
+        s.metrics["length/state/multiplier"] for s in after]  # fmt: skip
+    hyper = dict(whole.config.length.hyper[name])
+    for n, step in enumerate(steps):
+        state = {} if n == 0 else {"multiplier": seen[n]}
+        r = step.sampled
+        inputs = LengthInputs(r.correct, r.lengths, LIMIT, group=r.group, truncated=r.truncated, state=state)
+        np.testing.assert_allclose(r.reward, LENGTH_REWARDS[name].fn(inputs, hyper), rtol=1e-6, atol=1e-7)
+        following = LENGTH_REWARDS[name].update(inputs, hyper)["multiplier"]
+        assert following == pytest.approx(seen[n + 1] if n < 5 else whole.shaping["reward"]["multiplier"])
 
 
 def test_a_rule_without_reasons_still_tells_kept_from_dropped(monkeypatch):
