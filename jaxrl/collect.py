@@ -24,7 +24,7 @@ from jaxrl.rollout.requests import Request
 from jaxrl.rollout_metrics import Collected, outcome_counts, sampled_metrics, selection_metrics
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
-from jaxrl.shaping import adapt, length_weight, shape_rewards, shaping_metrics
+from jaxrl.shaping import adapt, length_weight, named_columns, shape_rewards, shaping_metrics
 from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Task
 from jaxrl.types import Problem
@@ -205,7 +205,7 @@ class Collector:
             new["correct"][i], new["reward"][i] = grade.correct, grade.reward
             new["valid"][i] = grade.valid and finite[i]
             new["outcome"][i] = grade.outcome if finite[i] else "nonfinite"
-        columns = rollouts.columns
+        columns = rollouts.columns | named_columns(grades, index, len(rollouts), self.config)
         if self.config.length.count == "thinking":
             thinking = [len(self.tokenizer.encode(t.split("</think>")[0])) for t in texts]
             counted = rollouts.lengths.copy()

@@ -1,14 +1,61 @@
-"""From grades to the rewards that are trained on: the length reward and what adapts with it from step to step.
+"""From grades to the rewards that are trained on: named rewards with weights, the length reward, what adapts with it.
+
+Every response has named rewards, columns "reward/NAME" of the rollouts, each with a weight, "weight/NAME": `correct`
+(what the task's grader gives) or what a reward function returns (`user`, or the names of its dict), `length` (the
+length reward less correctness) and, where config.rewards.weights names it, `format`. A reward is their weighted sum.
 
 Pure functions of rollouts, of the config, and of one small dict that JSON can hold, which the collector keeps.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxrl.algorithms.length import LengthInputs, length_rewards, next_state
 from jaxrl.rollouts import Rollouts
+from jaxrl.tasks.task import Grade
+
+_log = logging.getLogger(__name__)
+
+
+# ---- named rewards
+
+
+def reward_weights(text: str) -> dict[str, float]:
+    """ "correct=1,format=0.2" (config.rewards.weights) -> {"correct": 1.0, "format": 0.2}."""
+    return {name: float(value) for name, _, value in (part.partition("=") for part in text.split(",") if part)}
+
+
+def named_columns(grades: Sequence[Grade], index: np.ndarray, total: int, config) -> dict[str, np.ndarray]:
+    """float32 [total] a name, "reward/NAME": the named rewards of the graded responses `index`, 0 for the others.
+
+    A reward without a name is `correct`, or `user` where config.task.reward is a function.
+    """
+    unnamed = "user" if config.task.reward else "correct"
+    rows = [g.named or {unnamed: g.reward} for g in grades]
+    columns = {f"reward/{name}": np.zeros(total, np.float32) for name in sorted({k for row in rows for k in row})}
+    for i, row in zip(index, rows, strict=True):
+        for name, value in row.items():
+            columns[f"reward/{name}"][i] = value
+    return columns
+
+
+def well_formed(rollouts: Rollouts) -> np.ndarray:
+    """float32 [N], the reward `format`: 1 for a response that ended by itself with an answer that could be read."""
+    read = np.isin(rollouts.outcome.astype(str), ("correct", "wrong"))
+    return (read & ~rollouts.truncated).astype(np.float32)
+
+
+@functools.cache
+def _warn(name: str) -> None:
+    _log.warning("config.rewards.weights: no response of this batch has a reward named %r", name)
+
+
+# ---- the length reward
 
 
 def length_weight(config, step: int) -> float:
@@ -35,17 +82,35 @@ def length_inputs(rollouts: Rollouts, config, state: dict) -> LengthInputs:
 
 
 def shape_rewards(rollouts: Rollouts, config, weight: float = 1.0, state: dict | None = None) -> Rollouts:
-    """With the length reward of config.length in the rewards; invalid responses keep out of its statistics.
+    """Graded responses with their rewards: the weighted sum of the named ones, of which `length` is made here; invalid
+    responses keep out of its statistics.
 
-    The term that is added to the task's reward is weight x (shaped - correct), so that the value of a user's
-    reward function is kept and the term can be warmed up.
+    weight: of the length term at this step, beside its weight among the rewards. The term is weight x (shaped -
+    correct), so that the value of a user's reward function is kept and the term can be warmed up. Rollouts without
+    named rewards are taken by their `reward`.
     """
     name, r = config.length.reward, rollouts
-    if name == "none" or not len(r):
+    if not len(r):
         return r
-    shaped = r.correct.astype(np.float64)
-    shaped[r.valid] = length_rewards(name, length_inputs(r, config, state or {}), dict(config.length.hyper[name]))
-    return r.replace(reward=r.reward + (weight * (shaped - r.correct)).astype(np.float32))
+    given = reward_weights(config.rewards.weights)
+    named = {k.removeprefix("reward/"): v for k, v in r.columns.items() if k.startswith("reward/")}
+    named = named or {"user" if config.task.reward else "correct": r.reward}
+    for other, values in (("correct", r.correct), ("format", well_formed(r))):
+        if other in given:
+            named.setdefault(other, values)
+    weights = {k: given.get(k, 1.0) for k in named}
+    reward = sum((weights[k] * v for k, v in named.items()), np.zeros(len(r), np.float32))
+    if name != "none":
+        shaped = r.correct.astype(np.float64)
+        shaped[r.valid] = length_rewards(name, length_inputs(r, config, state or {}), dict(config.length.hyper[name]))
+        weights["length"] = weight * given.get("length", 1.0)
+        named["length"] = (shaped - r.correct).astype(np.float32)
+        reward = reward + (weights["length"] * (shaped - r.correct)).astype(np.float32)
+    for missing in sorted(set(given) - set(named)):
+        _warn(missing)
+    columns = {f"reward/{k}": v for k, v in named.items()}
+    columns |= {f"weight/{k}": np.full(len(r), w, np.float32) for k, w in weights.items()}
+    return r.replace(reward=reward.astype(np.float32), columns=r.columns | columns)
 
 
 def adapt(state: dict, sampled: Rollouts, config) -> dict:
