@@ -68,7 +68,7 @@ def with_kl_penalty(rollouts: Rollouts, batches: list[MiniBatch], config, learne
     reward = rollouts.reward.copy()
     for data, packing, index in batches[: config.batch.updates]:
         scores = (learner.score(p, data) for p in (params, reference))
-        kl = kl_estimate(*scores, a.kl_kind) * data.response_mask
+        kl = kl_estimate(*scores, a.kl_kind, a.kl_value_clamp) * data.response_mask
         kl = packing.collect(multihost_utils.process_allgather(kl, tiled=True))
         reward[index] -= a.kl_coef * np.add.reduceat(kl, packing.offsets[:-1])
     return rollouts.replace(reward=reward)

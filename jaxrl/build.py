@@ -160,8 +160,9 @@ def checkpointer(config, run: RunDir) -> Checkpointer:
     return Checkpointer(run.checkpoints, **kept, before_commit=run.publish)
 
 
-def writer(config, run: RunDir, state: dict | None) -> MetricsWriter:
-    """The writer of a run's metrics; state: from a checkpoint, None for a new run."""
+def writer(config, run: RunDir, state: dict | None, rewound: bool = False) -> MetricsWriter:
+    """The writer of a run's metrics; state: from a checkpoint, None for a new run. rewound: the run has gone back to
+    it."""
     trackers = [name for name in ("tensorboard", "wandb") if config.log[name]]
     return MetricsWriter(
         run.local,
@@ -169,6 +170,7 @@ def writer(config, run: RunDir, state: dict | None) -> MetricsWriter:
         state=state,
         config=config.to_dict(),
         wandb={"project": config.log.wandb_project},
+        rewound=rewound,
         enabled=distributed.is_main(),
     )
 

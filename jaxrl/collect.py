@@ -56,7 +56,7 @@ class Collector:
         self.surplus = records.begin([])  # selected, but beyond the batch (batch.keep_surplus)
         self.pending = records.begin([])  # groups with responses to be continued (sampling.carry_over)
         self.ahead = records.begin([])  # groups of the next generation batch that have begun (sampling.prefetch)
-        self.greso = greso_init()
+        self.greso = greso_init(config.batch.greso_hyper)
         self.mean_lengths: dict[str, float] = {}  # last mean response length per problem: longest first
         self.shaping: dict = {}  # what adapts in the rewards (jaxrl.shaping)
 
@@ -176,7 +176,7 @@ class Collector:
             self.position += n
             if self.config.batch.greso:
                 rng = np.random.default_rng([self.config.seed, first])
-                keep = greso_keep(self.greso, [problem.id for _, problem in rows], rng)
+                keep = greso_keep(self.greso, [problem.id for _, problem in rows], rng, self.config.batch.greso_hyper)
                 rows = [row for row, k in zip(rows, keep, strict=True) if k]
             out += rows
         return [(p, with_budget(problem, self.config, p)) for p, problem in out]
@@ -219,7 +219,7 @@ class Collector:
         lengths = np.nan_to_num(mean_length(finished)).tolist()
         self.mean_lengths |= dict(zip(ids, lengths, strict=True))
         if self.config.batch.greso:
-            self.greso = greso_update(self.greso, ids, mean_accuracy(finished))
+            self.greso = greso_update(self.greso, ids, mean_accuracy(finished), self.config.batch.greso_hyper)
 
     def _check_failures(self, rollouts: Rollouts, step: int) -> None:
         invalid, total = int((~rollouts.valid).sum()), len(rollouts)

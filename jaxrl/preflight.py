@@ -39,6 +39,7 @@ from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner, needs_reference
 from jaxrl.learner.state import HOST
 from jaxrl.learner.update import abstract_batch
+from jaxrl.rollout import replay
 from jaxrl.rollout.cache import bucket
 from jaxrl.rollout.kernels import Rows, SamplingArrays
 from jaxrl.runtime import cli, compilers, hardware, roofline
@@ -48,6 +49,7 @@ from models.lora import join
 
 GIB = hardware.GIB
 SAMPLING = ("layout", "prefill", "move layer", "decode")
+MEDIAN, SIGMA = 0.43, 0.75  # of answers, in parts of the limit and as a log-normal's: half of the limit on average
 
 
 class Program(NamedTuple):
@@ -97,7 +99,7 @@ def _learner_programs(config, learner: Learner, mesh, state, base, reference: fl
     sequences = b.prompts * b.group_size / b.updates
     micro = max(1.0, sequences * mean_tokens(config) / (rows * row))
     most = -(-most_rows(config, math.ceil(sequences)) // rows)
-    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row)
+    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row, config.batch.share_prompts)
     updates, work = b.updates * b.epochs, micro * rows * row
     scores = updates * ((not learner.objective.on_policy) + needs_reference(config))
     if scores:
@@ -252,6 +254,54 @@ def summary(rows: list[Row], config, mesh) -> str:
     )
 
 
+def rollout_seconds(rows: list[Row], config, layers: int, mesh) -> tuple[float, list[replay.Rollout]]:
+    """Seconds until every host has its answers, whose lengths differ, and what the scheduler did on some hosts.
+
+    A decode step takes the compiled one's time in proportion to what it reads: weights, and the cache of its slots
+    and window. Other programs: in proportion to their tokens.
+    """
+    s, b, by = config.sampling, config.batch, {r.program.name: r for r in rows}
+    hosts = len({d.process_index for d in mesh.devices.flat})
+    problems = math.ceil((b.generation_prompts or b.prompts) / hosts)
+    sizes = dict(slots=s.slots, chunk=s.chunk, window=s.window, max_prompt=s.max_prompt)
+    sizes |= dict(max_tokens=max(s.max_tokens, config.eval.max_tokens), multiple=mesh.size // hosts // s.tensor)
+    prompts, shape = [s.max_prompt // 4] * problems, (problems, b.group_size)
+    lengths = [replay.log_normal(shape, s.max_tokens, MEDIAN, SIGMA, seed) for seed in range(min(hosts, 4))]
+    found = [replay.replay(drawn, prompts, **sizes) for drawn in lengths]
+    cache = 2 * layers * by["move layer"].compiled.arguments
+    rest = by["decode"].compiled.arguments - cache
+
+    def seconds(rollout: replay.Rollout) -> float:
+        total = 0.0
+        for call in rollout.calls:
+            share = call.rows * call.columns / rollout.largest
+            if call.program == "decode":
+                total += call.steps * by["decode"].seconds / s.chunk * (rest + share * cache) / (rest + cache)
+            elif call.program == "prefill":
+                total += by["prefill"].seconds * call.rows * call.columns / (by["prefill"].program.tokens / hosts)
+            elif call.program == "resize":
+                total += by["move layer"].seconds * layers * share
+        return total
+
+    return by["layout"].seconds + max(map(seconds, found)), found
+
+
+def with_lengths(rows: list[Row], config, layers: int, mesh) -> str:
+    """What a step takes when the answers are not all of the same length: one wave lasts as long as its longest."""
+    rollout, found = rollout_seconds(rows, config, layers, mesh)
+    total = rollout + sum(r.seconds * r.program.calls for r in rows if r.program.name not in SAMPLING)
+    answers = (config.batch.generation_prompts or config.batch.prompts) * config.batch.group_size
+    answers *= config.sampling.max_tokens / 2
+    drawn, steps = (sum(getattr(f.stats, name) for f in found) for name in ("tokens", "slot_steps"))
+    times = sum(f.read for f in found) / sum(f.contexts for f in found)
+    return (
+        f"with lengths that differ (log-normal, half of the limit on average): rollout {rollout:.0f} s, a step "
+        f"{total:.0f} s, {answers / total:,.0f} tokens/s; {drawn / steps:.0%} of the slots' steps draw a token, "
+        f"decoding reads {times:.1f} times the contexts. Not counted: grading, weights moving between hosts, saves, "
+        "evaluation, further generation batches"
+    )
+
+
 def suggest(name: str, config, target: compilers.Target, decoder) -> str:
     """Settings, tried one after another until the program fits."""
     changed, flags = copy.deepcopy(config), []
@@ -350,6 +400,7 @@ def preflight(config, topology: str, out=print) -> bool:
         out(refused)
     elif not failed:
         out(summary(rows, config, mesh))
+        out(with_lengths(rows, config, decoder.num_layers, mesh))
     for row in failed:
         name = row.program.name
         out(f"{name} does not fit: {row.needed / GIB:.2f} GiB of {chip.hbm / GIB:.2f}; {row.program.resident / GIB:.2f}"

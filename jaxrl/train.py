@@ -132,7 +132,8 @@ def train(config) -> int:
                     collector.restore(found.host["collector"], found.blobs)
                     collector.position = ahead  # on with other problems
                     writer.close()
-                    writer = stack.enter_context(contextlib.closing(build.writer(config, run, found.host["writer"])))
+                    writer = build.writer(config, run, found.host["writer"], rewound=True)
+                    stack.enter_context(contextlib.closing(writer))
                     build.describe_run(run, config, decoder, tokenizer, step)
                     continue
             now = time.perf_counter()

@@ -1,8 +1,8 @@
 """Shape of the decoder, to and from the `config.json` of a Hugging Face model directory.
 
-One config covers three families. What separates them is two flags: qwen2 adds a bias to the q, k and v
-projections, qwen3 normalises each q and k head. Anything the decoder does not compute (sliding windows, other
-rotary scalings, other activations, quantised weights) is refused here, by key, before any weight is read.
+One config covers all families; FAMILIES says what each of them fixes and which keys it reads, models/table.py what
+parameters it has. Every key that changes the arithmetic of transformers is honoured here, or refused by name before
+any weight is read.
 """
 
 from __future__ import annotations
@@ -13,39 +13,70 @@ import os
 import pathlib
 from typing import Any
 
-# model_type -> (architecture, qkv_bias, qk_norm)
-FAMILIES = {
-    "llama": ("LlamaForCausalLM", False, False),
-    "qwen2": ("Qwen2ForCausalLM", True, False),
-    "qwen3": ("Qwen3ForCausalLM", False, True),
-}
-_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3_KEYS}
+from models.rope import Scaling, read_rope, write_rope
+
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # of the MLP's gate
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1 rotary scaling: wavelengths above original_max_position_embeddings / low_freq_factor are
-    stretched by `factor`, those below original_max_position_embeddings / high_freq_factor are kept, and those
-    between are interpolated."""
+class Family:
+    """What a model_type means beyond its keys.
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    fixed: fields of DecoderConfig. biases: which of attention_bias and mlp_bias it reads. defaults: of transformers
+    for absent keys, where they are not those of _DEFAULTS. windows: which layers see a window only: never, always,
+    upper (Qwen: from max_window_layers on), nope (SmolLM3: those without rotary positions, every fourth), pattern
+    (Gemma: all but every sixth); the last three also read layer_types. activation: the key that names it.
+    """
 
-    def __post_init__(self):
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(f"{self}: need factor >= 1 and 0 < low_freq_factor < high_freq_factor")
+    architecture: str
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    windows: str = "never"
+    activation: str = "hidden_act"
+
+
+_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 32768, "initializer_range": 0.02,
+             "tie_word_embeddings": False, "sliding_window": 4096}  # fmt: skip
+_BIASES = ("attention_bias", "mlp_bias")
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", biases=_BIASES, defaults={"max_position_embeddings": 2048}),
+    "mistral": Family(
+        "MistralForCausalLM", windows="always",
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", {"qkv_bias": True}, windows="upper", defaults={"num_key_value_heads": 32},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", {"qk_norm": True}, _BIASES[:1], windows="upper",
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM", biases=_BIASES, windows="nope",
+        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True, "sliding_window": None},
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", {"qk_norm": True}, _BIASES[:1],
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", {"qk_norm": True, "norm_offset": True, "scale_embeddings": True}, _BIASES[:1],
+        windows="pattern", activation="hidden_activation",
+        defaults={"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+                  "max_position_embeddings": 131072, "rope_theta": 1e6, "tie_word_embeddings": True,
+                  "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """How a layer attends. rope_theta, rope_scaling: of its rotary positions. window: how many tokens a token sees,
-    itself included; 0: all before it."""
+    """How a layer attends. rope_theta, rope_scaling: of its rotary positions; theta 0: it has none. window: how many
+    tokens a token sees, itself included; 0: all before it."""
 
     rope_theta: float
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
     window: int = 0
 
 
@@ -56,6 +87,8 @@ class DecoderConfig:
     Raises ValueError when sizes are not positive or heads do not divide. `head_dim` is explicit because qwen3
     does not derive it from hidden_size. `init_std` is the scale of randomly initialised matrices. layer_kinds: one a
     layer, where they differ; () means all layers rotate by rope_theta and rope_scaling and see everything.
+    query_scale: of the scores; 0 means head_dim ** -0.5. norm_offset: norms multiply by 1 + scale. scale_embeddings:
+    looked-up rows are multiplied by sqrt(hidden_size).
     lora_scale: factor of the adapters' product, if the parameters have adapters (models/lora.py).
     """
 
@@ -68,7 +101,7 @@ class DecoderConfig:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
@@ -76,6 +109,12 @@ class DecoderConfig:
     model_type: str = "llama"
     init_std: float = 0.02
     layer_kinds: tuple[LayerKind, ...] = ()
+    o_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    query_scale: float = 0.0
+    norm_offset: bool = False
+    scale_embeddings: bool = False
     lora_scale: float = 1.0
 
     @property
@@ -113,15 +152,16 @@ class DecoderConfig:
 def from_hf(source: dict[str, Any] | str | os.PathLike) -> DecoderConfig:
     """DecoderConfig from a config dict, a `config.json`, or the directory that holds one.
 
-    Accepts the rotary keys of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
+    Accepts the rotary keys of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters); where both are given,
+    rope_scaling holds, as in transformers.
     Raises ValueError, one line naming file and key, for what is missing, malformed or not implemented.
     """
     path = pathlib.Path("config" if isinstance(source, dict) else source)
     path = path / "config.json" if path.is_dir() else path
     hf = source if isinstance(source, dict) else read_json(path)
     try:
-        return _parse(hf, str(path))
-    except (TypeError, AttributeError, OverflowError) as e:  # values of types that no config has
+        return _Reader(hf, str(path)).config()
+    except (TypeError, AttributeError, OverflowError, RecursionError) as e:  # values of types that no config has
         raise ValueError(f"{path}: malformed: {e}") from e
 
 
@@ -144,128 +184,230 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return data
 
 
-def _parse(hf: dict[str, Any], where: str) -> DecoderConfig:
-    def refuse(key, need):
-        raise ValueError(f"{where}: key '{key}' is {json.dumps(hf.get(key), default=str)}: {need}")
+class _Reader:
+    """Reads one config.json; every error names the file and the key."""
 
-    def number(key, default, kind):
-        value = default if hf.get(key) is None else hf[key]
-        allowed = int if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, allowed) or value <= 0:
-            refuse(key, f"need a positive {'integer' if kind is int else 'number'}")
+    def __init__(self, hf: dict[str, Any], where: str):
+        self.hf, self.where = hf, where
+        self.model_type = hf.get("model_type")
+        if not isinstance(self.model_type, str) or self.model_type not in FAMILIES:
+            self.refuse("model_type", f"supported are {', '.join(FAMILIES)}")
+        self.family = FAMILIES[self.model_type]
+        self.defaults = _DEFAULTS | self.family.defaults
+
+    def refuse(self, key: str, need: str):
+        raise ValueError(f"{self.where}: key '{key}' is {json.dumps(self.hf.get(key), default=str)}: {need}")
+
+    def number(self, key: str, default=None, kind: type = int):
+        """A positive number. Absent: transformers' default of the family; null: `default`, or the same."""
+        absent = self.defaults.get(key, default)
+        value = self.hf.get(key, absent)
+        value = (absent if default is None else default) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or value <= 0:
+            self.refuse(key, f"need a positive {'integer' if kind is int else 'number'}")
         return kind(value)
 
-    model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
-        refuse("model_type", f"supported are {', '.join(FAMILIES)}")
-    architecture, qkv_bias, qk_norm = FAMILIES[model_type]
-    if hf.get("architectures") and architecture not in hf["architectures"]:
-        refuse("architectures", f"{model_type} needs {architecture}")
-    if hf.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", "only silu is supported")
-    for key in ("attention_bias", "mlp_bias"):
-        if hf.get(key):
-            refuse(key, "not supported, need false (qwen2 has its q, k, v biases without this key)")
-    if hf.get("quantization_config"):
-        refuse("quantization_config", "quantised weights are not supported, need an unquantised checkpoint")
-    if hf.get("use_sliding_window"):
-        refuse("use_sliding_window", "sliding-window attention is not implemented, need false")
-    if model_type == "llama" and hf.get("sliding_window") is not None:
-        refuse("sliding_window", "sliding-window attention is not implemented, need null")
-    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
-        refuse("layer_types", "only full_attention layers are implemented")
+    def flag(self, key: str) -> bool:
+        value = self.hf.get(key, self.defaults.get(key, False))
+        if not isinstance(value, bool):
+            self.refuse(key, "need true or false")
+        return value
 
-    heads, hidden = number("num_attention_heads", None, int), number("hidden_size", None, int)
-    # transformers takes 128 for a qwen3 config without head_dim, hidden_size / heads for the others
-    if hf.get("head_dim") is None and model_type != "qwen3" and hidden % heads:
-        refuse("hidden_size", f"not a multiple of num_attention_heads={heads} and no head_dim is given")
-    theta, scaling = _rope(hf, where)
-    try:
-        return DecoderConfig(
-            vocab_size=number("vocab_size", None, int),
-            hidden_size=hidden,
-            intermediate_size=number("intermediate_size", None, int),
-            num_layers=number("num_hidden_layers", None, int),
-            num_heads=heads,
-            num_kv_heads=number("num_key_value_heads", heads, int),
-            head_dim=number("head_dim", 128 if model_type == "qwen3" else hidden // heads, int),
-            rms_norm_eps=number("rms_norm_eps", 1e-6, float),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_position_embeddings=number(
-                "max_position_embeddings", 2048 if model_type == "llama" else 32768, int
-            ),
-            model_type=model_type,
-            init_std=number("initializer_range", 0.02, float),
-        )
-    except ValueError as e:
-        raise ValueError(str(e) if str(e).startswith(where) else f"{where}: {e}") from None
+    def config(self) -> DecoderConfig:
+        self.refuse_what_is_not_computed()
+        heads, hidden, layers = map(self.number, ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+        if layers > 10_000:
+            self.refuse("num_hidden_layers", "need at most 10000")
+        head_dim = self.hf.get("head_dim", self.defaults.get("head_dim"))
+        if head_dim is None and hidden % heads:
+            self.refuse("hidden_size", f"not a multiple of num_attention_heads={heads} and no head_dim is given")
+        theta, scaling = self.rope()
+        attention_bias, mlp_bias = (key in self.family.biases and self.flag(key) for key in _BIASES)
+        fields = dict(qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=mlp_bias) | self.family.fixed
+        if "query_pre_attn_scalar" in self.defaults:
+            fields["query_scale"] = self.number("query_pre_attn_scalar", kind=float) ** -0.5
+        try:
+            return DecoderConfig(
+                vocab_size=self.number("vocab_size"),
+                hidden_size=hidden,
+                intermediate_size=self.number("intermediate_size"),
+                num_layers=layers,
+                num_heads=heads,
+                num_kv_heads=self.number("num_key_value_heads", heads),
+                head_dim=hidden // heads if head_dim is None else self.number("head_dim"),
+                rms_norm_eps=self.number("rms_norm_eps", kind=float),
+                rope_theta=theta,
+                rope_scaling=scaling,
+                tie_embeddings=self.flag("tie_word_embeddings"),
+                max_position_embeddings=self.number("max_position_embeddings"),
+                model_type=self.model_type,
+                init_std=self.number("initializer_range", kind=float),
+                layer_kinds=self.layer_kinds(layers, theta, scaling),
+                activation=self.hf.get(self.family.activation, self.defaults.get(self.family.activation, "silu")),
+                **fields,
+            )
+        except ValueError as e:
+            raise ValueError(str(e) if str(e).startswith(self.where) else f"{self.where}: {e}") from None
 
+    def refuse_what_is_not_computed(self):
+        hf, family = self.hf, self.family
+        if hf.get("architectures") and family.architecture not in hf["architectures"]:
+            self.refuse("architectures", f"{self.model_type} needs {family.architecture}")
+        for key in set(_BIASES) - set(family.biases):
+            if hf.get(key):
+                self.refuse(key, f"{self.model_type} does not read it, need false")
+        if hf.get(family.activation, "silu") not in ACTIVATIONS:
+            self.refuse(family.activation, f"supported are {', '.join(ACTIVATIONS)}")
+        if hf.get("quantization_config"):
+            self.refuse("quantization_config", "quantised weights are not supported, need an unquantised checkpoint")
+        if hf.get("per_layer_config"):
+            self.refuse("per_layer_config", "layers of different sizes are not implemented")
+        if hf.get("is_causal", True) is not True or hf.get("use_bidirectional_attention"):
+            key = "use_bidirectional_attention" if hf.get("use_bidirectional_attention") else "is_causal"
+            self.refuse(key, "only causal attention is implemented")
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if hf.get(key) is not None:
+                self.refuse(key, "not implemented, need null")
 
-def _rope(hf: dict[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
-    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope = hf.get(key) or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{where}: key '{key}' must be an object or null, got {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{where}: key '{key}' has rope_type {kind!r}: supported are default, llama3")
-    if unknown := sorted(set(rope) - _ROPE_KEYS):
-        raise ValueError(f"{where}: key '{key}' has '{unknown[0]}', not implemented for rope_type {kind}")
-    if any(d.get("partial_rotary_factor", 1.0) != 1.0 for d in (hf, rope)):
-        raise ValueError(f"{where}: key 'partial_rotary_factor': only 1.0 (all of the head) is implemented")
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-    values = {"rope_theta": theta}
-    if kind == "llama3":
-        values |= {name: rope.get(name) for name in _LLAMA3_KEYS}
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{where}: key '{name}' ({key}) is {value!r}: need a positive number")
-    if kind == "default":
-        return float(theta), None
-    *floats, original = (values[name] for name in _LLAMA3_KEYS)
-    try:
-        return float(theta), Llama3Scaling(*map(float, floats), int(original))
-    except ValueError as e:
-        raise ValueError(f"{where}: {e}") from None
+    # --- rotary positions and kinds of layers
+
+    def rope(self) -> tuple[float, Scaling | None]:
+        """(theta, scaling) of the layers that see everything."""
+        hf = self.hf
+        key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+        rope = hf.get(key) or {}
+        if self.family.windows == "pattern":
+            nested = self.nested_rope("full_attention")
+            if key == "rope_scaling" and isinstance(rope, dict) and "rope_type" not in rope:
+                self.refuse(key, "need a rope_type; transformers does not read 'type' here")
+            rope = nested | rope if key == "rope_scaling" and isinstance(rope, dict) else nested
+        return self.read_rope(rope, key, hf.get("rope_theta", self.defaults["rope_theta"]))
+
+    def nested_rope(self, layer_type: str) -> dict:
+        nested = self.hf.get("rope_parameters") or {}
+        if not isinstance(nested, dict) or set(nested) - {"full_attention", "sliding_attention"}:
+            self.refuse("rope_parameters", "need objects under full_attention and sliding_attention")
+        return nested.get(layer_type) or {}
+
+    def read_rope(self, rope, key: str, theta) -> tuple[float, Scaling | None]:
+        hf, partial = self.hf, "partial_rotary_factor"
+        for place in (hf, rope if isinstance(rope, dict) else {}):
+            if place.get(partial) not in (None, 1, 1.0):
+                raise ValueError(f"{self.where}: key '{partial}': only 1.0 (all of the head) is implemented")
+        original = (hf.get("original_max_position_embeddings"), self.number("max_position_embeddings"))
+        return read_rope(rope, key, self.where, theta, original)
+
+    def layer_kinds(self, layers: int, theta: float, scaling) -> tuple[LayerKind, ...]:
+        """One a layer; () if all of them are of the default kind."""
+        windowed, ropeless = self.windowed(layers), self.ropeless(layers)
+        plain, local = LayerKind(theta, scaling), (theta, scaling)
+        if self.family.windows == "pattern":
+            local = self.read_rope(
+                self.nested_rope("sliding_attention"), "rope_parameters", self.hf.get("rope_local_base_freq", 10000.0))
+        kinds = [LayerKind(*local) if w else plain for w in windowed]
+        window = self.number("sliding_window") if any(windowed) else 0
+        for i, (without_rope, has_window) in enumerate(zip(ropeless, windowed, strict=True)):
+            kinds[i] = LayerKind(0.0, None) if without_rope else kinds[i]
+            kinds[i] = dataclasses.replace(kinds[i], window=window * has_window)
+        return () if set(kinds) == {plain} else tuple(kinds)
+
+    def layer_types(self, layers: int) -> list[bool] | None:
+        """Of key layer_types, whether each layer sees a window only; None if the key is absent."""
+        types = self.hf.get("layer_types")
+        if types is None:
+            return None
+        known = ("full_attention", "attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+            self.refuse("layer_types", f"need full_attention or sliding_attention for each of {layers} layers")
+        return [t == "sliding_attention" for t in types]
+
+    def windowed(self, layers: int) -> list[bool]:
+        """Whether each layer sees a window only."""
+        how, types = self.family.windows, self.layer_types(layers)
+        if how in ("never", "always") and any(types or ()):
+            self.refuse("layer_types", f"{self.model_type} does not read it, need full_attention only or null")
+        if how == "never":
+            if self.hf.get("sliding_window") is not None or self.hf.get("use_sliding_window"):
+                self.refuse("sliding_window", f"{self.model_type} has none, need null and use_sliding_window false")
+            return [False] * layers
+        on = self.hf.get("sliding_window", self.defaults["sliding_window"]) is not None
+        on = on and (how not in ("upper", "nope") or self.flag("use_sliding_window"))
+        if how == "always":
+            return [on] * layers
+        if types is None and how == "pattern":
+            every = self.number("sliding_window_pattern", 6)
+            types = [bool((i + 1) % every) for i in range(layers)]
+        elif types is None and how == "nope":
+            types = [on and ropeless for ropeless in self.ropeless(layers)]
+        elif types is None:
+            first = self.hf.get("max_window_layers", 28)
+            if isinstance(first, bool) or not isinstance(first, int):
+                self.refuse("max_window_layers", "need an integer")
+            types = [on and i >= first for i in range(layers)]
+        if any(types) and not on:
+            self.refuse("layer_types", "sliding_attention needs a sliding_window (and use_sliding_window true)")
+        return types
+
+    def ropeless(self, layers: int) -> list[bool]:
+        """Whether each layer has no rotary positions."""
+        if self.family.windows != "nope":
+            return [False] * layers
+        rotary = self.hf.get("no_rope_layers")
+        if rotary is None:
+            every = self.number("no_rope_layer_interval", 4)
+            rotary = [int((i + 1) % every != 0) for i in range(layers)]
+        if not isinstance(rotary, list) or len(rotary) < layers or any(x not in (0, 1) for x in rotary):
+            self.refuse("no_rope_layers", f"need 0 (no rotary positions) or 1 for each of {layers} layers")
+        return [not x for x in rotary[:layers]]
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The `config.json` content that transformers reads back as the same model.
 
-    Uses the key names of transformers 4, which 5 reads as well. Raises ValueError for a combination of flags
-    that no supported family has.
+    Uses the key names of transformers 4, which 5 reads as well. Raises ValueError for a combination of fields
+    that the family cannot have.
     """
-    architecture, qkv_bias, qk_norm = FAMILIES[config.model_type]
-    if (config.qkv_bias, config.qk_norm) != (qkv_bias, qk_norm):
-        raise ValueError(
-            f"qkv_bias={config.qkv_bias}, qk_norm={config.qk_norm} cannot be exported as "
-            f"{config.model_type}, which has qkv_bias={qkv_bias}, qk_norm={qk_norm}"
-        )
-    scaling = config.rope_scaling
+    c = config
+    family = FAMILIES[c.model_type]
     hf = {
-        "architectures": [architecture],
-        "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling and {"rope_type": "llama3", **dataclasses.asdict(scaling)},
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.init_std,
+        "architectures": [family.architecture],
+        "model_type": c.model_type,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        family.activation: c.activation,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": write_rope(c.rope_scaling),
+        "tie_word_embeddings": c.tie_embeddings,
+        "max_position_embeddings": c.max_position_embeddings,
+        "initializer_range": c.init_std,
         "attention_dropout": 0.0,
         "use_cache": True,
+        "pad_token_id": None,  # the default of some families lies outside of a small vocabulary
+        "attention_bias": "attention_bias" in family.biases and c.o_bias,
+        "mlp_bias": c.mlp_bias,
     }
-    if config.model_type == "llama":
-        return hf | {"attention_bias": False, "mlp_bias": False}
-    return hf | {"attention_bias": False, "use_sliding_window": False, "sliding_window": None}
+    kinds = [c.kinds[kind] for kind in c.kind_of_layer]
+    windows = [kind.window for kind in kinds]
+    hf["sliding_window"] = max(windows) or None
+    if family.windows in ("upper", "nope", "pattern"):
+        hf |= {"layer_types": ["sliding_attention" if w else "full_attention" for w in windows]}
+    if family.windows in ("upper", "nope"):
+        hf |= {"use_sliding_window": any(windows)}
+    if family.windows == "nope":
+        hf |= {"no_rope_layers": [int(kind.rope_theta > 0) for kind in kinds]}
+    if family.windows == "pattern":
+        hf |= {"rope_local_base_freq": next((k.rope_theta for k in kinds if k.window), 10000.0)}
+        scalar = round((c.query_scale or c.head_dim**-0.5) ** -2, 6)
+        hf |= {"query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar}
+    c = dataclasses.replace(c, lora_scale=1.0)  # adapters are not part of the model's directory
+    if (same := from_hf(hf)) != c:
+        field = next(f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(same, f.name))
+        value, read = getattr(c, field), getattr(same, field)
+        raise ValueError(f"{field}={value} cannot be exported as {c.model_type}, which would read {field}={read}")
+    return hf

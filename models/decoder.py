@@ -1,4 +1,4 @@
-"""The decoder: Llama 2/3.x, Qwen2/2.5 and Qwen3 by configuration flags.
+"""The decoder of all families: a model is a DecoderConfig and the table of its weights.
 
 One `Decoder.__call__` scores, trains, prefills and decodes, so the sampler and the learner cannot drift
 apart. Dimensions: B rows, T tokens, D width, N query heads, K key-value heads, H head size, F MLP width,
@@ -11,7 +11,6 @@ decoding wants.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -26,10 +25,12 @@ from models import cpu
 from models.attention import attend, attend_packed, to_blocks, write_keys
 from models.config import DecoderConfig, LayerKind
 from models.layout import quantise
+from models.rope import rope_frequencies
 from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, find, set_path, weights, whole_shape
 
 AUXILIARY = "auxiliary"  # Flax collection of what layers give besides their output
 
+ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -82,32 +83,17 @@ def empty_cache(
     return Cache(zeros(k_shape, dtype), zeros(shape, dtype), start, end, scales)
 
 
-def rope_frequencies(config: DecoderConfig, kind: LayerKind) -> np.ndarray:
-    """float32 [H/2] rotary frequencies of a kind of layer, with Llama 3's scaling where it asks for it."""
-    half = config.head_dim // 2
-    freq = kind.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    s = kind.rope_scaling
-    if s is not None:
-        wavelength = 2 * math.pi / freq
-        smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
-            s.high_freq_factor - s.low_freq_factor
-        )
-        smooth = np.clip(smooth, 0.0, 1.0)  # 0: long wavelength, slowed down; 1: short, left alone
-        freq = (1 - smooth) * freq / s.factor + smooth * freq
-    return freq.astype(np.float32)
-
-
 def apply_rope(x, sin, cos):
     """Rotary embedding in the half-split form, computed in float32. x: [B, T, N, H]; sin, cos: [B, T, 1, H/2]."""
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def rms_norm(x, scale, eps):
+def rms_norm(x, scale, config: DecoderConfig):
     """RMSNorm over the last axis, computed in float32, returned in x's dtype."""
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    y, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.rms_norm_eps)
+    return (y * (1 + scale if config.norm_offset else scale)).astype(x.dtype)
 
 
 def linear(x, w):
@@ -135,7 +121,8 @@ class Part(nn.Module):
         row = find(self.config, self.name, name)
         if row is None:  # a fused parameter of the sampling layout; those are never initialised
             return self.get_variable("params", name)
-        init = {NORM: nn.initializers.ones, BIAS: nn.initializers.zeros}
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        init = {NORM: zeros if self.config.norm_offset else ones, BIAS: zeros}
         init = init.get(row.kind, nn.initializers.normal(self.config.init_std))
         return self.param(name, init, row.shape, self.param_dtype)
 
@@ -177,7 +164,7 @@ class RMSNorm(Part):
     @nn.compact
     def __call__(self, x):
         """x: [..., D] -> the same."""
-        return rms_norm(x, self.raw("scale"), self.config.rms_norm_eps)
+        return rms_norm(x, self.raw("scale"), self.config)
 
 
 class Attention(Part):
@@ -200,6 +187,8 @@ class Attention(Part):
         on_cpu = layer_cache is not None and layer_cache[0].ndim == 5  # keys in blocks
         rope = cpu.apply_rope if on_cpu else apply_rope
         q, k = rope(q, sin, cos), rope(k, sin, cos)
+        if c.query_scale:  # attention itself divides by the root of the head size
+            q = q * (c.query_scale * c.head_dim**0.5)
         if layer_cache is not None:
             layer_cache = write_cache(layer_cache, k, v, end)
         if segments[0] is not None:
@@ -216,7 +205,7 @@ class Attention(Part):
         if not self.has(name):
             return x
         scale = self.weight(name)
-        return rms_norm(x.reshape(*x.shape[:2], -1, *scale.shape), scale, self.config.rms_norm_eps).reshape(x.shape)
+        return rms_norm(x.reshape(*x.shape[:2], -1, *scale.shape), scale, self.config).reshape(x.shape)
 
 
 def write_cache(layer_cache, k, v, end):
@@ -232,13 +221,13 @@ def write_cache(layer_cache, k, v, end):
 
 
 class MLP(Part):
-    """SwiGLU."""
+    """SwiGLU, or GeGLU: a gated MLP."""
 
     @nn.compact
     def __call__(self, x):
         """x: [..., D] -> [..., D]."""
         gate, up = self.linear(x, "gate", "up")
-        return self.linear(nn.silu(gate) * up, "down")[0]
+        return self.linear(ACTIVATIONS[self.config.activation](gate) * up, "down")[0]
 
 
 class Block(nn.Module):
@@ -300,6 +289,8 @@ class Decoder(nn.Module):
         c, (B, T) = self.config, tokens.shape
         parts = (c, self.dtype, self.param_dtype)
         x = jnp.take(self._table("embed", "embedding"), tokens, axis=0).astype(self.dtype)
+        if c.scale_embeddings:
+            x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         # On a mesh: each device looks its columns of the table up for all rows, then columns are traded for
         # rows. The other way round would gather the table, and its gradient, on every device.
         x = nn.with_logical_constraint(x, ("lookup_batch", None, "embed"))
@@ -346,13 +337,16 @@ class Decoder(nn.Module):
 
     def _view(self, kind: LayerKind, positions, cache):
         """What a kind of layer knows of the positions: (sin, cos, mask over the cache's columns or None)."""
-        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config, kind)
+        frequencies, factor = rope_frequencies(self.config.head_dim, kind.rope_theta, kind.rope_scaling)
+        angle = positions[..., None, None].astype(jnp.float32) * frequencies
+        sin, cos = jnp.sin(angle), jnp.cos(angle)
+        sin, cos = (sin, cos) if factor == 1 else (sin * factor, cos * factor)
         mask = None
         if cache is not None:
             column, last = jnp.arange(cache.v[0].shape[-2]), cache.end + jnp.arange(positions.shape[1])[:, None]
             mask = (column <= last)[None] & (column >= cache.start[:, None, None])
             mask = mask & (column > last - kind.window)[None] if kind.window else mask
-        return jnp.sin(angle), jnp.cos(angle), mask
+        return sin, cos, mask
 
 
 def head_matrix(params):

@@ -82,20 +82,53 @@ _ATTENTION = (
     _row("layers/attn/q_bias", "self_attn.q_proj.bias", BIAS, "Q", fused="qkv_bias", flag="qkv_bias"),
     _row("layers/attn/k_bias", "self_attn.k_proj.bias", BIAS, "K", fused="qkv_bias", flag="qkv_bias"),
     _row("layers/attn/v_bias", "self_attn.v_proj.bias", BIAS, "K", fused="qkv_bias", flag="qkv_bias"),
+    _row("layers/attn/o_bias", "self_attn.o_proj.bias", BIAS, "D", flag="o_bias"),
 )
-_HEAD_NORMS = (
-    _row("layers/attn/q_norm", "self_attn.q_norm.weight", NORM, "H", flag="qk_norm"),
-    _row("layers/attn/k_norm", "self_attn.k_norm.weight", NORM, "H", flag="qk_norm"),
-)
+
+
+def _qk_norms(q: str, k: str) -> tuple[Weight, ...]:
+    """Of dims q and k: each head by itself ("H"), or all heads of a token as one vector."""
+    return (
+        _row("layers/attn/q_norm", "self_attn.q_norm.weight", NORM, q, flag="qk_norm"),
+        _row("layers/attn/k_norm", "self_attn.k_norm.weight", NORM, k, flag="qk_norm"),
+    )
+
+
 _MLP = (
     _row("layers/mlp/gate", "mlp.gate_proj.weight", MATRIX, "DF", fused="gate_up"),
     _row("layers/mlp/up", "mlp.up_proj.weight", MATRIX, "DF", fused="gate_up"),
     _row("layers/mlp/down", "mlp.down_proj.weight", MATRIX, "FD"),
+    _row("layers/mlp/gate_bias", "mlp.gate_proj.bias", BIAS, "F", fused="gate_up_bias", flag="mlp_bias"),
+    _row("layers/mlp/up_bias", "mlp.up_proj.bias", BIAS, "F", fused="gate_up_bias", flag="mlp_bias"),
+    _row("layers/mlp/down_bias", "mlp.down_proj.bias", BIAS, "D", flag="mlp_bias"),
 )
-_PRE_NORMS = (_norm("attn_norm", "input_layernorm"), _norm("mlp_norm", "post_attention_layernorm"))
-_LLAMA = (_EMBEDDING, *_PRE_NORMS, *_ATTENTION, *_HEAD_NORMS, *_MLP, *_ENDS)
 
-FAMILIES: dict[str, tuple[Weight, ...]] = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+_LLAMA = (
+    _EMBEDDING,
+    _norm("attn_norm", "input_layernorm"),
+    _norm("mlp_norm", "post_attention_layernorm"),
+    *_ATTENTION, *_qk_norms("H", "H"), *_MLP, *_ENDS,
+)  # fmt: skip
+_OLMO2 = (
+    _EMBEDDING,
+    _norm("attn_post_norm", "post_attention_layernorm"),
+    _norm("mlp_post_norm", "post_feedforward_layernorm"),
+    *_ATTENTION, *_qk_norms("Q", "K"), *_MLP, *_ENDS,
+)  # fmt: skip
+_GEMMA3 = (
+    _EMBEDDING,
+    _norm("attn_norm", "input_layernorm"),
+    _norm("attn_post_norm", "post_attention_layernorm"),
+    _norm("mlp_norm", "pre_feedforward_layernorm"),
+    _norm("mlp_post_norm", "post_feedforward_layernorm"),
+    *_ATTENTION, *_qk_norms("H", "H"), *_MLP, *_ENDS,
+)  # fmt: skip
+
+FAMILIES: dict[str, tuple[Weight, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
+    "olmo2": _OLMO2,
+    "gemma3_text": _GEMMA3,
+}
 _KINDS = {row.path: row.kind for rows in FAMILIES.values() for row in rows}
 
 

@@ -44,14 +44,14 @@ def load_params(
     Raises ValueError, one line naming file and tensor: missing, unexpected or misshapen tensors, values that
     are not finite in `dtype`, truncated or missing files.
     """
-    # transformers too drops the head of a tied model, whether or not it was written
+    # some tied models carry a copy of the embedding as their head
     ignored = ("lm_head.weight",) if config.tie_embeddings else ()
     return read_table(epath.Path(directory), weights(config), config, shardings, dtype, ignored)
 
 
 def read_table(root: epath.Path, table: dict[tuple[str, ...], Weight], config: DecoderConfig, shardings=None,
                dtype=jnp.float32, ignored=(), single: str = "model.safetensors") -> dict[str, Any]:
-    """The parameters of a table from its files; see `load_params`. ignored: tensors that may be there as well.
+    """The parameters of a table from its files; see `load_params`. ignored: copies of the embedding that may be there.
     single: the file that holds all of them, if there is no index."""
     dtype = np.dtype(dtype)
     with contextlib.ExitStack() as stack:
@@ -134,6 +134,20 @@ def _check(root, where, table, config, ignored) -> None:
             raise ValueError(f"{file}: tensor {name} has shape {found}, config needs {list(shape)}")
         if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{file}: tensor {name} has dtype {view.get_dtype()}, need F32, F16 or BF16")
+    for name in set(ignored) & set(where):
+        _check_same(where, name, "model.embed_tokens.weight")
+
+
+def _check_same(where, name: str, other: str) -> None:
+    """transformers does not tie a head that differs from the embedding, whatever the config says."""
+    views = [where[n][1].get_slice(n) for n in (name, other)]
+    (shape, dtype), embedding = ((view.get_shape(), view.get_dtype()) for view in views)
+    rows = [(start, min(start + 4096, shape[0])) for start in range(0, shape[0], 4096)]
+    if (shape, dtype) != embedding or not all(np.array_equal(*(v[a:b] for v in views)) for a, b in rows):
+        raise ValueError(
+            f"{where[name][0]}: tensor {name} differs from {other}, but config.json has tie_word_embeddings true: "
+            "set it to false, so that both are used"
+        )
 
 
 def _read(where, row: Weight, index, shape, dtype) -> np.ndarray:

@@ -8,6 +8,7 @@ and kills.
   status N           the server is not asked, the answer is N
   delay S            S seconds late
   drop               the connection ends without an answer
+  write PATH, TEXT   a local file, for whoever waits for the fault
   kill PID, after    SIGKILL to that process group; with `after`, once the server has done what was asked
 The proxy also keeps the promise of ifGenerationMatch, which real buckets keep and the emulator ignores.
 """
@@ -143,6 +144,8 @@ class Proxy(http.server.BaseHTTPRequestHandler):
             fault = next((f for f in self.faults if self._hits(f, line)), {})
             self.counts += collections.Counter({self.command: 1, "sent": len(body), "faults": bool(fault)})
         time.sleep(fault.get("delay", 0))
+        if "write" in fault:
+            pathlib.Path(fault["write"][0]).write_text(fault["write"][1])
         if "kill" in fault and not fault.get("after"):
             os.killpg(fault["kill"], signal.SIGKILL)
         if fault.get("drop") or ("kill" in fault and not fault.get("after")):

@@ -20,8 +20,11 @@ from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS, select
 from jaxrl.batch import fill_in, make_batches, with_advantages
+from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
 from jaxrl.rollouts import Prompt, concat, from_sequences
+from jaxrl.runtime.combinations import impossible_methods
+from jaxrl.runtime.config import validate
 from jaxrl.runtime.mesh import make_mesh
 from jaxrl.shaping import shape_rewards
 from jaxrl.tasks import dial
@@ -178,3 +181,66 @@ def test_completions_with_positive_advantage_become_more_likely(loss):
         state, _ = learner_for(loss).update(jax.tree.map(jnp.copy, start()), [batch])
         gains = packing.collect(score(state.params, batch) - score(start().params, batch))
         assert flip * gains[np.repeat(sign, np.diff(packing.offsets))].sum() > 0
+
+
+# ---- what validate accepts runs, what would raise is refused; nothing is compiled
+
+MODES = ("none", "exact", "max", "both")
+# without a budget there is nothing to keep to, and lcpo_exact scores one mode only
+REFUSED = {("lcpo_exact", "none"), ("lcpo_max", "none"), ("lcpo_exact", "max"), ("lcpo_exact", "both")}
+
+
+def told_apart(config):
+    """Whether validate accepts it."""
+    try:
+        validate(config)
+    except UserError as e:
+        assert "\n" not in str(e)
+        return False
+    return True
+
+
+@pytest.fixture
+def math_config(tmp_path):
+    c = config_for()
+    c.task.name, c.task.data, c.sft.steps = "math", str(tmp_path / "any.jsonl"), 0
+    return c
+
+
+def graded(mode):
+    if mode != "both":
+        return graded_groups(mode)
+    exact, at_most = (graded_groups(m) for m in ("exact", "max"))
+    half = np.arange(GROUPS // 2)
+    return concat([exact.take_groups(half), at_most.take_groups(half + GROUPS // 2)])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", sorted(LENGTH_REWARDS))
+def test_an_accepted_combination_runs_on_the_host_and_a_refused_one_would_not(math_config, length, mode):
+    c = math_config
+    c.length.reward, c.length.mode = length, mode
+    assert told_apart(c) == ((length, mode) not in REFUSED)
+    if (length, mode) in REFUSED:
+        if mode != "none":
+            with pytest.raises(ValueError, match="lcpo_max"):
+                shape_rewards(graded(mode), c)
+        return
+    rollouts = shape_rewards(graded(mode), c)
+    for selection in SELECTIONS:
+        c.algorithm.selection = selection
+        assert told_apart(c)
+        keep, _ = select(rollouts, selection, {name: dict(h) for name, h in c.algorithm.selection_hyper.items()})
+        kept = rollouts.where(keep)
+        for advantage in ADVANTAGES:
+            c.algorithm.advantage = advantage
+            assert np.isfinite(with_advantages(kept, c).columns["advantage"]).all()
+
+
+def test_no_loss_advantage_or_selection_makes_another_choice_impossible(math_config):
+    c = math_config
+    for length, mode in itertools.product(LENGTH_REWARDS, MODES):
+        c.length.reward, c.length.mode = length, mode
+        for selection, advantage, loss in itertools.product(SELECTIONS, ADVANTAGES, LOSSES):
+            c.algorithm.selection, c.algorithm.advantage, c.algorithm.loss = selection, advantage, loss
+            assert bool(list(impossible_methods(c))) == ((length, mode) in REFUSED)

@@ -11,11 +11,13 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from jaxrl import build, preflight
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
+from jaxrl.rollout import replay
 from jaxrl.runtime import compilers, gpu_targets, hardware
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import base_config, parse_config, validate
@@ -329,7 +331,7 @@ def fits_as_documented(name, folder):
     found = dict(re.findall(r"^(\w[\w ]*?) +([0-9.]+) of ", "\n".join(lines), re.M))
     for program, figure in documented(name, folder)[2].items():
         assert float(found[program]) == pytest.approx(figure, rel=0.1), program
-    assert speed(lines[-1]) == pytest.approx(speed(docstring(name, folder)), rel=0.1)
+    assert speed(lines[-2]) == pytest.approx(speed(docstring(name, folder)), rel=0.1)
 
 
 @pytest.mark.slow
@@ -341,6 +343,25 @@ def test_gpu_config_fits_in_what_its_docstring_says(name):
 
 
 # ------------------------------------------------------------------------------------------------ a small one
+
+
+def row(name, seconds, arguments, tokens=0.0):
+    program = preflight.Program(name, None, 0, 1, tokens, 1)
+    return preflight.Row(program, types.SimpleNamespace(arguments=arguments), 0, True, seconds, 0)
+
+
+def test_one_wave_of_answers_takes_as_long_as_the_longest():
+    """64 hosts, each with a slot an answer, a cache that costs nothing: steps of the longest answer, one prefill."""
+    config = small()
+    config.batch.prompts, config.batch.group_size, config.sampling.slots, config.sampling.max_tokens = 256, 16, 64, 512
+    mesh = types.SimpleNamespace(size=64, devices=np.array([types.SimpleNamespace(process_index=i) for i in range(64)]))
+    rows = [row("layout", 3, 0), row("prefill", 0.5, 0, 64 * 4 * 32), row("move layer", 0, 0),
+            row("decode", config.sampling.chunk, 100)]  # fmt: skip
+    seconds, found = preflight.rollout_seconds(rows, config, 1, mesh)
+    assert len(found) == 4 and all(f.stats.steps == 512 for f in found)
+    assert seconds == 3 + 512 + 0.5 * found[0].stats.prefill_calls
+    lengths = replay.log_normal((100, 100), 1000, preflight.MEDIAN, preflight.SIGMA)
+    assert lengths.mean() == pytest.approx(500, rel=0.02)
 
 
 @pytest.mark.slow

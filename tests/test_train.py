@@ -20,12 +20,12 @@ from jaxrl.batch import fill_in, make_batches, with_advantages
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
 from jaxrl.rollouts import from_sequences
-from jaxrl.runtime import cli, rundir
+from jaxrl.runtime import cli, manifest, rundir
 from jaxrl.runtime.manifest import list_checkpoints
 from jaxrl.runtime.mesh import make_mesh
 from jaxrl.runtime.metrics import read_metrics
 from jaxrl.runtime.model_source import checkpoint_steps, load_model
-from jaxrl.runtime.signals import StopRequest
+from jaxrl.runtime.signals import EXIT_UNSAVED, StopRequest
 from tests.chaos import assert_same_run
 from tests.tiny import tiny
 
@@ -497,3 +497,19 @@ def test_the_second_time_it_stops(tmp_path, dial_model, monkeypatch):
     changes["nonfinite.max_in_a_row"] = 0
     assert train.train(tiny(tmp_path, changes, dial_model)) == 0
     assert [r.get("nonfinite") for r in read_metrics(tmp_path / "metrics.jsonl")] == [None, 0, 1, 0, 0]
+
+
+def test_a_last_save_that_fails_is_not_success(tmp_path, dial_model, monkeypatch, caplog):
+    commit = manifest.commit
+
+    def full(path, meta):
+        if meta["step"]:
+            raise OSError(28, "No space left on device")
+        commit(path, meta)
+
+    monkeypatch.setattr(manifest, "commit", full)
+    config = tiny(tmp_path, {"steps": 1, "eval.problems": 2}, dial_model)
+    assert train.train(config) == EXIT_UNSAVED == 74
+    assert "checkpoint of step 1 was NOT saved" in caplog.text and checkpoint_steps(tmp_path) == [0]
+    monkeypatch.undo()
+    assert train.train(config) == 0 and checkpoint_steps(tmp_path) == [0, 1]

@@ -14,4 +14,4 @@ parse_flags "$@"
 [[ "$RUN_DIR" == gs://* ]] || die "--run-dir must be a gs:// folder, which outlives the slice (got '$RUN_DIR')"
 
 printf -v arguments ' %q' "--config=$CONFIG" "--config.run_dir=$RUN_DIR" --config.distributed=True "${TRAIN_ARGS[@]}"
-on_workers all "bash jaxrl/tpu_scripts/worker.sh start$arguments"
+on_workers all "bash jaxrl_current/tpu_scripts/worker.sh start$arguments"

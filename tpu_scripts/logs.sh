@@ -8,4 +8,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_flags "$@"
 [[ "$LINES_BACK" =~ ^[0-9]+$ ]] || die "--lines-back must be a whole number (got '$LINES_BACK')"
 
-on_workers "${WORKER:-0}" "bash jaxrl/tpu_scripts/worker.sh logs $LINES_BACK"
+on_workers "${WORKER:-0}" "bash jaxrl_current/tpu_scripts/worker.sh logs $LINES_BACK"

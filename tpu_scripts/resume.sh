@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Keeps one training run alive until it is done, from any machine that stays on (a laptop, a small VM):
 # makes the slice if there is none, sets it up, launches, watches, and starts again after a preemption
-# (training ended with 75, or the slice was taken away), a hang (76) or the loss of one host (134). Every start uses the same --run-dir, so
-# training goes on from its last checkpoint. Any other failure ends the loop with that exit code and the log's end.
+# (training ended with 75, or the slice was taken away), a last save that failed (74), a hang (76) or the loss of one host
+# (134). Every start uses the same --run-dir, so training goes on from its last checkpoint. Any other failure ends the loop with that exit code and the log's end.
 # The slice is deleted when training is done; after a failure it is left for a look (delete.sh removes it).
 # Started a second time, it takes up a running job instead of restarting it.
 #
@@ -18,6 +18,7 @@ parse_flags "$@"
 [[ "$RUN_DIR" == gs://* ]] || die "--run-dir must be a gs:// folder, which outlives the slice (got '$RUN_DIR')"
 YES=1
 EXIT_PREEMPTED=75   # jaxrl.train was told to stop (SIGTERM) and has saved a checkpoint
+EXIT_UNSAVED=74     # jaxrl.train ended, but its last save failed: the store stayed away
 EXIT_WATCHDOG=76    # jaxrl.train saw no progress for too long and gave up
 EXIT_ABORTED=134    # SIGABRT: another host of the job fell silent
 mapfile -d '' -t flags < <(shared_flags)
@@ -28,7 +29,7 @@ sibling() { "$here/$1.sh" "${flags[@]}"; }
 # One worker's 75, and any failure of its own, decides over the others' 134: they have lost their peer and abort.
 job_status() {
   local text words codes own
-  text="$(on_workers all "bash jaxrl/tpu_scripts/worker.sh status")" || true
+  text="$(on_workers all "bash jaxrl_current/tpu_scripts/worker.sh status")" || true
   words="$(awk '$1 == "jaxrl-worker" { print $3 }' <<<"$text" | sort -u)"
   codes="$(grep -vx -e running -e absent -e 0 <<<"$words" || true)"
   own="$(grep -vx "$EXIT_ABORTED" <<<"$codes" || true)"
@@ -36,7 +37,7 @@ job_status() {
     echo unreachable
   elif grep -qx "$EXIT_PREEMPTED" <<<"$codes"; then
     echo preempted
-  elif grep -qx "$EXIT_WATCHDOG" <<<"$codes" || [[ -n "$codes" && -z "$own" ]]; then
+  elif grep -qx -e "$EXIT_WATCHDOG" -e "$EXIT_UNSAVED" <<<"$codes" || [[ -n "$codes" && -z "$own" ]]; then
     echo hung
   elif [[ -n "$codes" ]]; then
     echo "failed:$(head -n 1 <<<"$own")"
@@ -127,7 +128,7 @@ for ((start = 0; start <= MAX_RESTARTS; start++)); do
       ((hangs >= 2)) && recreate=1 && hangs=0
       ;;
     failed:*)
-      on_workers all "bash jaxrl/tpu_scripts/worker.sh tail $LINES_BACK" || true
+      on_workers all "bash jaxrl_current/tpu_scripts/worker.sh tail $LINES_BACK" || true
       code="${ended#failed:}"
       [[ "$code" =~ ^[0-9]+$ ]] || code=1
       exit "$code"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Copies this checkout (as it is on disk, without what git ignores) to all workers and installs it there with the
-# extra [tpu]; copies --fetch folders (model weights, data) to ~/data and --env-file to the workers.
+# Copies this checkout (as it is on disk, without what git ignores) to all workers, into a folder of its own for each
+# version (~/jaxrl-VERSION; ~/jaxrl_current points to the newest), and installs it there with the extra [tpu]. Nothing is
+# deleted: a job that runs keeps its code, and what others left there stays. Copies --fetch folders (model weights, data) to ~/data and --env-file to the workers.
 #
 #   tpu_scripts/setup.sh --project=P --zone=Z --name=N --fetch=gs://bucket/models/Qwen2.5-Math-7B
 #
@@ -19,6 +20,8 @@ trap 'rm -rf "$(dirname "$package")"' EXIT
 run bash -c 'set -o pipefail; cd "$1"; git ls-files -z --cached --others --exclude-standard |
   while IFS= read -r -d "" f; do if [[ -e "$f" ]]; then printf "%s\0" "$f"; fi; done |
   tar --null --files-from=- -czf "$2"' pack "$root" "$package"
+version=dry-run
+((DRY_RUN)) || version="$(cksum <"$package" | cut -d ' ' -f 1)"
 copy_to_workers "$package" jaxrl.tar.gz
 if [[ -n "$ENV_FILE" ]]; then
   # Made private before the content arrives: it may hold keys.
@@ -27,5 +30,6 @@ if [[ -n "$ENV_FILE" ]]; then
 fi
 read -ra folders <<<"$FETCH"
 printf -v quoted ' %q' "${folders[@]}"
-on_workers all "rm -rf jaxrl && mkdir jaxrl && tar -xzf jaxrl.tar.gz -C jaxrl && bash jaxrl/tpu_scripts/worker.sh install"
-((${#folders[@]} == 0)) || on_workers all "bash jaxrl/tpu_scripts/worker.sh fetch$quoted"
+on_workers all "mkdir -p jaxrl-$version && tar -xzf jaxrl.tar.gz -C jaxrl-$version && \
+ln -sfn jaxrl-$version jaxrl_current && bash jaxrl_current/tpu_scripts/worker.sh install"
+((${#folders[@]} == 0)) || on_workers all "bash jaxrl_current/tpu_scripts/worker.sh fetch$quoted"

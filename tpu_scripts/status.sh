@@ -11,4 +11,4 @@ parse_flags "$@"
 state="$(slice_state)"
 echo "slice $NAME: $state"
 [[ "$state" == ACTIVE ]] || exit 0
-on_workers all "bash jaxrl/tpu_scripts/worker.sh status"
+on_workers all "bash jaxrl_current/tpu_scripts/worker.sh status"

@@ -5,7 +5,7 @@
 #
 # State is kept in ~/jaxrl_job: train.log, pid (of the process group) and, once training has ended, exit_code.
 set -euo pipefail
-source_dir="$HOME/jaxrl"
+source_dir="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"   # ~/jaxrl-VERSION, also while a newer one is set up
 venv="$HOME/jaxrl_venv"
 job="$HOME/jaxrl_job"
 STOP_SECONDS="${STOP_SECONDS:-310}"   # training ends itself, saved or not, after config.watchdog.grace: 300 seconds

@@ -2,7 +2,8 @@
 
 The state is a plain dict that JSON can hold, {"explore": {"easy": p, "hard": p}, "streaks": {problem id: [kind, n]}},
 so it goes into a checkpoint as it is. A prompt whose last n groups were all correct ("easy") or all wrong ("hard") is
-sampled with probability max(p^n, floor), p the exploration probability of its kind; others always.
+sampled with probability max(p^n, floor), p the exploration probability of its kind; others always. hyper: a value for
+each constant of GRESO.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxrl.algorithms.hyper import Number
+
 # Released constants: the target share of groups without spread is split 1 : 2 between easy and hard.
-GRESO_DEFAULTS = {
-    "start": 0.5,
-    "step": 0.01,
-    "low": 0.05,
-    "high": 0.95,
-    "floor": 0.01,
-    "target_easy": 0.25 / 3,
-    "target_hard": 0.5 / 3,
+GRESO = {
+    "start": Number(0.5, 0, 1),
+    "step": Number(0.01, 0, 1),
+    "low": Number(0.05, 0, 1),
+    "high": Number(0.95, 0, 1),
+    "floor": Number(0.01, 0, 1, above=True),  # 0 could skip every prompt for ever
+    "target_easy": Number(0.25 / 3, 0, 1),
+    "target_hard": Number(0.5 / 3, 0, 1),
 }
 
 
-def greso_init(hyper: Mapping = GRESO_DEFAULTS) -> dict:
+def greso_init(hyper: Mapping) -> dict:
     """State before the first step."""
     return {"explore": {"easy": hyper["start"], "hard": hyper["start"]}, "streaks": {}}
 
 
-def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyper: Mapping = GRESO_DEFAULTS):
+def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyper: Mapping):
     """Which of the prompts to sample, bool [len(ids)]. One random number is drawn per prompt, streak or
     not, so that the stream does not depend on the state.
     """
@@ -41,7 +44,7 @@ def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyp
     return drawn < probability
 
 
-def greso_update(state: Mapping, ids: Sequence[str], accuracies: Sequence[float], hyper: Mapping = GRESO_DEFAULTS):
+def greso_update(state: Mapping, ids: Sequence[str], accuracies: Sequence[float], hyper: Mapping):
     """State after a step, from all groups it sampled (before any other selection); the argument is not changed.
 
     ids: problem of each group. accuracies: share of correct responses, NaN for groups without graded ones, which are

@@ -19,16 +19,15 @@ def kl_estimate(
     logp: jax.Array,
     ref_logp: jax.Array,
     kind: str,
-    log_clamp: float = 20.0,
     value_clamp: float = 10.0,
     old_logp: jax.Array | None = None,
 ) -> jax.Array:
     """Token-wise KL estimate, same shape as logp, in the compute dtype; no gradient to ref_logp and old_logp.
 
-    log_clamp: k3 uses clip(-x, +-log_clamp) in the exponential. value_clamp: k3 is clipped to +-value_clamp, with zero
-    gradient beyond, as in verl; 0 switches it off (the plain formula, TRL). k1 and k2 are not clamped. old_logp:
-    multiplies the estimate by pi / pi_old, with gradient (TRL's use_bias_correction_kl, DeepSeek-V3.2). Aggregate the
-    result like a loss; positions outside the response mask are not treated here. Raises ValueError for an unknown kind.
+    value_clamp: k3 is at most that, with zero gradient beyond, as in verl; 0 switches it off (the plain formula, TRL).
+    k1 and k2 are not clamped. old_logp: multiplies the estimate by pi / pi_old, with gradient (TRL's
+    use_bias_correction_kl, DeepSeek-V3.2). Aggregate the result like a loss; positions outside the response mask are
+    not treated here. Raises ValueError for an unknown kind.
     """
     if kind not in KL_KINDS:
         raise ValueError(f"unknown KL estimator {kind!r}; valid: {', '.join(KL_KINDS)}")
@@ -39,7 +38,7 @@ def kl_estimate(
     if kind == "k2":
         value = x**2 / 2
     elif kind.startswith("k3"):
-        negative = jnp.clip(-x, -log_clamp, log_clamp)
+        negative = jnp.clip(-x, -20.0, 20.0)  # against overflow, as in verl
         value = jnp.maximum(jnp.expm1(negative) - negative, 0)
         if value_clamp > 0:
             value = jnp.minimum(value, value_clamp)

@@ -25,16 +25,13 @@ def budget_metrics(lengths, budgets, tolerance: int = 500) -> dict[str, float]:
     }
 
 
-def control(thinking_tokens, maxima, minima=None) -> float:
+def control(thinking_tokens, maxima) -> float:
     """s1's Control (2501.19393 eq. 1): the share of runs whose measured thinking tokens lie within their limits.
 
-    thinking_tokens: [A] means measured per requested budget. maxima (and optionally minima): [A] limits in tokens.
+    thinking_tokens: [A] means measured per requested budget. maxima: [A] limits in tokens.
     """
     tokens = np.asarray(thinking_tokens, np.float64)
-    inside = tokens <= np.asarray(maxima, np.float64)
-    if minima is not None:
-        inside &= tokens >= np.asarray(minima, np.float64)
-    return float(inside.mean())
+    return float((tokens <= np.asarray(maxima, np.float64)).mean())
 
 
 def scaling(thinking_tokens, accuracies) -> float:

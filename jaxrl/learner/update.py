@@ -69,7 +69,8 @@ class Objective:
     aggregation: "" = the loss's own. norm_length: tokens, for seq-mean-token-sum-norm. temperature: of
     sampling; log-probs and entropy are those of the tempered distribution. on_policy: exactly one update per
     batch, so old_logp = stop_gradient(logp) and no scoring pass is needed. kl_coef: weight of KL(pi || reference),
-    estimator kl_kind. entropy_coef: entropy bonus. entropy_advantage: (alpha, kappa) or None.
+    with estimator kl_kind, clamped at kl_value_clamp, and weighted by pi / pi_old if kl_unbiased. entropy_coef:
+    entropy bonus. entropy_advantage: (alpha, kappa) or None.
     """
 
     loss: str = "grpo"
@@ -80,6 +81,8 @@ class Objective:
     on_policy: bool = False
     kl_coef: float = 0.0
     kl_kind: str = "k3"
+    kl_value_clamp: float = 10.0
+    kl_unbiased: bool = False
     entropy_coef: float = 0.0
     entropy_advantage: tuple[float, float] | None = None
     correction: str = "none"
@@ -256,7 +259,8 @@ def _micro_loss(parts: Parts, params, micro: PackedBatch, whole: Whole):
         token_loss = token_loss * weights
         sums |= {f"correction/{k}": v for k, v in weight_sums.items()}
     if objective.kl_coef:
-        kl = kl_estimate(inputs.logp, inputs.ref_logp, objective.kl_kind) * mask
+        old = inputs.old_logp if objective.kl_unbiased else None
+        kl = kl_estimate(inputs.logp, inputs.ref_logp, objective.kl_kind, objective.kl_value_clamp, old) * mask
         token_loss += objective.kl_coef * kl
         sums["kl"] = lax.stop_gradient(jnp.sum(kl))
     if objective.entropy_coef:

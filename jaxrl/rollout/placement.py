@@ -99,16 +99,14 @@ class Placement:
         return jax.tree.map(local, moved, self.params(config))
 
 
-def place(config: DecoderConfig, training: Mesh, tensor: int = 1, process: int | None = None,
-          int8: bool = False) -> Placement:
-    """The placement of process number `process` (default: this one).
+def place(config: DecoderConfig, training: Mesh, tensor: int = 1, int8: bool = False) -> Placement:
+    """The placement of this process.
 
     tensor: chips that share one copy of the weights. Raises UserError if it does not divide a host's chips, the
     heads or the MLP.
     """
-    process = jax.process_index() if process is None else process
     devices = sorted(training.devices.flat, key=lambda d: d.process_index)  # stable: keeps the mesh's order
-    local = [d for d in devices if d.process_index == process]
+    local = [d for d in devices if d.process_index == jax.process_index()]
     for what, size in (
         ("chips of a host", len(local)),
         ("query heads", config.num_heads),

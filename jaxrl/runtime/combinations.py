@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from jaxrl.algorithms.selection import SELECTIONS
+from jaxrl.runtime import storage
 
 
 def impossible(config: ConfigDict) -> Iterator[str]:
     """What would raise later, or be ignored silently: the key, its value, and what would be valid, each in one line."""
     yield from _batches(config)
     yield from _tasks(config)
-    yield from _methods(config)
+    yield from impossible_methods(config)
 
 
 def _batches(config: ConfigDict) -> Iterator[str]:
@@ -41,17 +42,22 @@ def _batches(config: ConfigDict) -> Iterator[str]:
         yield f"sft.full_steps={sft.full_steps} must not be above sft.steps={sft.steps}"
     if config.model.path == "" and config.model.shape.hidden_size < 1:
         yield "model.path is empty and config.model.shape.hidden_size is 0: give a directory or a shape"
-    if config.model.path and not os.path.isdir(config.model.path):
+    if config.model.path and not _directory(config.model.path):
         yield f"model.path={config.model.path!r} is not a directory"
     lora = config.model.lora
     if lora.path and lora.rank:
         yield f"model.lora.rank={lora.rank}: the adapters in model.lora.path have a rank of their own; leave it at 0"
     if not lora.targets:
         yield "model.lora.targets is empty: name matrices, attention, mlp or all"
-    if lora.path and not os.path.isdir(lora.path):
+    if lora.path and not _directory(lora.path):
         yield f"model.lora.path={lora.path!r} is not a directory"
     if [config.mesh[axis] for axis in ("data", "fsdp", "tensor")].count(-1) > 1:
         yield "mesh: at most one of data, fsdp and tensor may be -1 (the rest)"
+
+
+def _directory(path: str) -> bool:
+    """A local directory; a store is asked later, once."""
+    return storage.is_remote(path) or os.path.isdir(path)
 
 
 def _tasks(config: ConfigDict) -> Iterator[str]:
@@ -86,7 +92,7 @@ def _tasks(config: ConfigDict) -> Iterator[str]:
         yield f"checkpoint.keep_best={config.checkpoint.keep_best!r} needs held-out problems, task.eval_data"
 
 
-def _methods(config: ConfigDict) -> Iterator[str]:
+def impossible_methods(config: ConfigDict) -> Iterator[str]:
     """What does not fit together in selection, length reward and KL term."""
     a, length = config.algorithm, config.length
     for name in a.selection.split("+"):
@@ -105,6 +111,11 @@ def _methods(config: ConfigDict) -> Iterator[str]:
             f"length.hyper.overlong.cache={overlong.cache} is above the limit of "
             f"{overlong.max_length or config.sampling.max_tokens} tokens"
         )
+    greso = config.batch.greso_hyper
+    if not greso.low <= greso.start <= greso.high:
+        yield f"batch.greso_hyper.start={greso.start} must be between low={greso.low} and high={greso.high}"
+    if a.kl_unbiased and (a.kl_in_reward or not a.kl_coef):
+        yield "algorithm.kl_unbiased=True is about a KL loss: algorithm.kl_coef above 0, algorithm.kl_in_reward=False"
     if a.kl_in_reward and not a.kl_coef:
         yield "algorithm.kl_in_reward=True needs algorithm.kl_coef above 0"
     if a.kl_in_reward and a.advantage == "gdpo":

@@ -20,12 +20,14 @@ from ml_collections import ConfigDict, config_flags
 from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.aggregation import AGGREGATIONS
 from jaxrl.algorithms.correction import CORRECTIONS
+from jaxrl.algorithms.greso import GRESO
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
 from jaxrl.algorithms.kl import KL_KINDS
 from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
+from jaxrl.runtime import storage
 from jaxrl.runtime.combinations import impossible
 from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import BUDGET_SAMPLERS
@@ -56,9 +58,15 @@ _WEIGHT = r"[A-Za-z_]\w*=-?(\d+\.?\d*|\.\d+)(e-?\d+)?"
 # the metrics a checkpoint can be kept for: those of evaluation, and what a run without held-out problems has
 _BEST = r"|accuracy|reward/mean|eval/((accuracy|(pass|maj)@\d+)(_low|_high)?|(mean|median)_tokens)"
 
+# These may be gs://bucket/... or s3://bucket/...
+PATHS = ("run_dir", "model.path", "model.tokenizer", "model.lora.path", "task.data", "task.eval_data", "sft.data")
+
 # key -> (default and what the setting may be, what it means). The constants of methods are in `METHODS`.
 SETTINGS: dict[str, tuple[Any, str]] = {
-    "run_dir": (Text("runs/default", "a directory", r"(?s).*\S.*"), "where the run is kept"),
+    "run_dir": (
+        Text("runs/default", "a directory, gs://bucket/... or s3://bucket/...", r"(?s).*\S.*"),
+        "where the run is kept",
+    ),
     "seed": (Integer(0, 0, 2**32 - 1), "of every random choice"),
     "steps": (Integer(100, 1), "optimisation steps (rollout batches), not gradient updates"),
     "resume": (Flag(True), "continue from the newest checkpoint of run_dir, if there is one"),
@@ -142,6 +150,13 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "batch.max_generation_batches": (Integer(10), "per step; 0: no limit"),
     "batch.on_short": (Choice("smaller", ("smaller", "error")), "what to do when that limit is reached"),
     "batch.greso": (Flag(False), "skip prompts predicted to give groups without spread (2506.02177)"),
+    "batch.greso_hyper.start": (GRESO["start"], "chance that a prompt of one group without spread is sampled again"),
+    "batch.greso_hyper.step": (GRESO["step"], "by which the chances move after a generation batch"),
+    "batch.greso_hyper.low": (GRESO["low"], "least chance"),
+    "batch.greso_hyper.high": (GRESO["high"], "largest chance"),
+    "batch.greso_hyper.floor": (GRESO["floor"], "least after many such groups in a row"),
+    "batch.greso_hyper.target_easy": (GRESO["target_easy"], "share of all-correct groups that is aimed at"),
+    "batch.greso_hyper.target_hard": (GRESO["target_hard"], "share of all-wrong groups that is aimed at"),
     "batch.keep_surplus": (Flag(False), "keep selected groups beyond batch.prompts for the next step"),
     "batch.updates": (Integer(1, 1), "mini-batches (optimizer updates) per epoch over the batch"),
     "batch.epochs": (Integer(1, 1), "passes over the batch in a step"),
@@ -193,6 +208,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "algorithm.selection": (Text("none", "rules joined by +, as in accuracy+lspo"), "a chain, run from left to right"),
     "algorithm.kl_coef": (Number(0.0), "above 0 keeps a frozen reference model"),
     "algorithm.kl_kind": (Choice("k3", KL_KINDS), "estimate of the KL divergence"),
+    "algorithm.kl_value_clamp": (Number(10.0), "k3 of a token is at most that, as in verl; 0: off, as in TRL"),
+    "algorithm.kl_unbiased": (Flag(False), "weight the KL loss by pi / pi_old (TRL's use_bias_correction_kl)"),
     "algorithm.kl_in_reward": (Flag(False), "subtract it from the reward instead of adding it to the loss"),
     "algorithm.entropy_coef": (Number(0.0, -math.inf), "of the entropy bonus; negative lowers the entropy"),
     "algorithm.entropy_advantage": (Flag(False), "Entropy-Adv (2506.14758)"),
@@ -401,5 +418,7 @@ def validate(config: ConfigDict) -> None:
         for name, entry in table.items():
             if entry.ordered and (problem := entry.problem(get(config, section)[name])):
                 raise UserError(f"config.{section}.{name}.{problem}")
+    for key in PATHS:
+        storage.as_path(get(config, key), f"config.{key}")
     for problem in impossible(config):
         raise UserError(f"config.{problem}")

@@ -34,7 +34,8 @@ class MetricsWriter:
     run_dir: where metrics.jsonl and tensorboard/ are. trackers: any of "tensorboard", "wandb".
     state: what `state()` returned at the checkpoint that the run continues from; None starts the files anew.
     config: the resolved configuration, shown by Weights & Biases. wandb: further arguments of wandb.init
-        (project, name, ...). enabled: False in every process but 0; all methods are then no-ops.
+        (project, name, ...). rewound: after a rollback in this process: what the trackers have of later steps is of a
+        run that never was, and must go. enabled: False in every process but 0; all methods are then no-ops.
 
     A full disk does not stop the run: records wait in memory, with one warning, until they can be written. A
     tracker that fails, also at its start, is switched off with a warning. Raises UserError for a missing package.
@@ -42,7 +43,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | os.PathLike, trackers: Sequence[str] = ("tensorboard",), *,
                  state: Mapping | None = None, config: Mapping | None = None, wandb: Mapping | None = None,
-                 enabled: bool = True):
+                 rewound: bool = False, enabled: bool = True):
         self._enabled = enabled
         self._state = {"position": 0, "step": 0, "wandb_id": None, **(state or {})}
         self._pending = self._state.pop("pending", "").encode()
@@ -63,7 +64,9 @@ class MetricsWriter:
         if "wandb" in trackers:
             self._state["wandb_id"] = self._state["wandb_id"] or _stored_id(root / "wandb_id")
             try:
-                self._sinks["wandb"] = _wandb(root, self._state["wandb_id"], config, dict(wandb or {}))
+                after = self._state["step"] if rewound else None
+                self._sinks["wandb"] = _wandb(root, self._state["wandb_id"], after, config, dict(wandb or {}))
+                self._state["wandb_id"] = _stored_id(root / "wandb_id")
             except UserError:
                 raise
             except Exception as e:  # a run that is brought back at night must not wait for a network
@@ -160,14 +163,23 @@ class _EventFile:
         self._file.close()
 
 
-def _wandb(root: pathlib.Path, run_id: str, config: Mapping | None, options: dict):
+def _wandb(root: pathlib.Path, run_id: str, after: int | None, config: Mapping | None, options: dict):
+    """The run `run_id`, continued; after: without what it has of later steps."""
     try:
         import wandb
     except ImportError as e:
         raise UserError("config.log.wandb=True needs the package wandb (pip install jaxrl[wandb])") from e
-    # Steps that are logged again after a resume are ignored by W&B: they carry the values that it has
-    # already.
-    return wandb.init(dir=str(root), id=run_id, resume="allow", config=dict(config or {}), **options)
+    common = dict(dir=str(root), config=dict(config or {}), **options)
+    if after is None:
+        # Steps that are logged again after a resume are ignored by W&B: they carry the values that it has already.
+        return wandb.init(id=run_id, resume="allow", **common)
+    try:
+        return wandb.init(resume_from=f"{run_id}?_step={after}", **common)  # W&B drops the later steps
+    except Exception as e:  # offline, or a server that cannot
+        new = f"{run_id}-after-{after}"
+        log.warning("wandb cannot rewind its run %s to step %d (%r); from here on the run is %s", run_id, after, e, new)
+        atomic_write(root / "wandb_id", new)
+        return wandb.init(id=new, resume="allow", **common)
 
 
 def _stored_id(path: pathlib.Path) -> str:

@@ -222,6 +222,8 @@ def spoken(text: str, unfinished: str = "wrong") -> str | None:
     """
     if unfinished not in UNFINISHED:
         raise ValueError(f"unfinished={unfinished!r}; valid: {', '.join(UNFINISHED)}")
+    if "<" not in text and "[" not in text:
+        return text
     parts, start, thinking, ended = [], 0, False, False
     for tag in _THINK.finditer(text):
         opens = tag[0][1] != "/" and tag[3] != "end"

@@ -4,7 +4,7 @@
     load_problems("train.parquet", fields={"problem": "question"})    other field names
     load_problems("verl.parquet")                                     verl's schema is recognised
     load_problems("math500", data_dir="data")                         data/math500.jsonl, else the hub
-    load_problems("openai/gsm8k", split="test", config="main", fields={"problem": "question"})
+    load_problems("openai/gsm8k:main", split="test", fields={"problem": "question"})   a set of the hub, its config
     load_problems("words:split=test:count=256")                       made here, see jaxrl/tasks/words.py
 
 Names: see NAMES. What becomes of a row, whatever its fields are called: jaxrl/tasks/rows.py.
@@ -78,7 +78,6 @@ def load_problems(
     *,
     data_dir: str = "",
     split: str | None = None,
-    config: str | None = None,
     fields: Mapping[str, str] | None = None,
     task: str = "math",
     skip_bad_rows: bool = False,
@@ -86,10 +85,10 @@ def load_problems(
     allow_empty_answer: bool = False,
     limit: int | None = None,
 ) -> Loaded:
-    """Reads a data set: a file, a directory of files, a name of NAMES, or "owner/name" on the Hugging Face hub.
+    """Reads a data set: a file, a directory of files, a name of NAMES, or "owner/name[:config]" of the hub.
 
-    data_dir: where names are looked up first, as NAME.jsonl, NAME_test.jsonl.gz, ... split, config: of a hub data set;
-    split also picks files of a directory by their names. fields: {"problem" | "answer" | "id" | "choices": field name
+    data_dir: where names are looked up first, as NAME.jsonl, NAME_test.jsonl.gz, ... split: of a hub data set;
+    it also picks files of a directory by their names. fields: {"problem" | "answer" | "id" | "choices": field name
     in the rows}; without it common names are found (rows.ALIASES). Rows without an id get "NAME/ROW". All other fields
     end up in Problem.info. task: of the problems that are not multiple choice. skip_bad_rows: leave out rows that
     cannot be used, and say which. duplicates of an id: "error", "drop" all but the first, or "keep" all (the later ones
@@ -103,7 +102,7 @@ def load_problems(
     unknown = set(fields or {}) - set(FIELDS)
     if unknown:
         raise UserError(f"fields: no such key: {', '.join(sorted(unknown))}; valid: {', '.join(FIELDS)}")
-    name, rows = _open(spec, data_dir, split, config)
+    name, rows = _open(spec, data_dir, split)
     problems, skipped, repeated = [], [], 0
     seen: dict[str, str] = {}
     copies: collections.Counter[str] = collections.Counter()
@@ -169,7 +168,7 @@ def check_prompt_lengths(
     return kept
 
 
-def _open(spec: str, data_dir: str, split: str | None, config: str | None) -> tuple[str, Iterator[tuple[str, Any]]]:
+def _open(spec: str, data_dir: str, split: str | None) -> tuple[str, Iterator[tuple[str, Any]]]:
     """(name for ids, rows with their places) of a data set."""
     if spec.split(":")[0] == "words":
         return "words", ((f"{spec}: row {i}", row) for i, row in enumerate(words.rows(spec)))
@@ -190,9 +189,11 @@ def _open(spec: str, data_dir: str, split: str | None, config: str | None) -> tu
         looked = f" (no {wanted[0]}, ... in {data_dir})" if data_dir else ""
         raise UserError(
             f"data set {spec!r} is unknown{looked}; valid: a {', '.join(SUFFIXES)} file, a directory, "
-            f"owner/name on the Hugging Face hub, or one of {', '.join(NAMES)}"
+            f"owner/name[:config] on the Hugging Face hub, or one of {', '.join(NAMES)}"
         )
-    return known.rsplit("/", 1)[-1], _hub(spec, NAMES.get(known, Source(spec)), split, config, data_dir)
+    hub, _, config = spec.partition(":")
+    source = NAMES.get(known, Source(hub, config or None))
+    return (known if known in NAMES else hub).rsplit("/", 1)[-1], _hub(spec, source, split, data_dir)
 
 
 def _parts(split: str | None) -> tuple[str, ...]:
@@ -233,10 +234,10 @@ def _saved(path: pathlib.Path, split: str | None) -> Iterator[tuple[str, Any]]:
     return ((f"{path}: row {i}", plain(row)) for i, row in enumerate(data))
 
 
-def _hub(spec: str, source: Source, split: str | None, config: str | None, data_dir: str) -> Iterator[tuple[str, Any]]:
+def _hub(spec: str, source: Source, split: str | None, data_dir: str) -> Iterator[tuple[str, Any]]:
     datasets = _datasets()
     try:
-        data = datasets.load_dataset(source.hub, config or source.config, split=split or source.split)
+        data = datasets.load_dataset(source.hub, source.config, split=split or source.split)
     except Exception as e:  # the library raises whatever its storage, network and parsers raise
         reason = (str(e) or type(e).__name__).splitlines()[0][:200]
         looked = f"not in {data_dir or 'data_dir (not set)'}; " if "/" not in spec else ""

@@ -34,8 +34,8 @@ _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _PLAIN = r"pi|sqrt|sin|cos|tan|ln|log|theta|alpha|beta|infinity|Infinity|infty|inf|oo"
 _FUNCTION = re.compile(rf"{WRAPPER}\{{[^{{}}]*\}}|(?<![\\A-Za-z])({_PLAIN})(?![A-Za-z])")
 _SCALE = re.compile(
-    rf"(?P<before>\d|[)}}]|\\pi)[\s~]*(?P<open>{WRAPPER}\{{\s*)?"
-    rf"(?P<word>{'|'.join(SCALE_WORDS)})s?(?![A-Za-z])(?:\s+of\b)?(?P<close>\s*\}})?"
+    rf"(?P<before>\d|[)}}]|\\pi)[\s~]*(?P<open>{WRAPPER}\{{\s*)?(?:of an?\s+)?"
+    rf"(?P<word>{'|'.join(SCALE_WORDS)}|(?<=\{{)\s*(?:k|mn|bn))s?(?![A-Za-z])(?:\s+of\b)?(?P<close>\s*\}})?"
 )
 _SHORT = re.compile(r"(\\?\$\s*\d[\d.,]*)\s*([kKMB]|[mb]n)(?![A-Za-z])")
 _PROSE = re.compile(rf"^{WRAPPER}\{{[^{{}}\d]*(?:\b(?:is|are|be|equals?)|[:=])\s*\}}\s*(?=.)")
@@ -53,6 +53,8 @@ _ORDINAL = re.compile(
 
 def clean(latex: str) -> str:
     """The same answer in the notation above: without what only concerns layout, a final stop, or prose in front."""
+    if latex.isascii() and latex.isdigit():  # most answers are
+        return latex
     text = latex if latex.isascii() else from_unicode(latex)
     text = _SHORT.sub(lambda m: rf"{m[1]} \times 10^{{{dict(k=3, m=6, b=9)[m[2][0].lower()]}}}", text)
     text = text.replace("\\$", "").replace("$", "")
@@ -89,7 +91,8 @@ def _words_to_signs(text: str) -> str:
         return match[0] if name is None else "\\" + ("infty" if name[0] in "iIo" else name) + " " * (name != "sqrt")
 
     def scale(match: re.Match) -> str:
-        power = POWERS.get(match["word"])
+        word = match["word"].strip()
+        power = {"k": 3, "mn": 6, "bn": 9}.get(word, POWERS.get(word))
         sign = r"\times 12" if power is None else rf"\times 10^{{{power}}}"
         opened = match["open"] and not match["close"]
         closed = (match["close"] or "") if not match["open"] else ""

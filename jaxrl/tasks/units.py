@@ -20,7 +20,10 @@ class Unit(NamedTuple):
 
 
 # Words that multiply, as powers of ten; a dozen is the exception.
-POWERS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+POWERS = {
+    "tenth": -1, "hundredth": -2, "thousandth": -3, "millionth": -6,
+    "hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12,
+}  # fmt: skip
 SCALE_WORDS = (*POWERS, "dozen")
 
 # base unit, power of it -> "names": how many of the base. One name may be several spellings; a plural s goes without.

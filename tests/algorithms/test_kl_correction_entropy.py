@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.algorithms.correction import CORRECTIONS, effective_mask, mismatch_stats
-from jaxrl.algorithms.entropy import adapt_coefficient, entropy_advantages, entropy_bonus
+from jaxrl.algorithms.entropy import entropy_advantages, entropy_bonus
 from jaxrl.algorithms.hyper import resolve
 from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.kl import KL_KINDS, kl_estimate
@@ -170,8 +170,5 @@ def test_entropy_terms():
     np.testing.assert_allclose(value, -0.105, rtol=1e-6)
     np.testing.assert_allclose(grad, -0.01 * np.ones((1, 4)), rtol=1e-6)
     advantages = jnp.array([[1.0, 1.0, -1.0, 0.0]])
-    np.testing.assert_allclose(entropy_advantages(advantages, entropy), [[1.2, 1.5, -0.5, 0.0]], rtol=1e-6)
-    assert not np.any(jax.grad(lambda h: jnp.sum(entropy_advantages(advantages, h)))(entropy))
-    assert adapt_coefficient(0.01, 0.1) == pytest.approx(0.015)
-    assert adapt_coefficient(0.01, 0.3) == pytest.approx(0.005)
-    assert adapt_coefficient(0.001, 0.3) == 0.0
+    np.testing.assert_allclose(entropy_advantages(advantages, entropy, 0.4, 2.0), [[1.2, 1.5, -0.5, 0.0]], rtol=1e-6)
+    assert not np.any(jax.grad(lambda h: jnp.sum(entropy_advantages(advantages, h, 0.4, 2.0)))(entropy))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl.algorithms.greso import GRESO_DEFAULTS, greso_init, greso_keep, greso_update
+from jaxrl.algorithms.greso import GRESO, greso_init, greso_keep, greso_update
 from jaxrl.algorithms.hyper import Method
 from jaxrl.algorithms.selection import (
     SELECTIONS,
@@ -228,19 +228,22 @@ def test_pods_and_gfpo_reduce_groups():
             select([group], name, {name: {"keep": 0}})
 
 
+CONSTANTS = {name: constant.default for name, constant in GRESO.items()}
+
+
 def _greso(state, groups):
     rollouts = concat(groups)
-    return greso_update(state, [p.problem.id for p in rollouts.prompts], mean_accuracy(rollouts))
+    return greso_update(state, [p.problem.id for p in rollouts.prompts], mean_accuracy(rollouts), CONSTANTS)
 
 
 def test_greso_streaks_and_adaptation():
-    state = greso_init()
+    state = greso_init(CONSTANTS)
     easy, hard, mixed = (
         make_group([2, 2], c, name=n) for n, c in (("e", [1, 1]), ("h", [0, 0]), ("m", [1, 0]))
     )
     crashed = make_group([2, 2], [0, 0], valid=[False, False], name="c")
     one = _greso(state, [easy, hard, mixed, crashed])
-    assert state == greso_init()  # not changed in place
+    assert state == greso_init(CONSTANTS)  # not changed in place
     assert one["streaks"] == {"e": ["easy", 1], "h": ["hard", 1]}
     # Each kind has 1/3 of the graded groups: above 1/12 and 1/6, so both explore less.
     assert one["explore"] == pytest.approx({"easy": 0.49, "hard": 0.49})
@@ -262,9 +265,9 @@ def test_greso_samples_streaks_with_probability_p_to_the_n():
     }
     rng = np.random.default_rng(0)
     ids = ["new", "e", "h", "x"] * 4000
-    kept = greso_keep(state, ids, rng).reshape(-1, 4).mean(0)
-    np.testing.assert_allclose(kept, [1.0, 0.125, 0.8, GRESO_DEFAULTS["floor"]], atol=0.015)
-    again = greso_keep(greso_init(), ids, np.random.default_rng(0))
+    kept = greso_keep(state, ids, rng, CONSTANTS).reshape(-1, 4).mean(0)
+    np.testing.assert_allclose(kept, [1.0, 0.125, 0.8, CONSTANTS["floor"]], atol=0.015)
+    again = greso_keep(greso_init(CONSTANTS), ids, np.random.default_rng(0), CONSTANTS)
     assert again.all() and rng.random() == _after(16000)
 
 

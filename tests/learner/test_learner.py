@@ -31,11 +31,13 @@ def test_what_is_minimised_is_what_the_configuration_says():
     a = config.algorithm
     a.loss, a.loss_hyper.maspo.alpha, a.kl_coef, a.kl_kind, a.entropy_coef = "maspo", 0.5, 0.1, "k2", 0.01
     a.correction, a.correction_hyper.token_tis.cap = "token_tis", 3.0
+    a.kl_value_clamp, a.kl_unbiased = 0.0, True
     config.sampling.temperature, config.sampling.max_tokens = 0.7, 99
     found = objective(config)
     assert (found.loss, found.loss_hyper["alpha"], found.loss_hyper["sigma_base"]) == ("maspo", 0.5, 1.0)
     assert (found.correction, found.correction_hyper["cap"]) == ("token_tis", 3.0)
     assert (found.kl_coef, found.kl_kind, found.entropy_coef, found.temperature) == (0.1, "k2", 0.01, 0.7)
+    assert (found.kl_value_clamp, found.kl_unbiased) == (0.0, True)
     assert (found.aggregation, found.norm_length, found.entropy_advantage) == ("", 99.0, None)
     a.kl_in_reward, a.entropy_advantage, a.norm_length, a.aggregation = True, True, 3000, "seq-mean-token-sum-norm"
     found = objective(config)

@@ -22,8 +22,8 @@ from models.decoder import Decoder, init_params, logits
 CONFIG = DecoderConfig(29, 16, 24, 2, 4, 2, 8, qk_norm=True, tie_embeddings=True, model_type="qwen3", init_std=0.3)
 SGD = Optimizer(optax.sgd(1.0, momentum=0.9), lambda step: jnp.float32(1.0) + step)
 FULL = Objective(
-    loss="dapo", temperature=0.8, kl_coef=0.1, kl_kind="k3", entropy_coef=0.05, correction="token_tis",
-    correction_hyper={"cap": 1.1})
+    loss="dapo", temperature=0.8, kl_coef=0.1, kl_kind="k3", kl_value_clamp=0.05, kl_unbiased=True, entropy_coef=0.05,
+    correction="token_tis", correction_hyper={"cap": 1.1})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,6 +127,7 @@ def plain_objective(p):
     loss = -jnp.minimum(ratio * a, jnp.clip(ratio, 1 - 0.2, 1 + 0.28) * a)
     weight = np.minimum(np.exp(old - sampler), 1.1)
     kl = jnp.exp(reference - logp) - (reference - logp) - 1
+    kl = jnp.where(kl < 0.05, kl, 0.05) * jnp.exp(logp - old)
     mean = lambda x: jnp.sum(x * mask) / mask.sum()  # noqa: E731
     stats = {
         "kl": mean(kl), "entropy": mean(entropy), "logprob_diff/mean": mean(np.abs(old - sampler)),

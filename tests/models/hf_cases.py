@@ -30,6 +30,8 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
+_YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 _LLAMA = {**_BASE, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 _QWEN2 = {**_BASE, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6}
 _QWEN3 = {**_BASE, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rms_norm_eps": 1e-6}
@@ -42,6 +44,26 @@ CASES = {
     "qwen2_tied": _QWEN2 | {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3": _QWEN3 | {"head_dim": 16, "rope_theta": 1e6},
     "qwen3_tied": _QWEN3 | {"head_dim": 12, "tie_word_embeddings": True},
+    "llama_bias": _LLAMA | {"attention_bias": True, "mlp_bias": True, "rope_scaling": _LINEAR_ROPE},
+    "llama_yarn": _LLAMA | {"head_dim": 16, "rope_scaling": _YARN_ROPE | {"beta_fast": 8, "truncate": False}},
+    "qwen2_linear": _QWEN2 | {"rope_scaling": _LINEAR_ROPE},
+    "qwen2_window": _QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3_yarn": _QWEN3 | {"head_dim": 32, "rope_scaling": _YARN_ROPE, "attention_bias": True},
+    "mistral": _BASE | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7},
+    "smollm3": _BASE | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "tie_word_embeddings": True,
+                        "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 7,
+                        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "olmo2": _BASE | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"},
+    "gemma3": _BASE | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 12,
+                       "query_pre_attn_scalar": 20, "sliding_window": 7, "sliding_window_pattern": 2,
+                       "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": _LINEAR_ROPE,
+                       "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+}  # fmt: skip
+
+
+_NORMS = {
+    "olmo2": ("post_attention", "post_feedforward"),
+    "gemma3_text": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
 }
 
 
@@ -54,23 +76,27 @@ def hf_tensors(hf: dict, seed: int = 0) -> dict[str, np.ndarray]:
     D, F, V = hf["hidden_size"], hf["intermediate_size"], hf["vocab_size"]
     H = hf.get("head_dim") or D // hf["num_attention_heads"]
     Q, K = hf["num_attention_heads"] * H, hf["num_key_value_heads"] * H
-    shapes = {"model.embed_tokens.weight": (V, D)}
+    shapes, family = {"model.embed_tokens.weight": (V, D)}, hf["model_type"]
     for i in range(hf["num_hidden_layers"]):
         layer = {
-            "input_layernorm.weight": (D,),
             "self_attn.q_proj.weight": (Q, D),
             "self_attn.k_proj.weight": (K, D),
             "self_attn.v_proj.weight": (K, D),
             "self_attn.o_proj.weight": (D, Q),
-            "post_attention_layernorm.weight": (D,),
             "mlp.gate_proj.weight": (F, D),
             "mlp.up_proj.weight": (F, D),
             "mlp.down_proj.weight": (D, F),
         }
-        if hf["model_type"] == "qwen2":
+        layer |= {f"{norm}_layernorm.weight": (D,) for norm in _NORMS.get(family, ("input", "post_attention"))}
+        if family == "qwen2" or hf.get("attention_bias"):
             layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", Q), ("k", K), ("v", K))}
-        if hf["model_type"] == "qwen3":
-            layer |= {f"self_attn.{n}_norm.weight": (H,) for n in "qk"}
+        if hf.get("attention_bias"):
+            layer["self_attn.o_proj.bias"] = (D,)
+        if hf.get("mlp_bias"):
+            layer |= {f"mlp.{n}_proj.bias": (size,) for n, size in (("gate", F), ("up", F), ("down", D))}
+        if family in ("qwen3", "gemma3_text", "olmo2"):
+            sizes = (Q, K) if family == "olmo2" else (H, H)
+            layer |= {f"self_attn.{n}_norm.weight": (size,) for n, size in zip("qk", sizes, strict=True)}
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (D,)
     if not hf["tie_word_embeddings"]:

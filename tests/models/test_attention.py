@@ -7,13 +7,14 @@ import pytest
 from models.attention import attend, attend_packed, from_blocks, segment_mask, to_blocks, write_keys
 
 
-def reference(q, k, v, segment_ids):
+def reference(q, k, v, segment_ids, window=1000):
     """float64, one query at a time. q: [B, T, N, H]; k, v: [B, T, K, H]."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for b, t, n in np.ndindex(q.shape[:3]):
         group = n // (q.shape[2] // k.shape[2])
         seen = np.flatnonzero(segment_ids[b, : t + 1] == segment_ids[b, t])
+        seen = seen[seen > t - window]
         scores = k[b, seen, group] @ q[b, t, n] / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights / weights.sum() @ v[b, seen, group]
@@ -38,6 +39,17 @@ def test_xla_matches_numpy(N, K):
     assert np.isfinite(out).all()
     real = segment_ids > 0
     assert np.abs(out - reference(q, k, v, segment_ids))[real].max() < 1e-5
+
+
+def test_each_kind_of_layer_sees_its_window():
+    q, k, v, segment_ids = random_inputs(19, 4, 2, 8)
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(lambda kind: attend_packed(q, k, v, segment_ids, "xla", (3, 0, 100), kind))
+        for kind, window in enumerate((3, 1000, 100)):
+            want = reference(q, k, v, segment_ids, window)
+            assert np.abs(np.asarray(run(kind)) - want)[segment_ids > 0].max() < 1e-5
+        alone = attend_packed(q, k, v, segment_ids, "xla", (3,))
+        assert np.abs(np.asarray(alone) - reference(q, k, v, segment_ids, 3))[segment_ids > 0].max() < 1e-5
 
 
 @pytest.mark.parametrize("blocks", [False, True])

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from models.config import DecoderConfig, Llama3Scaling, from_hf, to_hf
+from models.config import DecoderConfig, from_hf, to_hf
+from models.rope import Llama3Scaling
 from tests.models.hf_cases import CASES
 from tests.shared import shared_path
 
@@ -44,9 +45,10 @@ def test_family_flags():
 
 def test_defaults_of_missing_keys_are_those_of_transformers():
     drop = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
-    for hf, head_dim in ((LLAMA, 8), (QWEN2, 8), (QWEN3, 128)):
-        c = from_hf({k: v for k, v in hf.items() if k not in drop} | {"rope_scaling": None})
-        assert (c.num_kv_heads, c.head_dim, c.rms_norm_eps, c.rope_theta) == (4, head_dim, 1e-6, 10000.0)
+    heads = {"num_attention_heads": 32, "hidden_size": 128}
+    for hf, kv_heads, head_dim in ((LLAMA, 32, 4), (QWEN2, 32, 4), (QWEN3, 32, 128), (CASES["mistral"], 8, 4)):
+        c = from_hf({k: v for k, v in hf.items() if k not in drop} | heads | {"rope_scaling": None})
+        assert (c.num_kv_heads, c.head_dim, c.rms_norm_eps, c.rope_theta) == (kv_heads, head_dim, 1e-6, 10000.0)
         assert not c.tie_embeddings
 
 
@@ -56,7 +58,11 @@ def test_transformers_4_and_5_keys_mean_the_same(name):
     rope = old.get("rope_scaling") or {"rope_type": "default"}
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling")}
     new["rope_parameters"] = rope | {"rope_theta": old["rope_theta"]}
-    new["layer_types"] = ["full_attention"] * 3
+    if name == "gemma3":
+        local = {"rope_theta": new.pop("rope_local_base_freq"), "rope_type": "default"}
+        new["rope_parameters"] = {"full_attention": new["rope_parameters"], "sliding_attention": local}
+    windows = {"qwen2_window": (1, 2), "smollm3": (1,), "gemma3": (0, 2)}.get(name, ())
+    new["layer_types"] = ["sliding_attention" if i in windows else "full_attention" for i in range(3)]
     assert from_hf(new) == from_hf(old)
 
 
@@ -97,26 +103,34 @@ def test_reads_published_configs(model):
 
 
 REFUSED = {
-    "model_type": (LLAMA | {"model_type": "mistral"}, "llama, qwen2, qwen3"),
-    "model_type ": ({k: v for k, v in LLAMA.items() if k != "model_type"}, "llama, qwen2, qwen3"),
+    "model_type": (LLAMA | {"model_type": "gpt2"}, "llama, mistral, qwen2, qwen3"),
+    "model_type ": ({k: v for k, v in LLAMA.items() if k != "model_type"}, "llama, mistral, qwen2, qwen3"),
     "architectures": (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM"),
     "hidden_act": (LLAMA | {"hidden_act": "gelu"}, "silu"),
-    "attention_bias": (LLAMA | {"attention_bias": True}, "need false"),
-    "attention_bias ": (QWEN3 | {"attention_bias": True}, "need false"),
-    "mlp_bias": (LLAMA | {"mlp_bias": True}, "need false"),
+    "attention_bias": (QWEN2 | {"attention_bias": True}, "need false"),
+    "attention_bias ": (LLAMA | {"attention_bias": "no"}, "true or false"),
+    "mlp_bias": (QWEN3 | {"mlp_bias": True}, "need false"),
     "quantization_config": (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "unquantised"),
-    "use_sliding_window": (QWEN2 | {"use_sliding_window": True}, "need false"),
+    "use_sliding_window": (QWEN2 | {"use_sliding_window": 1}, "true or false"),
+    "sliding_window ": (QWEN2 | {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "positive"),
+    "tie_word_embeddings": (LLAMA | {"tie_word_embeddings": "false"}, "true or false"),
+    "is_causal": (LLAMA | {"is_causal": False}, "causal"),
+    "final_logit_softcapping": (CASES["gemma3"] | {"final_logit_softcapping": 30.0}, "null"),
+    "rope_parameters ": (CASES["gemma3"] | {"rope_parameters": {"rope_type": "linear"}}, "full_attention"),
+    "no_rope_layers": (CASES["smollm3"] | {"no_rope_layers": [1, 0]}, "each of 3 layers"),
     "sliding_window": (LLAMA | {"sliding_window": 4096}, "need null"),
     "layer_types": (
         QWEN3 | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-        "only full_attention",
+        "use_sliding_window true",
     ),
-    "rope_scaling": (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "default, llama3"),
-    "rope_scaling ": (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "default, llama3"),
-    "rope_scaling  ": (LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}}, "default, llama3"),
+    "layer_types ": (LLAMA | {"layer_types": ["sliding_attention"] * 3}, "full_attention only"),
+    "layer_types  ": (QWEN3 | {"layer_types": ["full_attention"] * 2}, "each of 3 layers"),
+    "factor": (LLAMA | {"rope_scaling": {"type": "yarn"}}, "positive number"),
+    "rope_scaling ": (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "default, linear, llama3"),
+    "rope_scaling  ": (LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0, "beta_fast": 2}}, "beta_fast"),
     "rope_scaling   ": (QWEN2 | {"rope_scaling": {"mrope_section": [1, 2]}}, "mrope_section"),
     "rope_scaling    ": (LLAMA | {"rope_scaling": "llama3"}, "object or null"),
-    "rope_parameters": (LLAMA | {"rope_parameters": {"rope_type": "longrope"}}, "default, llama3"),
+    "rope_parameters": (LLAMA | {"rope_parameters": {"rope_type": "longrope"}}, "default, linear"),
     "low_freq_factor": (LLAMA | {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": None}}, "positive"),
     "low_freq_factor ": (LLAMA | {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "<"),
     "rope_theta": (LLAMA | {"rope_theta": "big"}, "positive number"),

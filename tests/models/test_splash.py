@@ -45,6 +45,12 @@ def test_gradients_match_xla():
         np.testing.assert_allclose(g, w, atol=2e-4, rtol=2e-4)
 
 
+def test_a_window_matches_xla():
+    q, k, v, ids = inputs()
+    want = attention.attend_packed(q, k, v, ids, "xla", (20,))
+    close_where_not_padding(jax.jit(lambda *a: attention._splash(*a, ids, 20, interpret=True))(q, k, v), want, ids)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
 def test_prompts_that_see_each_other_fill_the_cache_as_those_that_read_it(implementation, monkeypatch):
     """A prefill, right-aligned in 40 columns, which are no whole blocks of the kernel."""

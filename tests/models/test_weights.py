@@ -144,6 +144,9 @@ def test_tied_model_may_carry_a_head_and_rotary_tables(tmp_path):
     more = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
     more["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     assert_same(load_params(write_model(tmp_path / "b", hf, more), config), plain)
+    more["lm_head.weight"][7, 3] += 1
+    with pytest.raises(ValueError, match="lm_head.weight differs.*tie_word_embeddings"):
+        load_params(write_model(tmp_path / "c", hf, more), config)
 
 
 @settings(max_examples=40, deadline=None)

@@ -59,6 +59,8 @@ def test_overrides_reach_every_section():
             ["--config.length.reward=overlong", "--config.length.hyper.overlong.cache=25"],
             ["config.length.hyper.overlong.cache=25", "24 tokens"],
         ),
+        (["--config.algorithm.kl_unbiased"], ["config.algorithm.kl_unbiased=True", "algorithm.kl_coef above 0"]),
+        (["--config.batch.greso_hyper.start=0.99"], ["config.batch.greso_hyper.start=0.99", "high=0.95"]),
         (["--config.algorithm.kl_in_reward"], ["config.algorithm.kl_in_reward=True", "algorithm.kl_coef"]),
         (["--config.algorithm.kl_in_reward", "--config.algorithm.kl_coef=1", "--config.algorithm.advantage=gdpo"],
          ["config.algorithm.kl_in_reward=True", "gdpo"]),
@@ -190,7 +192,7 @@ TAKES_TOO |= {key: {"empty"} for key in (
 )}  # fmt: skip
 
 
-NEEDS_MORE = {"algorithm.kl_in_reward", "task.system_prompt"}  # refused without another setting
+NEEDS_MORE = {"algorithm.kl_in_reward", "algorithm.kl_unbiased", "task.system_prompt"}  # refused without more
 CHANGED = {"model.shape.hidden_size": 8, "mesh.data": 1}
 
 

@@ -209,6 +209,56 @@ def test_trackers_are_checked_and_do_not_stop_a_run(tmp_path, monkeypatch, caplo
     assert len(lines(tmp_path)) == 2
 
 
+def diverged_and_back(path, trackers, **wandb):
+    """Ten steps, of which those after the sixth were of a run that diverged, then four others after a rollback to 6."""
+    writer = MetricsWriter(path, trackers, **wandb)
+    for step in range(1, 11):
+        writer.write(step, {"x": -99.0 if step > 6 else step})
+        if step == 6:
+            state = writer.state()
+    writer.close()
+    writer = MetricsWriter(path, trackers, state=state, rewound=True, **wandb)
+    for step in (7, 8):
+        writer.write(step, {"x": step})
+    writer.state()
+    return writer
+
+
+def test_after_a_rollback_tensorboard_shows_nothing_of_the_run_that_diverged(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    diverged_and_back(tmp_path, ("tensorboard",)).close()
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("x")
+    assert [(e.step, e.value) for e in found] == [(s, s) for s in range(1, 9)]
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_after_a_rollback_wandb_drops_the_later_steps_or_gets_another_run(tmp_path, monkeypatch, caplog, rewinds):
+    class Run(dict):
+        def log(self, scalars, step):
+            self.setdefault(step, scalars["x"])  # as W&B does: a step that is there is not changed
+
+        def finish(self):
+            pass
+
+    runs = {}
+
+    def init(id=None, resume=None, resume_from=None, **_):
+        if resume_from and not rewinds:
+            raise ValueError("cannot rewind offline")
+        if resume_from:
+            id, step = resume_from.split("?_step=")
+            for late in [s for s in runs[id] if s > int(step)]:
+                del runs[id][late]
+        return runs.setdefault(id, Run())
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    writer = diverged_and_back(tmp_path, ("wandb",))
+    newest = runs[writer.state()["wandb_id"]]
+    assert newest == {s: s for s in (range(1, 9) if rewinds else (7, 8))}
+    assert ("cannot rewind" in caplog.text) != rewinds and len(runs) == (1 if rewinds else 2)
+    writer.close()
+
+
 @pytest.mark.slow
 def test_wandb_offline_keeps_its_run_id(tmp_path, monkeypatch):
     pytest.importorskip("wandb")

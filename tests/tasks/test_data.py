@@ -228,6 +228,20 @@ def test_saved_hub_data_set(tmp_path):
     assert "both" in error(str(tmp_path / "both"), split="test")
 
 
+def test_a_set_of_the_hub_is_named_with_its_config(monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return [dict(GOOD)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for spec in ("owner/thing:hard", "owner/thing", "gsm8k"):
+        assert len(load_problems(spec, split="train").problems) == 1
+    expected = [("owner/thing", "hard"), ("owner/thing", None), ("openai/gsm8k", "main")]
+    assert asked == [(*name, "train") for name in expected]
+
+
 def test_unreachable_and_unknown_names(monkeypatch, tmp_path):
     datasets = pytest.importorskip("datasets")
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 ROOT = pathlib.Path(os.environ["STAND_IN"])
 HOMES = [ROOT / "home0", ROOT / "home1"]
@@ -71,6 +72,21 @@ def gcloud(args: list[str]) -> int:
     return 0
 
 
+def train(args: list[str], worker: int, count: int) -> None:
+    """The real command, as one of two processes that share nothing but the store of tests/stores.py.
+
+    PREEMPT=N: the first start of worker 0 is killed before its N-th request that changes something, and the slice is
+    gone.
+    """
+    os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{int(os.environ['REAL_TRAINING']) + count}",
+                   "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(worker)}  # fmt: skip
+    if worker == 0 and count == 0 and "PREEMPT" in os.environ:
+        fault = {"match": "^(POST|PUT)", "skip": int(os.environ["PREEMPT"]), "kill": os.getpgid(0)}
+        fault["write"] = [str(ROOT / "states"), "SUSPENDED"]
+        urllib.request.urlopen(os.environ["STORAGE_EMULATOR_HOST"] + "/_faults", json.dumps([fault]).encode()).read()
+    os.execv(sys.executable, [sys.executable, "-W", "ignore", *args])
+
+
 def python3(args: list[str]) -> int:
     """The workers' system Python; `-m uv venv PATH` makes an environment with this same stand-in."""
     if args[:3] == ["-m", "uv", "venv"]:
@@ -84,6 +100,8 @@ def python3(args: list[str]) -> int:
         started = ROOT / f"started-{home.name}"
         count = int(started.read_text()) if started.exists() else 0
         started.write_text(str(count + 1))
+        if "REAL_TRAINING" in os.environ:
+            train(args, HOMES.index(home), count)
         codes = (ROOT / "codes").read_text().split()
         code = codes[min(count, len(codes) - 1)]
         print("training step 1")

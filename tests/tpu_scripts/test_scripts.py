@@ -51,13 +51,13 @@ class Cloud:
     def codes(self, *codes: str) -> None:
         (self.root / "codes").write_text("\n".join(codes))
 
-    def call(self, script: str, *args: str, env: dict | None = None) -> subprocess.CompletedProcess:
+    def call(self, script: str, *args: str, env: dict | None = None, timeout=60) -> subprocess.CompletedProcess:
         base = {k: v for k, v in os.environ.items() if k in ("LANG", "TMPDIR")}
         base |= {"STAND_IN": str(self.root), "HOME": str(self.root), "STOP_SECONDS": "5"}
         base["PATH"] = f"{self.root / 'bin'}:/usr/local/bin:/usr/bin:/bin"
         return subprocess.run(
             ["bash", str(SCRIPTS / f"{script}.sh"), *args],
-            env=base | (env or {}), capture_output=True, text=True, timeout=60,
+            env=base | (env or {}), capture_output=True, text=True, timeout=timeout,
         )
 
     def entries(self, file: str) -> list:
@@ -201,11 +201,13 @@ def test_setup_installs_this_checkout_on_all_workers(cloud, tmp_path):
     result = cloud.call("setup", *WHERE, f"--env-file={keys}", "--fetch=gs://b/model gs://b/data")
     assert result.returncode == 0, result.stderr
     for home in (tmp_path / "home0", tmp_path / "home1"):
-        assert (home / "jaxrl/setup.py").read_text() == (ROOT / "setup.py").read_text()
+        assert (home / "jaxrl_current/setup.py").read_text() == (ROOT / "setup.py").read_text()
         assert (home / "jaxrl.env").stat().st_mode & 0o077 == 0
         assert (home / "data/model").is_dir() and (home / "data/data").is_dir()
     installs = [e for e in cloud.entries("python.jsonl") if "install" in e and "--editable" in e]
-    assert [e[-1] for e in installs] == [f"{tmp_path}/home{i}/jaxrl[tpu]" for i in (0, 1)]
+    folders = [(tmp_path / f"home{i}/jaxrl_current").resolve() for i in (0, 1)]
+    assert [e[-1] for e in installs] == [f"{folder}[tpu]" for folder in folders]
+    assert all(folder.name.startswith("jaxrl-") for folder in folders)
     assert [c[3] for c in cloud.calls("storage")] == ["gs://b/model", "gs://b/data"] * 2
 
 
@@ -219,7 +221,7 @@ def test_launch_runs_the_same_command_everywhere_detached(cloud, tmp_path):
     for i in (0, 1):
         assert cloud.wait_for(f"home{i}/jaxrl_job/exit_code") == "0\n"
     runs = cloud.entries("train.jsonl")
-    assert sorted(r["cwd"] for r in runs) == [f"{tmp_path}/home{i}/jaxrl" for i in (0, 1)]
+    assert sorted(r["cwd"] for r in runs) == [str((tmp_path / f"home{i}/jaxrl_current").resolve()) for i in (0, 1)]
     expected = ["--config=configs/pods/x.py", "--config.run_dir=gs://b/run",
                 "--config.distributed=True", "--config.steps=5", odd]
     assert [r["argv"] for r in runs] == [expected] * 2
@@ -228,6 +230,18 @@ def test_launch_runs_the_same_command_everywhere_detached(cloud, tmp_path):
     assert "training step 1" in log and "ended with exit code 0" in log
     status = cloud.call("status", *WHERE).stdout
     assert status.startswith("slice slice: ACTIVE") and status.count(" 0\n") == 2
+
+
+def test_setup_deletes_nothing(cloud, tmp_path):
+    for folder in ("jaxrl/runs/first", "jaxrl_runs"):
+        (tmp_path / "home0" / folder).mkdir(parents=True)
+        (tmp_path / "home0" / folder / "kept").write_text("mine")
+    for _ in range(2):
+        assert cloud.call("setup", *WHERE).returncode == 0
+        (tmp_path / "home0/jaxrl_current/kept").write_text("mine")
+    found = [p.relative_to(tmp_path / "home0").parts for p in (tmp_path / "home0").rglob("kept") if not p.is_symlink()]
+    assert len([parts for parts in found if parts[0].startswith("jaxrl-")]) >= 1
+    assert {("jaxrl", "runs", "first", "kept"), ("jaxrl_runs", "kept")} <= set(found)
 
 
 def test_launch_stops_the_job_that_is_running(cloud, tmp_path):
@@ -302,7 +316,7 @@ def test_resume_replaces_a_suspended_slice(cloud):
     assert without_status(cloud) == ["delete", "create", *ROUND, "delete"]
 
 
-@pytest.mark.parametrize("code", ["76", "134"])  # the watchdog; a host that fell silent
+@pytest.mark.parametrize("code", ["74", "76", "134"])  # no last save; the watchdog; a host that fell silent
 def test_resume_after_a_hang_keeps_the_slice_once_then_replaces_it(cloud, code):
     cloud.codes(code, code, "0")
     assert resume(cloud).returncode == 0
