@@ -70,7 +70,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "seed": (Integer(0, 0, 2**32 - 1), "of every random choice"),
     "steps": (Integer(100, 1), "optimisation steps (rollout batches), not gradient updates"),
     "resume": (Flag(True), "continue from the newest checkpoint of run_dir, if there is one"),
-    "distributed": (Flag(False), "call jax.distributed.initialize (several hosts)"),
+    "distributed": (Flag(False), "join the processes that the launcher started (docs/clusters.md)"),
+    "hosts": (Integer(0), "processes there must be; 0: as the launcher says; 1: alone, whatever it says"),
 
     "model.path": (
         _optional("a directory"),
