@@ -52,7 +52,7 @@ def test_the_gpus_kernel_takes_int8_pages_with_a_scale_a_token_and_head():
 
 @pytest.mark.parametrize("window", [0, 5])
 def test_the_tpus_kernel_is_asked_for_the_pages_of_its_row(window, monkeypatch):
-    """jax's kernel uses what its interpreter lacks, so that its stand-in here is the reference that jax ships with it."""
+    """jax's kernel uses what its interpreter lacks: its stand-in here is the reference that jax ships with it."""
 
     def stand_in(*args, num_queries_per_block, num_kv_pages_per_block, **options):
         assert num_queries_per_block == 5 and num_kv_pages_per_block == 4  # of at most 8 and 16
