@@ -181,6 +181,14 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sampling.slots": (Integer(64, 1), "completions decoded at once, on all chips of a host together"),
     "sampling.chunk": (Integer(64, 1), "decode steps per call"),
     "sampling.window": (Integer(64, 1), "the cache grows in multiples of so many positions"),
+    "sampling.pages": (
+        Integer(0),
+        "tokens of a page of the cache, which rows then take as they grow; 0: dense, all rows as long as the longest",
+    ),
+    "sampling.cache_tokens": (
+        Integer(0),
+        "tokens that the pages hold, on all chips of a host together; 0: as many as all slots of full length take",
+    ),
     "sampling.carry_over": (
         Integer(0),
         "above 0: a completion gets so many tokens a generation batch, then waits for the next one",
