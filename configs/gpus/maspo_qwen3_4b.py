@@ -9,6 +9,6 @@ from configs.pods import maspo_qwen3_4b
 def get_config():
     c = maspo_qwen3_4b.get_config()
     c.topology = "h100:1"
-    c.sampling.slots, c.sampling.tensor = 24, 1
+    c.sampling.slots, c.sampling.tensor = 20, 1
     c.optimizer.state_dtype = "bfloat16"
     return c
