@@ -53,6 +53,8 @@ _ROUNDED = ("same", "int8")
 _MODES = ("exact", "max")
 _POSITIVE = dict(low=0, above=True)
 
+_WEIGHT = r"[A-Za-z_]\w*=-?(\d+\.?\d*|\.\d+)(e-?\d+)?"
+
 # the metrics a checkpoint can be kept for: those of evaluation, and what a run without held-out problems has
 _BEST = r"|accuracy|reward/mean|eval/((accuracy|(pass|maj)@\d+)(_low|_high)?|(mean|median)_tokens)"
 
@@ -68,7 +70,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "seed": (Integer(0, 0, 2**32 - 1), "of every random choice"),
     "steps": (Integer(100, 1), "optimisation steps (rollout batches), not gradient updates"),
     "resume": (Flag(True), "continue from the newest checkpoint of run_dir, if there is one"),
-    "distributed": (Flag(False), "call jax.distributed.initialize (several hosts)"),
+    "distributed": (Flag(False), "join the processes that the launcher started (docs/clusters.md)"),
+    "hosts": (Integer(0), "processes there must be; 0: as the launcher says; 1: alone, whatever it says"),
 
     "model.path": (
         _optional("a directory"),
@@ -127,7 +130,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "task.long_prompts": (Choice("error", ("error", "drop")), "prompts above sampling.max_prompt"),
     "task.reward": (
         Text("", "module:function, or empty", r"|[\w.]+:\w+"),
-        "reward(problem, completion_text, answer, **info) -> float or None",
+        "reward(problem, completion_text, answer, **info) -> float, or dict name -> float",
     ),
     "task.unfinished_thinking": (
         Choice("wrong", UNFINISHED),
@@ -214,6 +217,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "algorithm.entropy_advantage_alpha": (Number(0.4), "weight of the entropy"),
     "algorithm.entropy_advantage_kappa": (Number(2.0, 1, above=True), "the term is at most the advantage over kappa"),
     "algorithm.correction": (_methods(CORRECTIONS, "none"), "of the mismatch between sampler and learner"),
+
+    "rewards.weights": (
+        Text("", "text such as correct=1,length=0.5, or empty", rf"|{_WEIGHT}(,{_WEIGHT})*"),
+        "of the named rewards in the sum, 1 for those not named here; correct, length, format, those of task.reward",
+    ),
 
     "length.reward": (_methods(LENGTH_REWARDS, "none"), "from correctness and length to a reward"),
     "length.mode": (Choice("none", ("none", *_MODES, "both")), "budget in the prompt"),
