@@ -152,6 +152,8 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         placement=placement,
         weights=s.weights,
         cache=s.cache,
+        pages=s.pages,
+        cache_tokens=s.cache_tokens,
         allowed=decodable(tok, decoder.vocab_size),
     )
 
