@@ -46,7 +46,7 @@ def start_backend(config) -> None:
     else:
         distributed.refuse_alone(config.hosts)
     if config.compilation_cache:
-        cli.use_compilation_cache()
+        cli.use_compilation_cache(str(config.run_dir))
 
 
 def mesh(config, devices=None):
@@ -152,6 +152,8 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         placement=placement,
         weights=s.weights,
         cache=s.cache,
+        pages=s.pages,
+        cache_tokens=s.cache_tokens,
         allowed=decodable(tok, decoder.vocab_size),
     )
 

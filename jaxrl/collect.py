@@ -24,9 +24,9 @@ from jaxrl.rollout.requests import Request
 from jaxrl.rollout_metrics import Collected, outcome_counts, sampled_metrics, selection_metrics
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
-from jaxrl.shaping import adapt, length_weight, named_columns, shape_rewards, shaping_metrics
+from jaxrl.shaping import adapt, budget_factor, length_weight, named_columns, shape_rewards, shaping_metrics
 from jaxrl.tasks.budgets import with_budget
-from jaxrl.tasks.task import Task
+from jaxrl.tasks.task import Task, without_infinities
 from jaxrl.types import Problem
 
 STATE_VERSION = 2  # of Collector.state; 1 held groups as JSON
@@ -121,11 +121,11 @@ class Collector:
             "selection/generation_batches": len(sampled),
             "selection/surplus": self.surplus.num_groups,
             "selection/pending": self.pending.num_groups + self.ahead.num_groups,
-            **shaping_metrics(self.shaping, self.config, length_weight(self.config, step)),
+            **shaping_metrics(self.shaping, self.config, step),
             **selection_metrics(batch, thrown_away),
             **(sampled_metrics(everything) if len(everything) else {}),
         }
-        self.shaping = adapt(self.shaping, everything, self.config)
+        self.shaping = adapt(self.shaping, everything, self.config, step)
         return batch._replace(metrics=metrics)
 
     def _generate(self, params, step: int, costs: Costs) -> Rollouts:
@@ -154,7 +154,8 @@ class Collector:
         costs.slot_steps += self.sampler.stats.slot_steps * jax.process_count()
         left = done.group_any(done.unfinished)
         self.pending = done.take_groups(np.flatnonzero(left))
-        finished = shape_rewards(done.take_groups(np.flatnonzero(~left)), c, length_weight(c, step), self.shaping)
+        weight = length_weight(c, step, self.shaping)
+        finished = shape_rewards(done.take_groups(np.flatnonzero(~left)), c, weight, self.shaping)
         self._learn_from(finished)
         costs.grade += time.perf_counter() - middle
         return finished
@@ -179,7 +180,8 @@ class Collector:
                 keep = greso_keep(self.greso, [problem.id for _, problem in rows], rng, self.config.batch.greso_hyper)
                 rows = [row for row, k in zip(rows, keep, strict=True) if k]
             out += rows
-        return [(p, with_budget(problem, self.config, p)) for p, problem in out]
+        factor = budget_factor(self.config, self.shaping)
+        return [(p, with_budget(problem, self.config, p, factor)) for p, problem in out]
 
     def _sample(self, params, batch: Rollouts, ahead: Rollouts, step: int) -> tuple[Rollouts, Rollouts]:
         """Both continued; `ahead` only as far as slots idle while the batch finishes."""
@@ -199,6 +201,7 @@ class Collector:
         index, tokens = np.flatnonzero(~waiting), rollouts.split_tokens()
         texts = [self.tokenizer.decode(tokens[i]) for i in index]
         grades = self.task.grade([rollouts.prompts[rollouts.group[i]].problem for i in index], texts)
+        grades = [without_infinities(grade) for grade in grades]
         finite = rollouts.token_sum(~np.isfinite(rollouts.logprobs)) == 0
         new = {k: getattr(rollouts, k).copy() for k in ("correct", "reward", "valid", "outcome")}
         for i, grade in zip(index, grades, strict=True):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxrl.algorithms.control import control_factor, control_update
 from jaxrl.algorithms.length import LengthInputs, length_rewards, next_state
 from jaxrl.rollouts import Rollouts
 from jaxrl.tasks.task import Grade
@@ -58,10 +59,21 @@ def _warn(name: str) -> None:
 # ---- the length reward
 
 
-def length_weight(config, step: int) -> float:
-    """Weight of the length term at a step: config.length.weight, reached linearly in warmup_steps steps."""
+def length_weight(config, step: int, state: dict | None = None) -> float:
+    """Weight of the length term at a step: config.length.weight, reached linearly in warmup_steps steps, times the
+    factor of config.length.control where that steers the weight."""
     c = config.length
-    return c.weight * min(1.0, step / c.warmup_steps) if c.warmup_steps else c.weight
+    weight = c.weight * min(1.0, step / c.warmup_steps) if c.warmup_steps else c.weight
+    return weight * (_factor(config, state or {}) if c.control.steers == "weight" else 1.0)
+
+
+def budget_factor(config, state: dict) -> float:
+    """What drawn budgets are multiplied with: the factor of config.length.control where that steers budgets."""
+    return _factor(config, state) if config.length.control.steers == "budget" else 1.0
+
+
+def _factor(config, state: dict) -> float:
+    return 1.0 if config.length.control.target == "none" else control_factor(state.get("control", {}))
 
 
 def length_inputs(rollouts: Rollouts, config, state: dict) -> LengthInputs:
@@ -113,17 +125,34 @@ def shape_rewards(rollouts: Rollouts, config, weight: float = 1.0, state: dict |
     return r.replace(reward=reward.astype(np.float32), columns=r.columns | columns)
 
 
-def adapt(state: dict, sampled: Rollouts, config) -> dict:
-    """The state for the next step: of the length reward, after everything that this step has sampled."""
-    name = config.length.reward
+def adapt(state: dict, sampled: Rollouts, config, step: int) -> dict:
+    """The state for the next step, after everything that this one has sampled: of the length reward, and of the control
+    (which waits while the length term is warmed up)."""
+    name, control = config.length.reward, config.length.control
     if not sampled.valid.any():
         return state
     inputs = length_inputs(sampled, config, state)
-    return state | {"reward": next_state(name, inputs, dict(config.length.hyper[name]))}
+    state = state | {"reward": next_state(name, inputs, dict(config.length.hyper[name]))}
+    if control.target != "none" and step >= config.length.warmup_steps:
+        measured = measure(control.target, inputs)
+        state["control"] = control_update(state.get("control", {}), measured, control)
+    return state
 
 
-def shaping_metrics(state: dict, config, weight: float) -> dict[str, float]:
-    """What the step's rewards were shaped with: weight of the length term, and the state of the length reward."""
-    if config.length.reward == "none":
-        return {}
-    return {"length/weight": weight, **{f"length/state/{k}": v for k, v in state.get("reward", {}).items()}}
+def measure(target: str, inputs: LengthInputs) -> float:
+    """What config.length.control steers by. Violations are responses above their budget, or above the token limit where
+    nobody has a budget."""
+    if target == "accuracy":
+        return float(inputs.correct.mean())
+    if target == "length":
+        return float(inputs.lengths.mean())
+    has = inputs.budgets > 0
+    return float((inputs.lengths > inputs.budgets)[has].mean() if has.any() else inputs.truncated.mean())
+
+
+def shaping_metrics(state: dict, config, step: int) -> dict[str, float]:
+    """What the step's rewards were shaped with: weight of the length term, state of the length reward and control."""
+    out = {} if config.length.reward == "none" else {"length/weight": length_weight(config, step, state)}
+    if config.length.control.target != "none":
+        out["length/control"] = _factor(config, state)
+    return out | {f"length/state/{k}": v for k, v in state.get("reward", {}).items()}

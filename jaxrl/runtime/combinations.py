@@ -121,6 +121,20 @@ def impossible_methods(config: ConfigDict) -> Iterator[str]:
     if a.kl_in_reward and a.advantage == "gdpo":
         yield "algorithm.kl_in_reward=True: advantage gdpo reads the named rewards, which do not hold the KL"
     yield from _rewards(config)
+    yield from _control(config)
+
+
+def _control(config: ConfigDict) -> Iterator[str]:
+    """What does not fit together in the control of the length weight or the budgets."""
+    length, control = config.length, config.length.control
+    if control.target == "none":
+        return
+    if control.steers == "weight" and length.reward == "none":
+        yield "length.control.steers='weight' needs a length reward: config.length.reward is none"
+    if control.steers == "budget" and (length.mode == "none" or config.task.name == "dial"):
+        yield "length.control.steers='budget' needs budgets drawn in length.low to high: length.mode, not task dial"
+    if control.target == "length" and control.value <= 0:
+        yield "length.control.value=0 must be a mean length in tokens for length.control.target=length"
 
 
 def _rewards(config: ConfigDict) -> Iterator[str]:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.aggregation import AGGREGATIONS
+from jaxrl.algorithms.control import HELD
 from jaxrl.algorithms.correction import CORRECTIONS
 from jaxrl.algorithms.greso import GRESO
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
@@ -180,6 +181,14 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sampling.slots": (Integer(64, 1), "completions decoded at once, on all chips of a host together"),
     "sampling.chunk": (Integer(64, 1), "decode steps per call"),
     "sampling.window": (Integer(64, 1), "the cache grows in multiples of so many positions"),
+    "sampling.pages": (
+        Integer(0),
+        "tokens of a page of the cache, which rows then take as they grow; 0: dense, all rows as long as the longest",
+    ),
+    "sampling.cache_tokens": (
+        Integer(0),
+        "tokens that the pages hold, on all chips of a host together; 0: as many as all slots of full length take",
+    ),
     "sampling.carry_over": (
         Integer(0),
         "above 0: a completion gets so many tokens a generation batch, then waits for the next one",
@@ -231,6 +240,19 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "length.count": (Choice("response", ("response", "thinking")), "which tokens the length reward counts"),
     "length.weight": (Number(1.0), "of the length term: reward = task reward + weight * (length reward - correctness)"),
     "length.warmup_steps": (Integer(0), "steps in which the weight rises from 0 (Kimi k1.5 warms its term up)"),
+    "length.control.target": (
+        Choice("none", ("none", *HELD)),
+        "what is held by a factor that adapts from step to step, with any length reward",
+    ),
+    "length.control.steers": (Choice("weight", ("weight", "budget")), "what the factor multiplies"),
+    "length.control.value": (
+        Number(0.0),
+        "mean length in tokens; share above the budget; for accuracy how far below the baseline it may fall",
+    ),
+    "length.control.baseline": (Number(0.0, 0, 1), "accuracy to compare with; 0: that of the first step measured"),
+    "length.control.rate": (Number(0.5, **_POSITIVE), "step of the factor's logarithm for an error of 1"),
+    "length.control.low": (Number(0.01, 0, 1, above=True), "least factor"),
+    "length.control.high": (Number(10.0, 1), "largest factor"),
 
     "optimizer.learning_rate": (Number(1e-6), "the peak, after the warm-up"),
     "optimizer.warmup_steps": (Integer(0), "updates"),
@@ -282,7 +304,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     ),
     "watchdog.grace": (Number(300.0), "seconds from SIGTERM or Ctrl-C to the exit, saved or not"),
     "nonfinite.max_in_a_row": (Integer(3), "skipped updates before going back to a checkpoint, once; 0: off"),
-    "compilation_cache": (Flag(True), "keep compiled programs in the user's cache directory"),
+    "compilation_cache": (Flag(True), "keep compiled programs: in the user's cache, or beside a run in a bucket"),
 }
 
 # The constants of every method, chosen or not: config.algorithm.loss_hyper.dapo.clip_high.
