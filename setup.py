@@ -43,6 +43,6 @@ setup(
         "wandb": ["wandb"],
         "hub": ["datasets"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "gcsfs", "s3fs", "gcp-storage-emulator",
-                 "moto[s3,server]"],
+                 "moto[s3,server]", "tensorboard"],
     },
 )

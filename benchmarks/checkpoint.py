@@ -2,7 +2,7 @@ r"""What a checkpoint costs: python benchmarks/checkpoint.py [--millions=10] [--
 
 Parameters in float32 with Adam's two moments (12 bytes a parameter; random, so that they do not compress). Prints, as
 medians of five saves: how long the training loop waits, how long until the checkpoint is committed (written, flushed,
-digested, renamed), its size, and how long a restore takes with every digest compared.
+digested, sealed), its size, and how long a restore takes with every digest compared.
 
 With --run it reads the metrics of a run that saved every second step and shows the costs inside that run: how long
 the loop waited for a save, and how much longer the steps were that had a save going on behind them:

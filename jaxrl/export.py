@@ -1,10 +1,11 @@
 """A run's model as a Hugging Face directory that transformers (and vLLM, SGLang, ...) loads.
 
-    python -m jaxrl.export RUN OUT_DIR
+    python -m jaxrl.export RUN OUT_DIR [--adapters]
 
 Weights of the newest checkpoint (--step=N for another) in the dtype they have there (--dtype=bfloat16 for another),
-config, tokenizer with its chat template, and a generation config that samples as training did. OUT_DIR must be new or
-empty.
+config, tokenizer with its chat template, and a generation config that samples as training did. Adapters of a run that
+trained such (config.model.lora) are merged into their base; with --adapters they alone are written, as peft loads them.
+OUT_DIR must be new or empty.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from typing import Any
 import jax
 
 from jaxrl import build
-from jaxrl.algorithms.hyper import Choice, Integer
+from jaxrl.algorithms.hyper import Choice, Flag, Integer
 from jaxrl.errors import UserError
 from jaxrl.runtime import cli, storage
 from jaxrl.runtime import mesh as meshes
-from jaxrl.runtime.model_source import is_run, load_model, run_settings, stored_dtype
+from jaxrl.runtime.model_source import is_run, load_model, load_run_adapters, run_settings, stored_dtype
 from jaxrl.runtime.storage import atomic_write
+from models.lora import save_adapters
 from models.tokenizers import VocabTokenizer
 from models.weights import save_params
 
-FLAGS = dict(step=Integer(-1, -1), dtype=Choice("", ("", "float32", "bfloat16", "float16")))
+FLAGS = dict(step=Integer(-1, -1), dtype=Choice("", ("", "float32", "bfloat16", "float16")), adapters=Flag(False))
 
 
 def main(argv: list[str]) -> None:
@@ -35,14 +37,15 @@ def main(argv: list[str]) -> None:
         raise UserError("need a run and a directory to write: python -m jaxrl.export RUN OUT_DIR")
     run, out = flags["positional"]
     step = None if flags["step"] < 0 else flags["step"]
-    config, size = export(run, out, step, flags["dtype"])
-    print(f"written to {out}: a {config.model_type} with {size:,} parameters")
+    config, size = export(run, out, step, flags["dtype"], flags["adapters"])
+    what = "adapters of " if flags["adapters"] else ""
+    print(f"written to {out}: {what}a {config.model_type} with {size:,} parameters")
 
 
-def export(run: str, out: str, step: int | None = None, dtype: str = "") -> tuple[Any, int]:
-    """Writes the directory; returns (DecoderConfig, number of parameters).
+def export(run: str, out: str, step: int | None = None, dtype: str = "", adapters: bool = False) -> tuple[Any, int]:
+    """Writes the directory; returns (DecoderConfig, number of parameters written).
 
-    step: of a checkpoint, None for the newest. dtype: of the weights, "" for the checkpoint's.
+    step: of a checkpoint, None for the newest. dtype: of the weights, "" for the checkpoint's. adapters: only those.
     """
     if not is_run(run):
         raise UserError(f"{run} is not a run directory")
@@ -50,6 +53,13 @@ def export(run: str, out: str, step: int | None = None, dtype: str = "") -> tupl
     target = kept.local
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{out} is there already and not empty; choose another directory, or delete it")
+    if adapters:
+        config, lora, params, base = load_run_adapters(run, step)
+        params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
+        save_adapters(target, params, config, lora, base)
+        with storage.user_errors("OUT_DIR"):
+            kept.close()
+        return config, sum(leaf.size for leaf in jax.tree.leaves(params))
     mesh = meshes.make_mesh(1, -1, 1) if jax.device_count() > 1 else None
     shardings = (lambda config: build.param_shardings(config, mesh)[1]) if mesh else None
     config, params, tokenizer = load_model(run, dtype or stored_dtype(run, step), shardings, step)

@@ -46,7 +46,7 @@ from jaxrl.evaluation.seeds import average_sweeps, mean_and_half, plus_minus, sw
 from jaxrl.evaluation.tables import markdown
 from jaxrl.reporting.comparison import draw
 from jaxrl.reporting.runs import Run, Setting, read_run
-from jaxrl.runtime import cli
+from jaxrl.runtime import cli, storage
 from jaxrl.runtime.storage import atomic_write
 
 FLAGS = dict(config=str, out="", only="", seeds="", images="", print_commands=False, table=False, in_process=False)
@@ -101,6 +101,8 @@ def load_study(path: str) -> dict[str, Any]:
     if unknown := sorted(set(study) - set(DEFAULTS) - set(REQUIRED) - {"name"}):
         valid = ", ".join([*REQUIRED, *DEFAULTS])
         raise UserError(f"{path}: {unknown[0]!r} is not a key of a study; there are {valid}")
+    if storage.is_remote(str(study.get("out", ""))):
+        raise UserError(f"{path}: out={study['out']!r}: a study writes to a local directory")
     for key, kind in REQUIRED.items():
         if not isinstance(study.get(key), kind) or not study[key]:
             raise UserError(f"{path}: key {key!r} is missing or not a {kind.__name__}")

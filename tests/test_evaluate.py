@@ -277,6 +277,8 @@ def test_mistakes_are_one_line(model, tmp_path, flag, said):
 
 def test_grades_of_text_answers():
     class Grader:
+        reading = {}
+
         def grade(self, pairs):
             return [
                 "timeout" if text == "slow" else "correct" if text == gold else "wrong"

@@ -14,8 +14,10 @@ from collections.abc import Callable
 
 from jaxrl.algorithms.hyper import Method, Number
 from jaxrl.algorithms.losses_clip import bapo_bounds, bapo_loss, clip_loss, dac_loss
+from jaxrl.algorithms.losses_cov import clip_cov_choice, clip_cov_loss, kl_cov_choice, kl_cov_loss
 from jaxrl.algorithms.losses_sequence import gmpo_loss, gspo_loss, gspo_token_loss
 from jaxrl.algorithms.losses_soft import cispo_loss, gpg_loss, sapo_loss
+from jaxrl.algorithms.losses_trust import dppo_kl_loss, dppo_tv_loss, dro_loss, vespo_loss
 from jaxrl.algorithms.maspo import MASPO, maspo_loss
 
 
@@ -59,6 +61,11 @@ _BAPO = {"low": Number(0.6, 0, 1), "low_max": Number(0.9, 0, 1), "low_step": Num
 _BAPO |= {"high": Number(1.2, 1), "high_max": Number(3.0, 1, 100), "high_step": Number(0.05, 1e-3, off=0.0)}
 _BAPO |= {"target": Number(0.5, 0, 1), "dual_clip": Number(3.0, 1, above=True, off=0.0), **_CLAMP}
 
+_DPPO = {"ratio_max": Number(20.0, 1), **_CLAMP}
+_VESPO = {"k_pos": Number(2.0), "lambda_pos": Number(3.0), "k_neg": Number(3.0), "lambda_neg": Number(2.0), **_CLAMP}
+_COV = {"ratio": Number(2e-4, 0, 1), **_CLAMP}
+_CLIP_COV = {"clip_low": Number(0.2), "clip_high": Number(0.2), "cov_low": Number(1.0), "cov_high": Number(5.0), **_COV}
+
 LOSSES: dict[str, Loss] = {
     "grpo": Loss(clip_loss, _clip(0.2, 0.2), "seq-mean-token-mean"),
     "dr_grpo": Loss(clip_loss, _clip(0.2, 0.2), "seq-mean-token-sum-norm"),
@@ -74,4 +81,10 @@ LOSSES: dict[str, Loss] = {
     "gpg": Loss(gpg_loss, _CLAMP, "token-mean"),
     "dac": Loss(dac_loss, _DAC, "seq-mean-token-mean"),
     "bapo": Loss(bapo_loss, _BAPO, "token-mean", bapo_bounds, ordered=[("low", "low_max"), ("high", "high_max")]),
+    "dppo_tv": Loss(dppo_tv_loss, {"low": Number(0.15, 0, 1), "high": Number(0.15, 0, 1), **_DPPO}, "token-mean"),
+    "dppo_kl": Loss(dppo_kl_loss, {"low": Number(0.05), "high": Number(0.05), **_DPPO}, "token-mean"),
+    "vespo": Loss(vespo_loss, _VESPO, "token-mean"),
+    "dro": Loss(dro_loss, {"beta": Number(0.1), **_CLAMP}, "token-mean"),
+    "clip_cov": Loss(clip_cov_loss, _CLIP_COV, "token-mean", clip_cov_choice, ordered=[("cov_low", "cov_high")]),
+    "kl_cov": Loss(kl_cov_loss, {"kl_coef": Number(1.0), **_COV}, "token-mean", kl_cov_choice),
 }

@@ -19,7 +19,7 @@ from jaxrl.learner.state import (
     sharding_of,
 )
 from jaxrl.learner.update import Objective, build_programs, place_batch
-from jaxrl.runtime import compiles
+from jaxrl.runtime import compiles, storage
 from models.attention import SHARES_PROMPTS, default_implementation
 from models.config import DecoderConfig
 from models.lora import LoRA, abstract_base, frozen_base, join, load_adapters, read_lora, targeted
@@ -76,7 +76,7 @@ def lora_of(config, decoder: DecoderConfig) -> LoRA | None:
     c = config.model.lora
     try:
         if c.path:
-            return read_lora(c.path, decoder)
+            return read_lora(storage.local_copy(c.path, "config.model.lora.path"), decoder)
         if not c.rank:
             return None
         targeted(decoder, c.targets)
@@ -139,7 +139,8 @@ class Learner:
         self.frozen, start = frozen_base(params, self.decoder, self.config.model.lora.base), None
         if self.config.model.lora.path:
             where = sharding_of(self.abstract_state().params)
-            start = load_adapters(self.config.model.lora.path, self.decoder, where, self.param_dtype)[1]
+            files = storage.local_copy(self.config.model.lora.path, "config.model.lora.path")
+            start = load_adapters(files, self.decoder, where, self.param_dtype)[1]
         key = jax.random.key(self.config.seed)
         return init_state(*parts, key=key, params=start, param_dtype=self.param_dtype, lora=self.lora)
 

@@ -53,8 +53,13 @@ def to_host(arrays: Mapping[str, Any]) -> list[Shard]:
     for _, _, data in mine:
         if isinstance(data, jax.Array):
             data.copy_to_host_async()
-    # A copy, since on a CPU NumPy would look at the device's own memory, which the next step may be given.
-    return [(name, start, np.array(data, order="C", copy=True)) for name, start, data in mine if data.size]
+    return [(name, start, _owned(data)) for name, start, data in mine if data.size]
+
+
+def _owned(data: Any) -> np.ndarray:
+    """Memory of ours. On a CPU NumPy would look at the device's own, which the next step may be given."""
+    here = isinstance(data, np.ndarray) or next(iter(data.devices())).platform == "cpu"
+    return np.array(data, order="C", copy=True) if here else np.asarray(data, order="C")
 
 
 def write(directory: str | os.PathLike, shards: Sequence[Shard], process: int) -> tuple[dict, dict]:

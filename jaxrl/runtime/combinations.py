@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from jaxrl.algorithms.selection import SELECTIONS
+from jaxrl.runtime import storage
 
 
 def impossible(config: ConfigDict) -> Iterator[str]:
@@ -41,17 +42,22 @@ def _batches(config: ConfigDict) -> Iterator[str]:
         yield f"sft.full_steps={sft.full_steps} must not be above sft.steps={sft.steps}"
     if config.model.path == "" and config.model.shape.hidden_size < 1:
         yield "model.path is empty and config.model.shape.hidden_size is 0: give a directory or a shape"
-    if config.model.path and not os.path.isdir(config.model.path):
+    if config.model.path and not _directory(config.model.path):
         yield f"model.path={config.model.path!r} is not a directory"
     lora = config.model.lora
     if lora.path and lora.rank:
         yield f"model.lora.rank={lora.rank}: the adapters in model.lora.path have a rank of their own; leave it at 0"
     if not lora.targets:
         yield "model.lora.targets is empty: name matrices, attention, mlp or all"
-    if lora.path and not os.path.isdir(lora.path):
+    if lora.path and not _directory(lora.path):
         yield f"model.lora.path={lora.path!r} is not a directory"
     if [config.mesh[axis] for axis in ("data", "fsdp", "tensor")].count(-1) > 1:
         yield "mesh: at most one of data, fsdp and tensor may be -1 (the rest)"
+
+
+def _directory(path: str) -> bool:
+    """A local directory; a store is asked later, once."""
+    return storage.is_remote(path) or os.path.isdir(path)
 
 
 def _tasks(config: ConfigDict) -> Iterator[str]:

@@ -27,6 +27,7 @@ from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.errors import UserError
+from jaxrl.runtime import storage
 from jaxrl.runtime.combinations import impossible
 from jaxrl.tasks.answers import UNFINISHED
 from jaxrl.tasks.budgets import BUDGET_SAMPLERS
@@ -54,6 +55,9 @@ _POSITIVE = dict(low=0, above=True)
 
 # the metrics a checkpoint can be kept for: those of evaluation, and what a run without held-out problems has
 _BEST = r"|accuracy|reward/mean|eval/((accuracy|(pass|maj)@\d+)(_low|_high)?|(mean|median)_tokens)"
+
+# These may be gs://bucket/... or s3://bucket/...
+PATHS = ("run_dir", "model.path", "model.tokenizer", "model.lora.path", "task.data", "task.eval_data", "sft.data")
 
 # key -> (default and what the setting may be, what it means). The constants of methods are in `METHODS`.
 SETTINGS: dict[str, tuple[Any, str]] = {
@@ -407,5 +411,7 @@ def validate(config: ConfigDict) -> None:
         for name, entry in table.items():
             if entry.ordered and (problem := entry.problem(get(config, section)[name])):
                 raise UserError(f"config.{section}.{name}.{problem}")
+    for key in PATHS:
+        storage.as_path(get(config, key), f"config.{key}")
     for problem in impossible(config):
         raise UserError(f"config.{problem}")

@@ -108,11 +108,7 @@ def _run_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings,
 
 def _merged_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
     """Of a run that trained adapters: an ordinary model, they merged into their base."""
-    settings = lora.read_lora(home, config)
-    stored, _ = lora.abstract_adapters(config, settings, stored_dtype(root, step))
-    found = checkpoint.restore(root / "checkpoints", {"params": stored}, step=step, partial=True)
-    if found is None:
-        raise UserError(f"{root}: the run has no checkpoint yet")
+    settings, found = _adapters(root, home, config, step)
     model = run_settings(root)["model"]
     kind = model["lora"]["base"]
     if kept := checkpoint.restore(root / "base", {"params": lora.abstract_base(config, kind)[0]}):
@@ -125,6 +121,25 @@ def _merged_params(root: epath.Path, home, config: DecoderConfig, dtype, shardin
     config = dataclasses.replace(config, lora_scale=settings.scale)
     merge = jax.jit(lambda params: lora.merge(params, config, dtype), out_shardings=shardings)
     return merge(lora.join(base, found.arrays["params"]))
+
+
+def _adapters(root: epath.Path, home, config: DecoderConfig, step) -> tuple[lora.LoRA, checkpoint.Restored]:
+    settings = lora.read_lora(home, config)
+    stored, _ = lora.abstract_adapters(config, settings, stored_dtype(root, step))
+    found = checkpoint.restore(root / "checkpoints", {"params": stored}, step=step, partial=True)
+    if found is None:
+        raise UserError(f"{root}: the run has no checkpoint yet")
+    return settings, found
+
+
+def load_run_adapters(path: str | os.PathLike, step: int | None = None) -> tuple[DecoderConfig, lora.LoRA, Any, str]:
+    """(decoder config, LoRA, adapters, path of the base as the run names it) of a run that trained adapters; step as
+    for `load_model`. Raises UserError if it did not, or has no such checkpoint."""
+    root, home = storage.as_path(path, "RUN"), description(path, "RUN")
+    if not (home / lora.CONFIG).exists():
+        raise UserError(f"{path}: this run trained the whole model, not adapters")
+    settings, found = _adapters(root, home, config := from_hf(home), step)
+    return config, settings, found.arrays["params"], run_settings(path)["model"]["path"]
 
 
 def stored_dtype(root: str | os.PathLike, step: int | None):

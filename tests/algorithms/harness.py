@@ -42,24 +42,30 @@ def padded(x, fill=0):
     return out
 
 
-def run_loss(name, batch, aggregation=None, overrides=None, counts=None, norm_length=1.0, dtype=np.float64):
+def padded_inputs(batch, dtype):
+    """LossInputs of a batch (see `run_loss`) at the padded shape."""
+    mask, ids = padded(batch["response_mask"].astype(np.int32)), padded(batch["sequence_ids"], -1)
+    fills = {"logp": -1.0, "old_logp": -2.0, "advantages": 3.0, "ref_logp": -3.0, "entropy": 0.5}
+    floats = {k: jnp.asarray(padded(batch[k], fill)).astype(dtype) for k, fill in fills.items() if k in batch}
+    return LossInputs(**floats, mask=mask, segment_ids=ids)
+
+
+def run_loss(name, batch, aggregation=None, overrides=None, counts=None, norm_length=1.0, dtype=np.float64,
+             whole=None):
     """(loss, grad [r, t], token loss [r, t], stats) of a named loss on a batch, at its own shape, as
     float64 NumPy.
 
     batch: dict of logp, old_logp, advantages, response_mask, sequence_ids [r, t]. counts: (tokens,
     sequences); by default those of the batch, fully masked sequences left out. dtype bfloat16 casts the
-    float inputs.
+    float inputs. whole: the mini-batch that the batch is a part of, for losses that look at it first.
     """
     entry, hyper = resolve(LOSSES, "loss", name, overrides)
     with jax.enable_x64(dtype == np.float64):
-        mask, ids = padded(batch["response_mask"].astype(np.int32)), padded(batch["sequence_ids"], -1)
-        fills = {"logp": -1.0, "old_logp": -2.0, "advantages": 3.0, "ref_logp": -3.0, "entropy": 0.5}
-        floats = {k: jnp.asarray(padded(batch[k], fill)).astype(dtype) for k, fill in fills.items() if k in batch}
-        inputs = LossInputs(**floats, mask=mask, segment_ids=ids)
+        inputs = padded_inputs(batch, dtype)
         if counts is None:
             counts = count(batch)
         if entry.prepare is not None:
-            hyper = prepared(name, inputs, hyper)
+            hyper = prepared(name, inputs if whole is None else padded_inputs(whole, dtype), hyper)
         static = tuple((k, v) for k, v in hyper.items() if isinstance(v, bool | str))
         numbers = {k: v for k, v in hyper.items() if not isinstance(v, bool | str)}
         pick = np.array([m == (aggregation or entry.aggregation) for m in AGGREGATIONS])

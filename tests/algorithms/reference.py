@@ -79,7 +79,73 @@ def token_losses(name, seq, h, frozen=None):
     if name == "maspo":
         gate, _ = _maspo_gate(rho if h["differentiable_gate"] else rho_frozen, old, adv, h)
         return -gate * rho * adv
+    if name in ("dppo_tv", "dppo_kl"):
+        return -adv * np.minimum(rho_frozen, h["ratio_max"]) * ~_dppo_outside(name, frozen["logp"], old, adv, h) * logp
+    if name == "vespo":
+        return -_vespo_phi(frozen["logp"] - old, adv, h) * adv * logp
+    if name == "dro":
+        return -adv * logp + h["beta"] / 2 * (logp - old) ** 2
+    if name == "clip_cov":
+        kept = ~_left_out(frozen, h)
+        return kept * _clip_pieces(rho, adv, 1 - h["clip_low"], 1 + h["clip_high"], 0.0)[0]
+    if name == "kl_cov":
+        return -rho * adv + h["kl_coef"] * np.abs(logp - old) * _held(frozen, h)
     raise AssertionError(f"no reference for {name}")
+
+
+def _dppo_outside(name, logp, old, adv, h):
+    p, q = np.exp(logp), np.exp(old)
+    if name == "dppo_tv":
+        return np.where(adv > 0, p - q > h["high"], q - p > h["low"])
+    divergence = q * np.log(q / p) + (1 - q) * np.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    return np.where(adv > 0, (divergence > h["high"]) & (p > q), (divergence > h["low"]) & (p < q))
+
+
+def _vespo_phi(log_ratio, adv, h):
+    w = np.exp(np.sum(log_ratio))
+    k, slope = np.where(adv >= 0, h["k_pos"], h["k_neg"]), np.where(adv >= 0, h["lambda_pos"], h["lambda_neg"])
+    return w**k * np.exp(slope * (1 - w))
+
+
+def _cov(seq, h):
+    return (seq["advantages"] - h["advantage_mean"]) * (seq["logp"] - h["logp_mean"])
+
+
+def _held(seq, h):
+    return _cov(seq, h) >= h["least"]
+
+
+def _in_the_band(seq, h):
+    rho, adv, cov = np.exp(seq["logp"] - seq["old_logp"]), seq["advantages"], _cov(seq, h)
+    clipped = np.where(adv > 0, rho > 1 + h["clip_high"], (adv < 0) & (rho < 1 - h["clip_low"]))
+    return ~clipped & (cov > h["cov_low"]) & (cov < h["cov_high"])
+
+
+def _left_out(seq, h):
+    def mix(x):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = ((x ^ (x >> shift)) * factor) % 2**32
+        return x ^ (x >> 16)
+
+    a, b = (int(v) for v in (2654435761, 2**32))
+    keys = [(int(np.round(o * 4096)) * a + int(np.round(v * 4096))) % b
+            for o, v in zip(seq["old_logp"], seq["advantages"], strict=True)]  # fmt: skip
+    return _in_the_band(seq, h) & (np.array([(mix(k) >> 8) / 2**24 for k in keys]) < h["share"])
+
+
+def prepared(name, sequences, h):
+    """The constants that a loss takes from the whole mini-batch."""
+    if name == "bapo":
+        low, high = bapo_bounds(sequences, h)
+        return h | {"low": low, "high": high}
+    if name not in ("clip_cov", "kl_cov"):
+        return h
+    every = {k: np.concatenate([s[k] for s in sequences]) for k in ("logp", "old_logp", "advantages")}
+    h = h | {"advantage_mean": every["advantages"].mean(), "logp_mean": every["logp"].mean()}
+    count = max(int(h["ratio"] * len(every["logp"]) + 1e-4), 1) if h["ratio"] else 0
+    if name == "kl_cov":
+        return h | {"least": np.sort(_cov(every, h))[-count] if count else np.inf}
+    return h | {"share": count / max(_in_the_band(every, h).sum(), 1)}
 
 
 def gradient(name, seq, h, w):
@@ -113,6 +179,16 @@ def gradient(name, seq, h, w):
         gate, sigma = _maspo_gate(rho, old, adv, h)
         factor = 1 - rho * (rho - 1) / sigma**2 if h["differentiable_gate"] else 1.0
         return -w * gate * rho * adv * factor
+    if name in ("dppo_tv", "dppo_kl"):
+        return -w * adv * np.minimum(rho, h["ratio_max"]) * ~_dppo_outside(name, logp, old, adv, h)
+    if name == "vespo":
+        return -w * _vespo_phi(logp - old, adv, h) * adv
+    if name == "dro":
+        return w * (h["beta"] * (logp - old) - adv)
+    if name == "clip_cov":
+        return w * ~_left_out(seq, h) * _clip_pieces(rho, adv, 1 - h["clip_low"], 1 + h["clip_high"], 0.0)[1]
+    if name == "kl_cov":
+        return w * (h["kl_coef"] * np.sign(logp - old) * _held(seq, h) - rho * adv)
     raise AssertionError(f"no reference for {name}")
 
 

@@ -69,11 +69,9 @@ def test_micro_batches_add_up(name, seed, lengths, aggregation):
     rng = np.random.default_rng(seed)
     sequences = random_sequences(rng, lengths)
     batch, _ = pack(sequences, [[i] for i in range(len(sequences))], rng)
-    prepared = (
-        {} if LOSSES[name].prepare is None else {"low": 0.75, "low_max": 0.75, "high": 1.3, "high_max": 1.3}
-    )
-    options = {"aggregation": aggregation, "overrides": prepared, "counts": count(batch), "norm_length": 7.0}
+    options = {"aggregation": aggregation, "counts": count(batch), "norm_length": 7.0}
     whole = run_loss(name, batch, **options)
+    options["whole"] = batch
     cut = int(rng.integers(1, len(sequences)))
     parts = [
         run_loss(name, {k: v[s] for k, v in batch.items()}, **options) for s in (np.s_[:cut], np.s_[cut:])

@@ -38,6 +38,12 @@ VARIANTS = [(name, {}) for name in LOSSES] + [
     ),
     ("bapo", {"target": 0.9, "high_max": 1.5}),
     ("bapo", {"target": 0.1}),
+    ("dppo_tv", {"low": 0.05, "high": 0.02, "ratio_max": 1.2}),
+    ("dppo_kl", {"low": 0.01, "high": 0.005, "ratio_max": 1.5}),
+    ("vespo", {"k_pos": 1.0, "lambda_pos": 0.5, "k_neg": 0.5, "lambda_neg": 1.5}),
+    ("dro", {"beta": 0.7}),
+    ("clip_cov", {"ratio": 0.1, "cov_low": 0.2, "cov_high": 2.0, "clip_low": 0.3}),
+    ("kl_cov", {"ratio": 0.2, "kl_coef": 0.3}),
 ]
 IDS = [f"{n}-{'-'.join(f'{k}{v}' for k, v in h.items()) or 'defaults'}" for n, h in VARIANTS]
 
@@ -52,10 +58,7 @@ def _sequences(seed=0, token_advantages=False):
 
 
 def _constants(name, overrides, sequences):
-    hyper = resolve(LOSSES, "loss", name, overrides)[1]
-    if name == "bapo":
-        hyper["low"], hyper["high"] = reference.bapo_bounds(sequences, hyper)
-    return hyper
+    return reference.prepared(name, sequences, resolve(LOSSES, "loss", name, overrides)[1])
 
 
 def _spread_out(places, batch, values):
@@ -149,10 +152,39 @@ def test_on_policy_gradient_is_the_policy_gradient(name):
     for s in sequences:
         s["old_logp"] = s["logp"]
     batch, places = pack(sequences, ROWS, np.random.default_rng(4))
-    _, grad, *_ = run_loss(name, batch)
+    _, grad, *_ = run_loss(name, batch, overrides={"ratio": 0.0} if name == "clip_cov" else None)
     weights = reference.token_weights(sequences, LOSSES[name].aggregation)
     slopes = [-w * s["advantages"] for w, s in zip(weights, sequences, strict=True)]
     np.testing.assert_allclose(grad, _spread_out(places, batch, slopes), rtol=1e-9, atol=1e-12)
+
+
+def test_the_covariance_losses_choose_as_many_tokens_as_they_should():
+    """KL-Cov exactly those with the most covariance; Clip-Cov as many on average, by lots that look random."""
+    rng = np.random.default_rng(0)
+    sequences = random_sequences(rng, [50] * 60, spread=0.3)
+    batch, _ = pack(sequences, [[i] for i in range(60)])
+    *_, stats = run_loss("kl_cov", batch, overrides={"ratio": 0.01})
+    assert stats["held"] == 30
+    band = {"cov_low": 0.1, "cov_high": 5.0}
+    hyper = _constants("clip_cov", band, sequences)
+    eligible = sum(reference._in_the_band(s, hyper).sum() for s in sequences)
+    assert eligible > 500
+    for ratio in (0.0, 0.02, 0.05):
+        *_, stats = run_loss("clip_cov", batch, overrides={"ratio": ratio, **band})
+        spread = np.sqrt(3000 * ratio * (1 - 3000 * ratio / eligible))
+        assert abs(stats["left_out"] - 3000 * ratio) <= 3 * spread
+    *_, stats = run_loss("clip_cov", batch, overrides={"ratio": 1.0, **band})
+    assert stats["left_out"] == eligible
+
+
+def test_vespos_weight_is_largest_at_k_over_lambda_and_one_without_a_ratio():
+    hyper = resolve(LOSSES, "loss", "vespo")[1]
+    w = np.linspace(0.01, 3, 3000)
+    phi = np.array([reference._vespo_phi(np.array([np.log(x)]), np.array([1.0]), hyper)[0] for x in w])
+    assert w[phi.argmax()] == pytest.approx(2 / 3, abs=1e-3)
+    x = np.log([[1.0, 0.5, 2.0]])
+    batch, _ = pack([{"logp": x[0] - 1, "old_logp": np.full(3, -1.0), "advantages": np.ones(3)}], [[0]])
+    assert run_loss("vespo", batch)[3]["phi"] == pytest.approx(3.0)  # W = 1 * 0.5 * 2
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.6, 1.2), (0.9, 2.1), (0.9, 2.6)])
