@@ -42,7 +42,7 @@ def balance(probabilities, experts, live):
 
 def balance_loss(assignments, probabilities, tokens):
     """Load-balancing loss of Switch Transformers (2101.03961, equations 4 to 6) over all layers at once, as
-    transformers computes it: E x sum over experts of (share of assignments) x (mean probability); k if the load is even.
+    transformers computes it: E x sum over experts of (share of assignments) x (mean probability); k if even.
 
     assignments, probabilities: float32 [L, E], from `balance`. tokens: how many were counted, in one layer.
     """

@@ -3,11 +3,13 @@ devices is fixed at start-up.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
 
-A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "@2" puts it on two slices. For each, OUT
+A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "+moe" takes a mixture of experts, "@2" puts it
+on two slices. For each, OUT
 holds the gradient (SGD with rate 1: old minus new parameters), the metrics, and the collectives of the compiled
 program; a line tells how far loss and gradient are from those of the first mesh.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -26,6 +28,7 @@ from models.config import DecoderConfig
 
 # Sizes that tell arrays apart: V 208, D 32, F 80, q 64, kv 32. Two key-value heads, so tensor=8 replicates them.
 CONFIG = DecoderConfig(208, 32, 80, 3, 8, 2, 8, qk_norm=True, model_type="qwen3", init_std=0.2)
+MOE = dataclasses.replace(CONFIG, model_type="qwen3_moe", num_experts=8, experts_per_token=2, expert_size=24)
 OBJECTIVE = Objective(loss="gspo", kl_coef=0.1, entropy_coef=0.01, temperature=0.9)
 
 
@@ -59,11 +62,13 @@ def main(out, *names):
     jax.config.update("jax_disable_most_optimizations", True)  # the same partitioning, compiled in half the time
     optimizer, record, first = Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1)), {}, None
     for name in names:
-        shape, _, slices = name.removesuffix("+sp").partition("@")
+        shape, _, slices = name.removesuffix("+sp").removesuffix("+moe").partition("@")
         sizes, slices = [int(n) for n in shape.split(",")], int(slices or 1)
         mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)], slices=slices)
-        programs = build_programs(CONFIG, mesh, optimizer, OBJECTIVE, sequence_parallel=name.endswith("+sp"))
-        state = init_state(CONFIG, optimizer, mesh, jax.random.key(0))
+        config, balance = (MOE, 0.1) if name.endswith("+moe") else (CONFIG, 0.0)
+        objective = dataclasses.replace(OBJECTIVE, balance_coef=balance)
+        programs = build_programs(config, mesh, optimizer, objective, sequence_parallel=name.endswith("+sp"))
+        state = init_state(config, optimizer, mesh, jax.random.key(0))
         before, data = jax.tree.map(np.array, state.params), place_batch(batch(), mesh)
         program = programs.update.lower(state, data).compile()
         found, counts = collectives(program.as_text())

@@ -98,6 +98,17 @@ def test_every_mesh_agrees(tmp_path):
     agree(*run_worker(tmp_path / "out.npz", *names), names)
 
 
+@pytest.mark.slow
+def test_every_mesh_agrees_on_a_mixture_of_experts(tmp_path):
+    """Experts on fsdp, their width on tensor; load-balancing loss included."""
+    names = ["1,1,1+moe", "2,2,2+moe", "1,8,1+moe", "4,1,2+moe"]
+    info, gradients = run_worker(tmp_path / "out.npz", *names)
+    agree(info, gradients, names)
+    assert info["2,2,2+moe"]["shards"]["['layers']['mlp']['experts_up']"] == [3, 4, 32, 12]
+    assert info["1,1,1+moe"]["metrics"]["moe/balance_loss"] > 2 > info["1,1,1+moe"]["metrics"]["moe/load_max"] / 4
+    assert all("['experts" not in k or np.abs(g).max() > 0 for k, g in gradients["1,8,1+moe"].items())
+
+
 def test_sequence_parallelism_splits_the_tokens_of_what_lies_between_blocks():
     """[R, T, D] has its rows on data and fsdp, and with the option its tokens on tensor."""
     config, mesh, found = base_config(), make_mesh(1, 1, 1, devices=jax.devices()[:1]), []
