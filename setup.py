@@ -30,6 +30,7 @@ setup(
         "safetensors",
         "math-verify>=0.8",
         "pyarrow",
+        "pyyaml",
         "rich",
         "scipy",
         "tensorboardX",

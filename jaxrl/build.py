@@ -42,7 +42,9 @@ def start_backend(config) -> None:
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(hardware.GPU_MEMORY))
     if config.distributed:
-        distributed.initialize(heartbeat_seconds=config.watchdog.heartbeat)
+        distributed.initialize(config.watchdog.heartbeat, config.hosts)
+    else:
+        distributed.refuse_alone(config.hosts)
     if config.compilation_cache:
         cli.use_compilation_cache()
 
@@ -150,6 +152,8 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         placement=placement,
         weights=s.weights,
         cache=s.cache,
+        pages=s.pages,
+        cache_tokens=s.cache_tokens,
         allowed=decodable(tok, decoder.vocab_size),
     )
 

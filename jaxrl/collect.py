@@ -17,7 +17,6 @@ import numpy as np
 
 from jaxrl import rollouts as records
 from jaxrl.algorithms.greso import greso_init, greso_keep, greso_update
-from jaxrl.algorithms.length import LengthInputs, length_rewards
 from jaxrl.algorithms.selection import mean_accuracy, mean_length, select
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Engine, SamplingParams
@@ -25,6 +24,7 @@ from jaxrl.rollout.requests import Request
 from jaxrl.rollout_metrics import Collected, outcome_counts, sampled_metrics, selection_metrics
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
+from jaxrl.shaping import adapt, budget_factor, length_weight, named_columns, shape_rewards, shaping_metrics
 from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Task
 from jaxrl.types import Problem
@@ -58,12 +58,14 @@ class Collector:
         self.ahead = records.begin([])  # groups of the next generation batch that have begun (sampling.prefetch)
         self.greso = greso_init(config.batch.greso_hyper)
         self.mean_lengths: dict[str, float] = {}  # last mean response length per problem: longest first
+        self.shaping: dict = {}  # what adapts in the rewards (jaxrl.shaping)
 
     # ---- checkpoints
 
     def state(self) -> tuple[dict, dict[str, np.ndarray]]:
         """(JSON-able numbers, arrays); `restore` continues from them bit for bit."""
         numbers = {"position": self.position, "greso": self.greso, "mean_lengths": self.mean_lengths}
+        numbers |= {"shaping": self.shaping}
         waiting = {"surplus": self.surplus, "pending": self.pending, "ahead": self.ahead}
         arrays = {f"{name}/{k}": v for name, r in waiting.items() for k, v in r.to_arrays().items()}
         return numbers | {"version": STATE_VERSION}, arrays
@@ -76,6 +78,7 @@ class Collector:
                 "on with the program that wrote it, or start anew in another config.run_dir"
             )
         self.position, self.greso, self.mean_lengths = (numbers[k] for k in ("position", "greso", "mean_lengths"))
+        self.shaping = numbers.get("shaping", {})
         for name in ("surplus", "pending", "ahead"):
             mine = {k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")}
             setattr(self, name, Rollouts.from_arrays(mine))
@@ -118,9 +121,11 @@ class Collector:
             "selection/generation_batches": len(sampled),
             "selection/surplus": self.surplus.num_groups,
             "selection/pending": self.pending.num_groups + self.ahead.num_groups,
+            **shaping_metrics(self.shaping, self.config, step),
             **selection_metrics(batch, thrown_away),
             **(sampled_metrics(everything) if len(everything) else {}),
         }
+        self.shaping = adapt(self.shaping, everything, self.config, step)
         return batch._replace(metrics=metrics)
 
     def _generate(self, params, step: int, costs: Costs) -> Rollouts:
@@ -149,7 +154,8 @@ class Collector:
         costs.slot_steps += self.sampler.stats.slot_steps * jax.process_count()
         left = done.group_any(done.unfinished)
         self.pending = done.take_groups(np.flatnonzero(left))
-        finished = shape_rewards(done.take_groups(np.flatnonzero(~left)), c, length_weight(c, step))
+        weight = length_weight(c, step, self.shaping)
+        finished = shape_rewards(done.take_groups(np.flatnonzero(~left)), c, weight, self.shaping)
         self._learn_from(finished)
         costs.grade += time.perf_counter() - middle
         return finished
@@ -174,7 +180,8 @@ class Collector:
                 keep = greso_keep(self.greso, [problem.id for _, problem in rows], rng, self.config.batch.greso_hyper)
                 rows = [row for row, k in zip(rows, keep, strict=True) if k]
             out += rows
-        return [(p, with_budget(problem, self.config, p)) for p, problem in out]
+        factor = budget_factor(self.config, self.shaping)
+        return [(p, with_budget(problem, self.config, p, factor)) for p, problem in out]
 
     def _sample(self, params, batch: Rollouts, ahead: Rollouts, step: int) -> tuple[Rollouts, Rollouts]:
         """Both continued; `ahead` only as far as slots idle while the batch finishes."""
@@ -200,7 +207,7 @@ class Collector:
             new["correct"][i], new["reward"][i] = grade.correct, grade.reward
             new["valid"][i] = grade.valid and finite[i]
             new["outcome"][i] = grade.outcome if finite[i] else "nonfinite"
-        columns = rollouts.columns
+        columns = rollouts.columns | named_columns(grades, index, len(rollouts), self.config)
         if self.config.length.count == "thinking":
             thinking = [len(self.tokenizer.encode(t.split("</think>")[0])) for t in texts]
             counted = rollouts.lengths.copy()
@@ -280,42 +287,7 @@ def gather(mine: Rollouts, whole: Rollouts) -> Rollouts:
     return records.concat(parts).take_groups(place)
 
 
-# ---- what the config says of sampling, budgets and length rewards
-
-
 def sampling_settings(config) -> SamplingParams:
     """What training samples with."""
     s = config.sampling
     return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p)
-
-
-def length_weight(config, step: int) -> float:
-    """Weight of the length term at a step: config.length.weight, reached linearly in warmup_steps steps."""
-    c = config.length
-    return c.weight * min(1.0, step / c.warmup_steps) if c.warmup_steps else c.weight
-
-
-def shape_rewards(rollouts: Rollouts, config, weight: float = 1.0) -> Rollouts:
-    """With the length reward of config.length in the rewards; invalid responses keep out of its statistics.
-
-    The term that is added to the task's reward is weight x (shaped - correct), so that the value of a user's
-    reward function is kept and the term can be warmed up.
-    """
-    name, r = config.length.reward, rollouts
-    if name == "none" or not len(r):
-        return r
-    lengths = r.lengths if config.length.count == "response" else r.columns["thinking_tokens"]
-    v = r.valid
-    inputs = LengthInputs(
-        correct=r.correct[v],
-        lengths=lengths[v],
-        max_length=config.sampling.max_tokens,
-        budgets=r.budgets[v],
-        modes=r.modes[v],
-        group=r.group[v],
-        truncated=r.truncated[v],
-        columns={k: column[v] for k, column in r.columns.items()},
-    )
-    shaped = r.correct.astype(np.float64)
-    shaped[v] = length_rewards(name, inputs, dict(config.length.hyper[name]))
-    return r.replace(reward=r.reward + (weight * (shaped - r.correct)).astype(np.float32))

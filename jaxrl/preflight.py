@@ -42,13 +42,15 @@ from jaxrl.learner.update import abstract_batch
 from jaxrl.rollout import replay
 from jaxrl.rollout.cache import bucket
 from jaxrl.rollout.kernels import Rows, SamplingArrays
+from jaxrl.rollout.paged import WRITES, PagedCache
 from jaxrl.runtime import cli, compilers, hardware, roofline
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import get, parse_config, validate
+from models.decoder import empty_cache
 from models.lora import join
 
 GIB = hardware.GIB
-SAMPLING = ("layout", "prefill", "move layer", "decode")
+SAMPLING = ("layout", "prefill", "move layer", "write pages", "decode")
 MEDIAN, SIGMA = 0.43, 0.75  # of answers, in parts of the limit and as a log-normal's: half of the limit on average
 
 
@@ -113,25 +115,20 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
     tokenizer = types.SimpleNamespace(eos_ids=(0, 1), vocab_size=decoder.vocab_size, unused_ids=())
     sampler = build.sampler(config, decoder, tokenizer, mesh)
     placement, run = sampler.placement, sampler.programs
-    slots, chunk, width = sampler.slots, sampler.chunk, sampler.cache.windows[-1]
+    slots, chunk = sampler.slots, sampler.chunk
     on_host = NamedSharding(placement.mesh, P())
     array = lambda d, *shape: jax.ShapeDtypeStruct(shape, d, sharding=on_host)  # noqa: E731
-
-    def empty_cache(rows, window):
-        cache = jax.eval_shape(lambda: run.new_cache(rows, window))
-        arrays = _placed(cache.arrays, placement.cache())
-        return cache.with_arrays(arrays, start=array(jnp.int32, rows), end=array(jnp.int32))
 
     def lower(program, *args, **kwargs):
         with placement.use():
             return program.lower(*args, **kwargs)
 
     weights = _placed(jax.eval_shape(sampler._layout, params), placement.params(decoder))
-    cache, layer = empty_cache(slots, width), empty_cache(slots, width).v[0]
     group, longest = config.batch.group_size, bucket(sampler.max_prompt - 1, 32)
     needed = -(-slots // group)  # prompts that fill the pool
     prompts = next((n for n in sampler.cache.prefill_sizes if n >= needed), sampler.cache.prefill_sizes[-1])
-    waiting = _bytes(empty_cache(prompts, longest))
+    cache, prefilled, moved, move = _cache(sampler, decoder, prompts, longest, array)
+    waiting = _bytes(prefilled)
     i32 = jnp.int32
     rows = Rows(*(array(i32, slots) for _ in range(4)), array(bool, slots), array(jnp.uint32, slots, 2),
                 array(i32, slots))
@@ -148,13 +145,37 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
         lives + _bytes(cache), 1, prompts * longest * hosts, total / prompts,
     )
     yield Program(
-        "move layer", lambda: lower(run.resize, layer, None, array(i32), window=width),
-        lives + _bytes(weights) + waiting + _bytes(cache) - _bytes(layer), 1, 0, calls * 2 * decoder.num_layers,
+        "write pages" if config.sampling.pages else "move layer", lambda: lower(*move[0], **move[1]),
+        lives + _bytes(weights) + (0 if config.sampling.pages else waiting) + _bytes(cache) - _bytes(moved), 1, 0,
+        total / prompts if config.sampling.pages else calls * 2 * decoder.num_layers,
     )
     yield Program(
         "decode", lambda: lower(run.decode, weights, cache, rows, settings, array(i32), array(i32)),
         lives + waiting, chunk, chunk * slots * hosts, calls, passes=chunk,
     )
+
+
+def _cache(sampler, decoder, prompts: int, longest: int, array) -> tuple:
+    """Shapes of (the cache, prefilled prompts, what a program that moves parts of the cache takes in and gives back),
+    and that program with its arguments. array: makes a small shape."""
+    placement, run, i32 = sampler.placement, sampler.programs, jnp.int32
+    dtype = sampler.spec.cache_dtype
+
+    def dense(rows, window):
+        blocks = placement.platform == "cpu"
+        cache = jax.eval_shape(lambda: empty_cache(decoder, rows, window, dtype, key_blocks=blocks))
+        return cache.with_arrays(_placed(cache.arrays, placement.cache()), start=array(i32, rows), end=array(i32))
+
+    prefilled = dense(prompts, longest).arrays
+    if isinstance(sampler.cache, PagedCache):
+        paged = sampler.cache
+        arrays = _placed(jax.eval_shape(lambda: run.new_pages(paged.pages * paged.replicas)), placement.cache(True))
+        writes = array(i32, paged.replicas * WRITES)
+        cache = paged.view(arrays, array(i32, sampler.slots, paged.widths[-1]))
+        return cache, prefilled, arrays, ((run.write_pages, arrays, prefilled, writes, writes, writes), {})
+    width = sampler.cache.windows[-1]
+    cache = dense(sampler.slots, width)
+    return cache, prefilled, cache.v[0], ((run.resize, cache.v[0], None, array(i32)), dict(window=width))
 
 
 def sampling_refused(mesh, chip: hardware.Chip) -> str:

@@ -55,10 +55,12 @@ def outcome_counts(rollouts: Rollouts) -> dict[str, int]:
 def sampled_metrics(rollouts: Rollouts) -> dict[str, Any]:
     """Metrics of everything that was sampled, before selection."""
     rewards, lengths = rollouts.reward[rollouts.valid], rollouts.lengths
+    named = {k: v[rollouts.valid] for k, v in rollouts.columns.items() if k.startswith("reward/")}
     least, most = rollouts.group_range(rollouts.reward)
     out = {
         "reward/mean": float(rewards.mean()) if len(rewards) else 0.0,
         "reward/std": float(rewards.std()) if len(rewards) else 0.0,
+        **{f"{k}/mean": float(v.mean()) if len(v) else 0.0 for k, v in named.items()},
         "accuracy": float(np.nanmean(mean_accuracy(rollouts))) if len(rewards) else 0.0,
         "zero_std_fraction": 1.0 - float(np.mean(least < most)),
         "response_length/mean": float(lengths.mean()),
@@ -103,7 +105,8 @@ def sample_rows(collected: Collected, trained: Rollouts, tokenizer, most: int) -
     advantage = {who: round(float(a), 4) for who, valid, a in shown if valid}
     kept = sampled.group_any(reason == "")
     groups = [*np.flatnonzero(kept)[:most], *np.flatnonzero(~kept)[:most]]
-    r = sampled.replace(columns={"reason": reason}).take_groups(groups)
+    r = sampled.replace(columns=sampled.columns | {"reason": reason}).take_groups(groups)
+    named = {k.removeprefix("reward/"): v for k, v in r.columns.items() if k.startswith("reward/")}
     per_response = (r.split_tokens(), r.split_tokens(r.logprobs), r.split_tokens(r.version < step))
     rows = []
     for i, (who, tokens, logprobs, stale) in enumerate(zip(r.identity, *per_response, strict=True)):
@@ -119,6 +122,7 @@ def sample_rows(collected: Collected, trained: Rollouts, tokenizer, most: int) -
                 "logprobs": [round(float(x), 4) for x in logprobs],
                 "advantage": advantage.get(who),
                 "reward": float(r.reward[i]),
+                "rewards": {k: float(v[i]) for k, v in named.items()},
                 "correct": float(r.correct[i]),
                 "outcome": r.outcome[i],
                 "length": len(tokens),

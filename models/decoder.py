@@ -25,6 +25,7 @@ from models import cpu, moe
 from models.attention import attend, attend_packed, to_blocks, write_keys
 from models.config import DecoderConfig, LayerKind
 from models.layout import quantise
+from models.pages import Pages, Place, attend_pages
 from models.rope import rope_frequencies
 from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, find, set_path, weights, whole_shape
 
@@ -66,6 +67,20 @@ class Cache:
         """The cache with other `arrays`."""
         k, v, *scales = arrays
         return self.replace(k=k, v=v, scales=tuple(scales), **changes)
+
+    def begin(self, used) -> Cache:
+        """The cache whose row b owns the last used[b] columns. used: int32 [B]."""
+        return self.replace(start=self.end - used)
+
+    def stepped(self, arrays, steps: int) -> Cache:
+        """The cache after `steps` more columns."""
+        return self.with_arrays(arrays, end=self.end + steps)
+
+    def sees(self, positions, window: int):
+        """bool [B, T, W]: the columns that the queries at positions [B, T], written next, see; window 0: all."""
+        column, last = jnp.arange(self.v[0].shape[-2]), self.end + jnp.arange(positions.shape[1])[:, None]
+        mask = (column <= last)[None] & (column >= self.start[:, None, None])
+        return mask & (column > last - window)[None] if window else mask
 
 
 def empty_cache(
@@ -189,9 +204,11 @@ class Attention(Part):
         q, k = rope(q, sin, cos), rope(k, sin, cos)
         if c.query_scale:  # attention itself divides by the root of the head size
             q = q * (c.query_scale * c.head_dim**0.5)
-        if layer_cache is not None:
+        if layer_cache is not None and not isinstance(mask, Place):
             layer_cache = write_cache(layer_cache, k, v, end)
-        if segments[0] is not None:
+        if isinstance(mask, Place):
+            layer_cache, out = attend_pages(layer_cache, q, k, v, mask)
+        elif segments[0] is not None:
             windows = tuple(kind.window for kind in self.kinds)
             out = attend_packed(q, k, v, segments[0], self.implementation, windows, kind, segments[1])
         else:
@@ -292,7 +309,7 @@ class Decoder(nn.Module):
     scan_layers: bool = True
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | None = None, parents=None):
+    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | Pages | None = None, parents=None):
         """Hidden states of every position.
 
         Args:
@@ -301,7 +318,7 @@ class Decoder(nn.Module):
             means one sequence per row. With a cache: the first tokens that it gets, which see each other and need
             not read it, so that a kernel can do it without writing scores out.
           parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
-          cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on.
+          cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on. Pages: T = 1.
 
         Returns:
           (hidden [B, T, D] in `dtype`, after the final norm; the updated cache or None).
@@ -346,7 +363,7 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:  # declared here so that init makes it; applied by logits() and the learner
             self._table("lm_head", "kernel")
         if cache is not None:
-            cache = cache.with_arrays(layers, end=end + T)
+            cache = cache.stepped(layers, T)
         return x, cache
 
     def _table(self, name: str, leaf: str):
@@ -356,17 +373,12 @@ class Decoder(nn.Module):
         return self.param(name, lambda key: {leaf: init(key, shape, self.param_dtype)})[leaf]
 
     def _view(self, kind: LayerKind, positions, cache):
-        """What a kind of layer knows of the positions: (sin, cos, mask over the cache's columns or None)."""
+        """What a kind of layer knows of the positions: (sin, cos, mask over the cache's columns, or Place, or None)."""
         frequencies, factor = rope_frequencies(self.config.head_dim, kind.rope_theta, kind.rope_scaling)
         angle = positions[..., None, None].astype(jnp.float32) * frequencies
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         sin, cos = (sin, cos) if factor == 1 else (sin * factor, cos * factor)
-        mask = None
-        if cache is not None:
-            column, last = jnp.arange(cache.v[0].shape[-2]), cache.end + jnp.arange(positions.shape[1])[:, None]
-            mask = (column <= last)[None] & (column >= cache.start[:, None, None])
-            mask = mask & (column > last - kind.window)[None] if kind.window else mask
-        return sin, cos, mask
+        return sin, cos, None if cache is None else cache.sees(positions, kind.window)
 
 
 def head_matrix(params):

@@ -14,11 +14,12 @@ from jaxrl.algorithms.hyper import Method
 from jaxrl.algorithms.length import LENGTH_REWARDS, LengthInputs
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.batch import make_batches, with_advantages
-from jaxrl.collect import Collector, shape_rewards
+from jaxrl.collect import Collector
 from jaxrl.errors import UserError
 from jaxrl.rollout_metrics import sample_rows
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime.config import base_config
+from jaxrl.shaping import shape_rewards
 from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Grade, Task
 from jaxrl.types import Completion, Problem
@@ -131,6 +132,91 @@ def test_samples_show_the_advantages_that_are_trained_on(advantage):
     rows = sample_rows(got, trained, Tokenizer(), 1)
     assert [r["advantage"] for r in rows[:G]] == pytest.approx(trained.columns["advantage"][:G], abs=1e-4)
     assert not rows[-1]["selected"] and {r["advantage"] for r in rows[G:]} == {None}
+
+
+def named_task():
+    """Right answers earn `user` rewards brief (by length) and tone; some responses lack the latter."""
+    plain = task_of(50)
+
+    def grade(problems, texts):
+        grades = plain.grade(problems, texts)
+        words = [len(t.split()) for t in texts]
+        named = [{"brief": 0.5 / n} | ({"tone": 0.1 * n} if n % 2 else {}) for n in words]
+        return [g._replace(named=x, reward=sum(x.values())) for g, x in zip(grades, named, strict=True)]
+
+    return plain._replace(grade=grade)
+
+
+def test_named_rewards_are_summed_with_weights_and_logged_apart():
+    changes = {"task.reward": "m:f", "length.reward": "linear", "length.weight": 0.5}
+    collector, _ = make(changes=changes | {"rewards.weights": "tone=-2,correct=3,length=4,format=0.25"})
+    collector.task = named_task()
+    got = collector.collect(None, 0)
+    r = got.sampled
+    n, right = r.lengths, r.correct
+    linear = LengthInputs(right, n, LIMIT, group=r.group)
+    parts = {"brief": 0.5 / n, "tone": np.where(n % 2, 0.1 * n, 0), "correct": right, "format": np.ones(len(r)),
+             "length": LENGTH_REWARDS["linear"].fn(linear, LENGTH_REWARDS["linear"].defaults) - right}  # fmt: skip
+    weights = {"brief": 1, "tone": -2, "correct": 3, "format": 0.25, "length": 4 * 0.5}
+    expected = sum(weights[k] * v for k, v in parts.items())
+    np.testing.assert_allclose(r.reward, expected, rtol=1e-5, atol=1e-6)
+    assert r.reward.dtype == np.float32
+    for k, values in parts.items():
+        np.testing.assert_allclose(r.columns[f"reward/{k}"], values, rtol=1e-6, atol=1e-7)
+        assert (r.columns[f"weight/{k}"] == weights[k]).all()
+        assert got.metrics[f"reward/{k}/mean"] == pytest.approx(values.mean(), rel=1e-5)
+    rows = sample_rows(got, with_advantages(got.chosen, collector.config), Tokenizer(), 1)
+    assert set(rows[0]["rewards"]) == set(parts)
+    # they go along into the batch, through a checkpoint, and to GDPO
+    collector.config.algorithm.advantage = "gdpo"
+    assert np.isfinite(with_advantages(got.chosen, collector.config).columns["advantage"]).all()
+    back = Rollouts.from_arrays(got.chosen.to_arrays())
+    assert back.columns["reward/tone"].tobytes() == got.chosen.columns["reward/tone"].tobytes()
+
+
+def test_without_weights_the_reward_is_the_tasks_own_bit_for_bit():
+    plain, _ = make(even_mixed)
+    got = plain.collect(None, 0).sampled
+    assert got.reward.tobytes() == got.correct.tobytes() == got.columns["reward/correct"].tobytes()
+    named, _ = make(even_mixed, {"task.reward": "m:f"})
+    named.task = named_task()
+    r = named.collect(None, 0).sampled
+    total = r.columns["reward/brief"] + r.columns["reward/tone"]
+    assert r.reward.tobytes() == total.tobytes() and set(r.columns) == {
+        "reward/brief", "reward/tone", "weight/brief", "weight/tone"}  # fmt: skip
+
+
+def test_a_weight_of_no_reward_is_named(caplog):
+    collector, _ = make(changes={"task.reward": "m:f", "rewards.weights": "charm=2"})
+    collector.collect(None, 0)
+    assert "no response of this batch has a reward named 'charm'" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["leash", "a_dlp"])
+def test_an_adaptive_length_reward_goes_on_from_its_state(name):
+    """Its multiplier moves once a step, after everything sampled in it; the step's own rewards have the one before."""
+    changes = {"length.reward": name, "batch.generation_prompts": 3, "length.hyper.leash.target": 3,
+               "length.hyper.a_dlp.rate": 0.01}  # fmt: skip
+    whole, _ = make(even_mixed, changes)
+    steps = [whole.collect(None, s) for s in range(6)]
+    first, _ = make(even_mixed, changes)
+    before = [first.collect(None, s) for s in range(3)]
+    numbers, arrays = first.state()
+    second, _ = make(even_mixed, changes)
+    second.restore(json.loads(json.dumps(numbers)), arrays)
+    after = [second.collect(None, s) for s in range(3, 6)]
+    assert [s.chosen.reward.tolist() for s in steps] == [s.chosen.reward.tolist() for s in before + after]
+    seen = [s.metrics.get("length/state/multiplier") for s in steps]
+    assert seen[0] is None and len(set(seen)) == 6 and seen[3:] == [
+        s.metrics["length/state/multiplier"] for s in after]  # fmt: skip
+    hyper = dict(whole.config.length.hyper[name])
+    for n, step in enumerate(steps):
+        state = {} if n == 0 else {"multiplier": seen[n]}
+        r = step.sampled
+        inputs = LengthInputs(r.correct, r.lengths, LIMIT, group=r.group, truncated=r.truncated, state=state)
+        np.testing.assert_allclose(r.reward, LENGTH_REWARDS[name].fn(inputs, hyper), rtol=1e-6, atol=1e-7)
+        following = LENGTH_REWARDS[name].update(inputs, hyper)["multiplier"]
+        assert following == pytest.approx(seen[n + 1] if n < 5 else whole.shaping["reward"]["multiplier"])
 
 
 def test_a_rule_without_reasons_still_tells_kept_from_dropped(monkeypatch):

@@ -20,13 +20,13 @@ from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS, select
 from jaxrl.batch import fill_in, make_batches, with_advantages
-from jaxrl.collect import shape_rewards
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
 from jaxrl.rollouts import Prompt, concat, from_sequences
 from jaxrl.runtime.combinations import impossible_methods
 from jaxrl.runtime.config import validate
 from jaxrl.runtime.mesh import make_mesh
+from jaxrl.shaping import shape_rewards
 from jaxrl.tasks import dial
 from tests.tiny import get_config
 

@@ -38,7 +38,7 @@ def test_checkpoints_hold_adapters_and_the_name_of_the_base(straight):
         assert len(json.loads((path / "host.json").read_text())["base"]) == 16
     assert not (straight / "base").exists() and not (straight / "reference").exists()
     records = read_metrics(straight / "metrics.jsonl")
-    assert records[1]["kl"] < 1e-5 < records[3]["kl"]  # the base is the reference: at first there is no distance
+    assert 0 < 5 * records[1]["kl"] < records[3]["kl"]  # the base is the reference, from which the adapters move away
 
 
 def test_a_run_that_was_cut_goes_on_bit_for_bit(straight, dial_model, tmp_path):

@@ -34,7 +34,8 @@ def row_of(key: str, names: list[str]) -> str | None:
 def test_every_metric_of_a_run_is_explained_and_every_explained_one_is_written(tmp_path, dial_model):
     changes = {"steps": 1, "checkpoint.every": 1, "algorithm.kl_coef": 0.01, "algorithm.correction": "token_tis",
                "algorithm.selection": "lspo", "batch.generation_prompts": 8, "length.mode": "exact",
-               "task.dial.max_budget": 12, "algorithm.loss": "maspo"}  # fmt: skip
+               "task.dial.max_budget": 12, "algorithm.loss": "maspo", "length.reward": "leash",
+               "length.control.target": "length", "length.control.value": 6.0}  # fmt: skip
     assert train.train(tiny(tmp_path, changes, dial_model)) == 0
     assert train.train(tiny(tmp_path, changes | {"steps": 2}, dial_model)) == 0  # shows the time of the first save
     keys = {key for record in read_metrics(tmp_path / "metrics.jsonl") for key in record}

@@ -25,8 +25,8 @@ class _Groups(NamedTuple):
     equal: np.ndarray  # bool: its group has several completions, all with the same reward
 
 
-def _groups(rollouts) -> _Groups:
-    rewards = np.asarray(rollouts.reward, np.float64)
+def _groups(rollouts, rewards: np.ndarray | None = None) -> _Groups:
+    rewards = np.asarray(rollouts.reward if rewards is None else rewards, np.float64)
     _, index = np.unique(rollouts.group, return_inverse=True)
     count = np.bincount(index)
     mean = np.bincount(index, rewards) / count
@@ -59,6 +59,12 @@ def grpo(rollouts, hyper):
         return centred
     if hyper["scale"] == "batch":
         return centred / (_std(groups.rewards, hyper["ddof"]) + hyper["eps"])
+    return _normalised(groups, hyper)
+
+
+def _normalised(groups: _Groups, hyper: Mapping) -> np.ndarray:
+    """(R - group mean) / (std of the group + eps)."""
+    centred = _centre(groups, hyper)
     squares = np.bincount(groups.index, (groups.rewards - groups.mean) ** 2)[groups.index]
     std = np.sqrt(squares / np.maximum(groups.size - hyper["ddof"], 1))
     return centred / (np.where(groups.size == 1, 1.0, std) + hyper["eps"])
@@ -81,14 +87,18 @@ def reinforce_pp_baseline(rollouts, hyper):
     Each completion counts `lengths` times in mean and (unbiased) variance; divided by sqrt(variance + eps), eps 1e-8 as
     verl. Whitening subtracts a batch mean, so a group of equal rewards does NOT get exactly 0 here.
     """
-    centred = _centre(_groups(rollouts), hyper)
-    weights = np.asarray(rollouts.lengths, np.float64)
+    return _whitened(_centre(_groups(rollouts), hyper), rollouts.lengths, hyper["eps"])
+
+
+def _whitened(values: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray:
+    """(x - mean) / sqrt(variance + eps), each value counted `length` times; variance unbiased."""
+    weights = np.asarray(lengths, np.float64)
     total = weights.sum()
     if total <= 0:
-        return centred
-    mean = (centred * weights).sum() / total
-    variance = ((centred - mean) ** 2 * weights).sum() / max(total - 1, 1)
-    return (centred - mean) / np.sqrt(variance + hyper["eps"])
+        return values
+    mean = (values * weights).sum() / total
+    variance = ((values - mean) ** 2 * weights).sum() / max(total - 1, 1)
+    return (values - mean) / np.sqrt(variance + eps)
 
 
 def opo(rollouts, hyper):
@@ -121,8 +131,30 @@ def dler(rollouts, hyper):
     return centred / (_std(centred, hyper["ddof"]) + hyper["eps"])
 
 
+def gdpo(rollouts, hyper):
+    """GDPO (2601.05242): each named reward normalised within its group, summed with its weight, then normalised over
+    the batch.
+
+        A = B(sum_k w_k (r_k - group mean) / (group std + eps)),   B(x) = x / (batch std + eps)
+
+    The named rewards are the columns "reward/NAME" of the rollouts and their weights "weight/NAME" (jaxrl.shaping),
+    without such columns the reward alone. hyper: eps (1e-4 the released TRL form), ddof, over: "responses" (TRL; the
+    batch mean is 0 by construction but for groups of one, so it is not subtracted) or "tokens", B whitens over
+    response tokens as the released verl form (which subtracts the mean, so that a group of equal rewards is not 0).
+    """
+    named = {k.removeprefix("reward/"): v for k, v in rollouts.columns.items() if k.startswith("reward/")}
+    total = np.zeros(len(rollouts.group))
+    for name, rewards in (named or {"": rollouts.reward}).items():
+        weight = np.asarray(rollouts.columns.get(f"weight/{name}", 1.0), np.float64)
+        total += weight * _normalised(_groups(rollouts, rewards), hyper)
+    if hyper["over"] == "tokens":
+        return _whitened(total, rollouts.lengths, hyper["eps"])
+    return total / (_std(total, hyper["ddof"]) + hyper["eps"])
+
+
 _EPS = Number(1e-6, 0, above=True)  # 0 would divide a group of equal rewards by 0
 _DDOF = Integer(1, 0, 1)
+_OVER = {"over": Choice("responses", ("responses", "tokens"))}
 _SINGLETON = {"singleton": Choice("reward", ("reward", "zero"))}
 
 # fn(rollouts, hyper) -> advantages [N] or [total]
@@ -138,6 +170,7 @@ ADVANTAGES: dict[str, Method] = {
         gpg, {"alpha": Choice("paper", ("paper", "verl")), "f_norm": Number(1.0, 0, above=True), **_SINGLETON}
     ),
     "dler": Method(dler, {"eps": _EPS, "ddof": _DDOF, **_SINGLETON}),
+    "gdpo": Method(gdpo, {"eps": Number(1e-4, 0, above=True), "ddof": _DDOF, **_OVER, **_SINGLETON}),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl.algorithms import length_penalties as penalties
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Method, Number, resolve
 
 
@@ -23,6 +24,7 @@ class LengthInputs:
     response, or thinking only). max_length: the response limit in tokens. budgets: float64 [N], requested tokens, 0 for
     none. modes: [N] of "none", "exact", "max", what the prompt asks for. group: int64 [N], the same number for
     responses of one prompt. truncated: bool [N], the response ran into the limit. columns: those of the rollouts, [N].
+    state: what the reward's own `update` returned last, {} before.
     """
 
     correct: np.ndarray
@@ -33,6 +35,7 @@ class LengthInputs:
     group: Any = 0
     truncated: Any = False
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    state: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         types = {"correct": np.float64, "lengths": np.float64, "budgets": np.float64, "modes": object,
@@ -58,6 +61,19 @@ def length_rewards(name: str, inputs: LengthInputs, overrides: Mapping | None = 
     if found.shape != inputs.correct.shape:
         raise ValueError(f"length reward {name!r} must return [{len(inputs.correct)}], not {list(found.shape)}")
     return found
+
+
+def next_state(name: str, inputs: LengthInputs, overrides: Mapping | None = None) -> dict[str, float]:
+    """The state of the length reward `name` after a step that sampled `inputs`; {} for one without a state."""
+    entry, hyper = resolve(LENGTH_REWARDS, "length reward", name, overrides)
+    return entry.update(inputs, hyper) if isinstance(entry, AdaptiveReward) else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveReward(Method):
+    """A length reward with a state that JSON can hold: update(inputs, hyper) -> dict of numbers, once a step."""
+
+    update: Callable = dataclasses.field(kw_only=True)
 
 
 def none(inputs, hyper):
@@ -240,6 +256,12 @@ _LCPO_MAX |= {"form": Choice("linear", ("linear", "sigmoid", "sigmoid_paper"))}
 _TARGETS = {f"target_{level}": Integer(0) for level in ("easy", "medium", "hard")}
 _COVERAGE = {"candidates": Integer(16, 1, 4096), "coverage": Choice("all", ("all", "correct"))}
 _OVERLONG = {"max_length": Integer(0), "cache": Integer(0), "factor": Number(1.0), "floor": Flag(True)}
+_GR3 = {"alpha": Number(0.33), "calibration": Choice("representative", ("representative", "correct", "none"))}
+_LINEAR = {"coef": Number(0.25), "per": Choice("group", ("group", "limit")), "gated": Flag(False)}
+_SLACK = {"quantile": Number(0.5, 0, 1), "slack": Number(0.25), "tokens": Integer(0), "beta": Number(0.2)}
+_SLACK |= {"cap": Number(0.3), "floor": Number(0.5, 0, 1)}
+_LEASH = {"target": Integer(0), "start": Number(0.2), "rate": Number(0.05), "low": Number(0.0), "high": Number(1.0)}
+_A_DLP = {"start": Number(1e-3), "rate": Number(1e-3), "reference": Number(0.62, 0, 1)}
 
 LENGTH_REWARDS: dict[str, Method] = {
     "none": Method(none),
@@ -253,4 +275,10 @@ LENGTH_REWARDS: dict[str, Method] = {
     "laser_d": Method(laser_d, {"bonus": Number(0.5), **_TARGETS, **_COVERAGE}),
     "overlong": Method(overlong, _OVERLONG),
     "dler": Method(dler, {"limit": Integer(0)}),
+    "gr3": Method(penalties.gr3, _GR3),
+    "linear": Method(penalties.linear, _LINEAR),
+    "efficiency": Method(penalties.efficiency, {"form": Choice("bonus", ("bonus", "attenuate"))}),
+    "quantile_slack": Method(penalties.quantile_slack, _SLACK),
+    "leash": AdaptiveReward(penalties.leash, _LEASH, ordered=[("low", "high")], update=penalties.leash_update),
+    "a_dlp": AdaptiveReward(penalties.a_dlp, _A_DLP, update=penalties.a_dlp_update),
 }

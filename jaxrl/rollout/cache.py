@@ -1,4 +1,6 @@
-"""The key-value cache behind one small interface; nothing but this file knows windows, the clock and resizing."""
+"""The key-value cache behind one small interface, and the dense one; jaxrl.rollout.paged is the other.
+
+Nothing but this file knows windows, the clock and resizing."""
 
 from __future__ import annotations
 
@@ -39,11 +41,25 @@ class KVCache(Protocol):
     def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Any]:
         """Cache prompts outside the rows; one handle each, for `admit`. Launched, not waited for."""
 
-    def admit(self, placed: Sequence[tuple[int, Any]], rows: int, longest: int, ahead: int) -> None:
-        """Put prompts, (row, handle) each, into rows, and make room for the next steps.
+    def begin(self, rows: int) -> None:
+        """Have so many rows; there were none."""
 
-        rows: how many to have if there are none yet. longest: cached tokens of the longest running row. ahead: steps
-        that the next decode call may want, at least 1.
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether prompts of these lengths could be put into rows now, and stay for a while."""
+
+    def reserve(self, row: int, prompt: Any) -> bool:
+        """Whether there is room for a prompt in this row; if so, it is taken."""
+
+    def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Any]]) -> None:
+        """Put prompts, (row, handle) each, into the rows that they have reserved.
+
+        longest: cached tokens of the longest running row. ahead: steps that the next decode call may want, at least 1.
+        """
+
+    def room(self, used: np.ndarray, left: np.ndarray, born: np.ndarray) -> list[int]:
+        """Make room for the next decode call; returns the rows that had to give theirs up, the youngest first.
+
+        used, left, born: int [rows]: cached tokens, steps still allowed, and when the row's response started.
         """
 
     def decode(self, params, rows: Rows, settings: SamplingArrays, kind: tuple, refill_at: int) -> tuple:
@@ -60,6 +76,18 @@ class KVCache(Protocol):
 
     def warmup(self, params, settings: dict[tuple, SamplingArrays], longest: int) -> None:
         """Run every shape that prompts below `longest` tokens and these settings (by program kind) can need."""
+
+
+def row_sizes(slots: int, multiple: int) -> list[int]:
+    """The numbers of rows there can be: multiples of `multiple` up to `slots`."""
+    rows = (max(1, slots // d) for d in (8, 4, 2, 1))  # a few rows are no faster than eight
+    return sorted({-(-b // multiple) * multiple for b in rows if b >= min(slots, 8)})
+
+
+def prefill_sizes(slots: int, multiple: int) -> list[int]:
+    """The numbers of prompts that are prefilled together."""
+    least = max(4, multiple)
+    return [least << i for i in range(4) if i == 0 or least << i <= slots]
 
 
 class Prompt(NamedTuple):
@@ -85,10 +113,7 @@ class DenseCache:
                  window: int):
         self.run, self.chunk = run, chunk
         self.least_room = min(chunk, max_tokens)
-        rows = (max(1, slots // d) for d in (8, 4, 2, 1))  # a few rows are no faster than eight
-        self.row_sizes = sorted({-(-b // multiple) * multiple for b in rows if b >= min(slots, 8)})
-        least = max(4, multiple)
-        self.prefill_sizes = [least << i for i in range(4) if i == 0 or least << i <= slots]
+        self.row_sizes, self.prefill_sizes = row_sizes(slots, multiple), prefill_sizes(slots, multiple)
         self.windows = [bucket(1, window)]
         while self.windows[-1] < bucket(max_prompt, 32) + max_tokens + self.least_room:
             self.windows.append(bucket(self.windows[-1] + 1, window))
@@ -97,8 +122,20 @@ class DenseCache:
     def clear(self) -> None:
         self.arrays, self.rows, self.end, self.width = None, 0, 0, 0
 
+    def begin(self, rows: int) -> None:
+        self.rows = rows
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        return True
+
+    def reserve(self, row: int, prompt: Prompt) -> bool:
+        return True
+
     def release(self, rows) -> None:
         """Columns of a finished row stay until its window moves on."""
+
+    def room(self, used, left, born) -> list[int]:
+        return []  # admit made it
 
     # ---- prompts
 
@@ -119,8 +156,8 @@ class DenseCache:
         arrays = self.run.call("prefill", (n, columns), params, tokens, lengths)
         return [Prompt(arrays, row, columns) for row in range(len(prompts))]
 
-    def admit(self, placed: Sequence[tuple[int, Prompt]], rows: int, longest: int, ahead: int) -> None:
-        self._make_room(rows, longest, ahead, max((prompt.columns for _, prompt in placed), default=0))
+    def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Prompt]]) -> None:
+        self._make_room(longest, ahead, max((prompt.columns for _, prompt in placed), default=0))
         batches: dict[int, list] = {}  # one write for the prompts of one prefill
         for slot, prompt in placed:
             batches.setdefault(id(prompt.arrays), []).append((slot, prompt))
@@ -146,11 +183,11 @@ class DenseCache:
     def _fit(self, columns: int) -> int:
         return next(w for w in self.windows if w >= columns)
 
-    def _make_room(self, rows: int, longest: int, ahead: int, prompt: int) -> None:
+    def _make_room(self, longest: int, ahead: int, prompt: int) -> None:
         """A window that fits the longest running row, prompts of `prompt` columns, and some steps to come."""
         if self.arrays is None:
-            self.rows, self.end, self.width = rows, prompt, self._fit(prompt + ahead)
-            self.arrays = self.run.call("new_cache", (rows, self.width), rows, self.width)
+            self.end, self.width = prompt, self._fit(prompt + ahead)
+            self.arrays = self.run.call("new_cache", (self.rows, self.width), self.rows, self.width)
         elif self.width - self.end < min(16, ahead) or prompt > self.end:
             self._set_clock(max(longest, prompt), ahead)
 

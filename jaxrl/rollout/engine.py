@@ -11,8 +11,8 @@ What a token is depends on (seed, step, problem, sample, position) only, not on 
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,35 +22,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.rollout.cache import DenseCache, KVCache, bucket
-from jaxrl.rollout.kernels import ProgramSpec, SamplingArrays
+from jaxrl.rollout.kernels import SamplingArrays
+from jaxrl.rollout.paged import PagedCache
 from jaxrl.rollout.placement import Placement
-from jaxrl.rollout.programs import Runner, SamplerPrograms, sampler_programs
+from jaxrl.rollout.programs import Runner, SamplerPrograms, program_spec, sampler_programs
 from jaxrl.rollout.requests import Event, Request, SamplingParams, Stats, check_request, first_stop
 from jaxrl.rollout.slots import Slots, sampling_arrays
+from jaxrl.rollout.waiting import Start, Waiting
 from jaxrl.types import Completion
 from models.config import DecoderConfig
 from models.layout import sampling_layout
+from models.pages import implementation
 
 REFILL = 0.125  # share of the slots that must be free before a decode call returns early to refill them
 
 
 @dataclasses.dataclass
 class _Job:
-    """A request with open samples. drawn: open sample -> (pieces of tokens, of log-probs). keys: uint32 [samples, 2].
-    prefix: the prefilled prompt, as long as samples wait for a slot; those before `started` have, or had, one."""
+    """A request with open samples. drawn: open sample -> (pieces of tokens, log-probs). keys: uint32 [samples, 2]."""
 
     request: Request
     seed: int
     step: int
     drawn: dict[int, tuple[list, list]]
+    background: bool
     keys: np.ndarray | None = None
-    prefix: Any = None
-    started: int = 0
-
-    @property
-    def waiting(self) -> list[int]:
-        """Samples that have no slot yet."""
-        return [sample for sample in self.drawn if sample >= self.started]
 
 
 class Engine:
@@ -63,6 +59,8 @@ class Engine:
       placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
       weights, cache: "same" as dtype, or "int8": matrices, keys and values of one byte an entry
         (models.layout.quantise).
+      pages: tokens of a page of the cache; 0: it is dense. cache_tokens: what the pages hold together, 0 for `slots`
+        responses of full length.
       allowed: bool [V], tokens that may be drawn, None for all (jaxrl.rollout.requests.decodable).
 
     Raises ValueError on sizes that do not fit each other.
@@ -82,6 +80,8 @@ class Engine:
         placement: Placement | None = None,
         weights: str = "same",
         cache: str = "same",
+        pages: int = 0,
+        cache_tokens: int = 0,
         allowed: np.ndarray | None = None,
     ):
         sizes = dict(max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk)
@@ -94,10 +94,15 @@ class Engine:
         self.config, self.slots, self.chunk, self.allowed = config, slots, chunk, allowed
         self.max_prompt, self.max_tokens, self.placement = max_prompt, max_tokens, placement
         self.eos = np.array(sorted(set(eos_ids)), np.int32)
-        spec = _spec(config, dtype, chunk, placement, cache == "int8")
+        self.spec = spec = program_spec(config, dtype, chunk, placement, cache == "int8", pages)
         self.programs: SamplerPrograms = sampler_programs(spec)
         self.runner = Runner(self.programs, placement)
-        self.cache: KVCache = DenseCache(self.runner, **sizes, multiple=multiple, window=window)
+        sizes |= dict(multiple=multiple, window=window)
+        if pages:
+            parts = placement.mesh.shape["tensor"] if placement else 1
+            how = implementation(spec.platform, config, pages, cache == "int8", parts)
+            sizes |= dict(page=pages, tokens=cache_tokens, implementation=how)
+        self.cache: KVCache = (PagedCache if pages else DenseCache)(self.runner, **sizes)
         fused = placement.fused if placement else True
         self._layout = jax.jit(
             lambda p: sampling_layout(p, config, dtype, fused, spec.platform == "cpu", weights == "int8"),
@@ -107,10 +112,9 @@ class Engine:
         self.on_progress: Callable[[], object] = lambda: None  # called after every step
         self._rows = Slots(0)
         self._jobs: dict[int, _Job] = {}
-        self._queue: list[tuple] = []  # sorted (..., ticket) of jobs whose prompt is not prefilled yet
-        self._prefilled: list[int] = []  # tickets of jobs whose prompt is, with samples that wait for a slot
+        self._waiting = Waiting()
         self._keyless: list[_Job] = []
-        self._tickets = 0
+        self._tickets = self._born = 0
         self._settings: tuple = (None, None, None)  # the last SamplingParams, as arrays, and their program
 
     @property
@@ -142,9 +146,9 @@ class Engine:
         if request.samples:
             step = step if request.step is None else request.step
             drawn = {sample: ([], []) for sample in range(request.samples)}
-            self._jobs[ticket] = job = _Job(request, seed, step, drawn)
+            self._jobs[ticket] = job = _Job(request, seed, step, drawn, background)
             self._keyless.append(job)
-            bisect.insort(self._queue, (background, -request.expected, -len(request.prompt), ticket))
+            self._waiting.add(Start(ticket, request.prompt, list(drawn)), (background, -request.expected))
         return ticket
 
     def step(self, params, sampling: SamplingParams | None = None) -> list[Event]:
@@ -158,6 +162,7 @@ class Engine:
             return []
         self._make_keys()
         self._admit(params)
+        self._give_way()
         events = self._decode(params, settings, kind)
         self.on_progress()
         return events
@@ -174,9 +179,7 @@ class Engine:
         rows = self._rows
         self._free(np.flatnonzero((rows.ticket == ticket) & np.isin(rows.sample, stopped)))
         out = {s: self._close(ticket, s, "partial") for s in stopped}
-        if not job.waiting:
-            self._queue = [entry for entry in self._queue if entry[-1] != ticket]
-            self._prefilled = [other for other in self._prefilled if other != ticket]
+        self._waiting.remove(ticket, stopped)
         return out
 
     def _close(self, ticket: int, sample: int, finish: str) -> Completion:
@@ -223,76 +226,97 @@ class Engine:
     def _admit(self, params) -> None:
         """Fill free slots from prefilled prompts, prefilling as many more prompts as that takes."""
         self._fit_slots()
-        free = np.flatnonzero(~self._rows.active)
-        waiting = sum(len(self._jobs[ticket].waiting) for ticket in self._prefilled)
-        while self._queue and waiting < len(free):
-            waiting += self._prefill(params, len(free) - waiting)
-        placed = [(slot, self._place(slot)) for slot in free[:waiting]]
+        free = np.flatnonzero(~self._rows.active).tolist()
+        placed = self._place(free)
+        waiting = self._waiting
+        while free and waiting.next and not waiting.prefilled and self.cache.fits([waiting.next.cached]):
+            self._prefill(params, len(free))
+            placed += self._place(free)
+        self.cache.admit(self._rows.longest(), self._rows.steps_left(self.chunk), placed)
+
+    def _give_way(self) -> None:
+        """Let the youngest responses wait where the cache has no room for all: what they have drawn is kept, and they
+        go on from there, before others, when there is."""
         rows = self._rows
-        self.cache.admit(placed, len(rows), rows.longest(), rows.steps_left(self.chunk))
+        for slot in self.cache.room(rows.used, rows.limit - rows.count, rows.born):
+            ticket, sample = int(rows.ticket[slot]), int(rows.sample[slot])
+            job = self._jobs[ticket]
+            tokens = np.concatenate([job.request.prompt, *job.drawn[sample][0]]).astype(np.int32)
+            rows.free(slot)
+            self._waiting.add(Start(ticket, tokens, [sample]), (job.background, -math.inf))
+            self.stats.waits += 1
 
     def _fit_slots(self) -> None:
         """As many rows as what runs and waits can use: more when there are too few, fewer when nothing waits."""
         running = np.flatnonzero(self._rows.active)
         have = len(self._rows)
-        if self._queue or self._prefilled:
+        if self._waiting:
             if have == self.slots:
                 return
-            waiting = sum(len(self._jobs[t].waiting) for t in [*self._prefilled, *(e[-1] for e in self._queue)])
-            needed = len(running) + waiting
+            needed = len(running) + self._waiting.samples
         else:
             needed = len(running)
         size = next((size for size in self.cache.row_sizes if size >= needed), self.slots)
         if have == 0:
             self._rows = Slots(size)
-        elif size > have or (size < have and not (self._queue or self._prefilled)):
+            self.cache.begin(size)
+        elif size > have or (size < have and not self._waiting):
             free = np.flatnonzero(~self._rows.active)
             rows = np.concatenate([running, free, np.zeros(max(size - have, 0), np.int64)])[:size].astype(np.int32)
             self._rows.take(rows)
             self._rows.free(slice(len(running), None))
             self.cache.take(rows, self._rows.longest(), self._rows.steps_left(self.chunk))
 
-    def _prefill(self, params, samples: int) -> int:
-        """Prefill the next prompts, enough for `samples` slots; returns how many samples they bring."""
+    def _prefill(self, params, samples: int) -> None:
+        """Prefill the next prompts, enough for `samples` slots."""
         begin = time.perf_counter()
-        most, brought, chosen = self.cache.prefill_sizes[-1], 0, []
+        most, brought, lengths = self.cache.prefill_sizes[-1], 0, []
+        chosen, waiting = [], self._waiting
+
+        def takes(most: int) -> bool:
+            if waiting.next is None or len(chosen) == most:
+                return False
+            return not chosen or self.cache.fits([*lengths, waiting.next.cached])
 
         def take():
-            ticket = self._queue.pop(0)[-1]
-            chosen.append(ticket)
-            return len(self._jobs[ticket].waiting)
+            chosen.append(waiting.pop())
+            lengths.append(chosen[-1].cached)
 
-        cached = lambda ticket: len(self._jobs[ticket].request.prompt) - 1  # noqa: E731
-        while self._queue and brought < samples and len(chosen) < most:
-            brought += take()
-        rows, columns = self.cache.prefill_shape([cached(ticket) for ticket in chosen])
-        while self._queue and len(chosen) < rows and cached(self._queue[0][-1]) <= columns:
-            brought += take()  # rows that would be padding
-        prompts = [self._jobs[ticket].request.prompt[:-1] for ticket in chosen]
-        for ticket, prefix in zip(chosen, self.cache.prefill(params, prompts), strict=True):
-            self._jobs[ticket].prefix = prefix
-        self._prefilled += chosen
+        while brought < samples and takes(most):
+            take()
+            brought += len(chosen[-1].samples)
+        rows, columns = self.cache.prefill_shape(lengths)
+        while takes(rows) and waiting.next.cached <= columns:
+            take()  # rows that would be padding
+        prompts = [start.tokens[:-1] for start in chosen]
+        for start, prefix in zip(chosen, self.cache.prefill(params, prompts), strict=True):
+            start.prefix = prefix
+        waiting.prefilled += chosen
         self.stats.prefill_calls += 1
-        self.stats.prefill_tokens += sum(map(len, prompts))
+        self.stats.prefill_tokens += sum(lengths)
         self.stats.seconds_prefill += time.perf_counter() - begin
-        return brought
 
-    def _place(self, slot: int) -> Any:
-        """Give the slot to the sample that is next; returns its prefilled prompt."""
-        ticket = self._prefilled[0]
-        job = self._jobs[ticket]
-        sample, prefix = job.waiting[0], job.prefix
-        job.started = sample + 1
-        self._rows.fill(slot, ticket, sample, job.request, job.keys[sample])
-        if not job.waiting:
-            self._prefilled.pop(0)
-            job.prefix = None
-        return prefix
+    def _place(self, free: list[int]) -> list[tuple[int, Any]]:
+        """Give slots of `free` to the samples that are next; (slot, prefilled prompt) each, gone from `free`."""
+        placed, prefilled = [], self._waiting.prefilled
+        for slot in list(free):
+            if not prefilled or not self.cache.reserve(slot, prefilled[0].prefix):
+                continue  # another replica may have room
+            start = prefilled[0]
+            sample, job = start.samples.pop(0), self._jobs[start.ticket]
+            self._born += 1
+            born = self._born + (job.background << 60)  # those that fill idle slots give way first
+            self._rows.fill(slot, start.ticket, sample, job.request, start.tokens, job.keys[sample], born)
+            placed.append((slot, start.prefix))
+            free.remove(slot)
+            if not start.samples:
+                prefilled.pop(0)
+        return placed
 
     def _decode(self, params, settings: SamplingArrays, kind: tuple) -> list[Event]:
         """One decode call, and what it did to each running sample."""
         rows, begin = self._rows, time.perf_counter()
-        refill_at = max(1, round(REFILL * self.slots)) if self._queue or self._prefilled else self._shrink_at()
+        refill_at = max(1, round(REFILL * self.slots)) if self._waiting else self._shrink_at()
         tokens, logps, emitted = self.cache.decode(params, rows.arguments(), settings, kind, refill_at)
         steps = int(emitted.max(initial=0))
         self.stats.decode_calls += 1
@@ -424,9 +448,3 @@ class Engine:
         self.cache.warmup(params, settings, self.max_prompt + (self.max_tokens if continued else 0))
         self.runner.warm = True
         return time.perf_counter() - begin
-
-
-def _spec(config: DecoderConfig, dtype, chunk: int, placement: Placement | None, int8_cache: bool) -> ProgramSpec:
-    if placement is None:
-        return ProgramSpec(config, dtype, chunk, jax.default_backend(), int8_cache=int8_cache)
-    return ProgramSpec(config, dtype, chunk, placement.platform, placement.cache(), int8_cache)

@@ -1,4 +1,4 @@
-"""What the sampler computes, as functions of arrays: prefill, decode, score, and moves of the dense cache.
+"""What the sampler computes, as functions of arrays: prefill, decode, score, and moves of the caches.
 
 Nothing here knows of requests, slots or the engine. All rows of a dense cache share one clock: column `end` is where
 every row writes next, and row b owns the columns [end - used[b], end). A decode step is then one contiguous write for
@@ -20,6 +20,7 @@ from jaxrl.rollout.sampling import draw, uniforms
 from models.attention import default_implementation, from_blocks, to_blocks
 from models.config import DecoderConfig
 from models.decoder import Decoder, empty_cache, logits
+from models.pages import empty_pages, side_by_side
 
 
 @flax.struct.dataclass
@@ -62,8 +63,8 @@ class ProgramSpec:
     """What the programs of a sampler depend on; hashable.
 
     dtype: compute dtype. chunk: most decode steps of one call (the width of its output). platform: "cpu", "gpu" or
-    "tpu". sharding: NamedSharding of the [B, K, ...] arrays of the cache, or None. int8_cache: keys and values of one
-    byte, with scales.
+    "tpu". sharding: NamedSharding of the arrays of the cache, or None. int8_cache: keys and values of one
+    byte, with scales. pages: tokens of a page; 0: the cache is dense.
     """
 
     config: DecoderConfig
@@ -72,6 +73,7 @@ class ProgramSpec:
     platform: str
     sharding: Any = None
     int8_cache: bool = False
+    pages: int = 0
 
     @property
     def model(self) -> Decoder:
@@ -117,7 +119,7 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
     Returns (cache, tokens int32 [chunk, B], log-probs float32 [chunk, B], emitted int32 [B]: how many of them count).
     """
     B = rows.token.shape[0]
-    model, cache = spec.model, cache.replace(start=cache.end - rows.used)
+    model, cache = spec.model, cache.begin(rows.used)
     eos_column = jnp.any(jnp.arange(spec.config.vocab_size)[:, None] == settings.eos, axis=-1)  # [V]
 
     def going_on(carry):
@@ -204,3 +206,37 @@ def resize(spec: ProgramSpec, array, rows, shift, window: int):
 def _move_columns(array, shift, window: int):
     sides = [(window, window) if i == 2 else (0, 0) for i in range(array.ndim)]
     return lax.dynamic_slice_in_dim(jnp.pad(array, sides), window + shift, window, 2)
+
+
+# ---------------------------------------------------------------------------------------- arrays of the paged cache
+
+
+def new_pages(spec: ProgramSpec, count: int):
+    """The arrays of models.pages.Pages: `count` zeroed pages, of all replicas together."""
+    return jax.tree.map(spec.place, empty_pages(spec.config, count, spec.pages, spec.cache_dtype))
+
+
+def write_pages(spec: ProgramSpec, arrays, prompts, source, first, target):
+    """The arrays of the pool with pages taken from prefilled prompts.
+
+    prompts: from `prefill`. source, first, target: int32 [n]: page target[i] gets the columns of row source[i] from
+    first[i] on; what lies behind the last column is left to later steps. On a mesh n is split over the replicas.
+    """
+    k, v, *scales = prompts
+    pairs = [(k, v), tuple(scales)] if scales else [(k, v)]
+
+    def taken(x):  # [rows, K, columns, ...] -> [n, page, K, ...]
+        columns = jnp.minimum(first[:, None] + jnp.arange(spec.pages), x.shape[2] - 1)
+        return x[source[:, None], :, columns]
+
+    def write(pool, new, target):
+        return pool.at[target].set(new.astype(pool.dtype))
+
+    if spec.sharding is not None:
+        where = spec.sharding.spec
+        specs = (where, where, type(where)(where[0]))
+        write = jax.shard_map(write, mesh=spec.sharding.mesh, in_specs=specs, out_specs=where, check_vma=False)
+    return tuple(
+        tuple(write(pool, side_by_side(taken(a), taken(b), 2), target) for pool, a, b in zip(pools, *pair, strict=True))
+        for pools, pair in zip(arrays, pairs, strict=True)
+    )

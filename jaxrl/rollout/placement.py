@@ -84,9 +84,9 @@ class Placement:
             rules |= dict(heads=None, kv_heads=None)  # see `fused`
         return self.params(config, self.training, rules)
 
-    def cache(self) -> NamedSharding:
-        """Of every [rows, heads, ...] array of the cache."""
-        return NamedSharding(self.mesh, P("data", self.rules["kv_heads"]))
+    def cache(self, pages: bool = False) -> NamedSharding:
+        """Of every [rows, heads, ...] array of the cache, or [pages, tokens, heads, ...]."""
+        return NamedSharding(self.mesh, P("data", *(None,) * pages, self.rules["kv_heads"]))
 
     def fetch(self, params, config: DecoderConfig):
         """The cast parameters on this process's chips, the other hosts' replicas left to them."""

@@ -17,6 +17,7 @@ from jaxrl.rollout.kernels import ProgramSpec
 from jaxrl.rollout.placement import Placement
 from jaxrl.rollout.sampling import sample_keys
 from jaxrl.runtime import compiles
+from models.config import DecoderConfig
 
 KEY_BLOCK = 256  # random keys are made this many at a time, so that their program has one shape
 
@@ -33,7 +34,8 @@ class SamplerPrograms(NamedTuple):
     prefill(params, tokens, lengths). decode(params, cache, rows, settings, steps, refill_at); donates the cache.
     score(params, tokens). keys(seed, step, problem [B], sample [B]) -> uint32 [B, 2].
     new_cache(rows, window). write_prompts(array, prompts, source, chosen, end); donates the array.
-    resize(array, rows, shift, window).
+    resize(array, rows, shift, window). Of pages: new_pages(count). write_pages(arrays, prompts, source, first, target);
+    donates the arrays.
     """
 
     prefill: Any
@@ -43,6 +45,16 @@ class SamplerPrograms(NamedTuple):
     new_cache: Any
     write_prompts: Any
     resize: Any
+    new_pages: Any
+    write_pages: Any
+
+
+def program_spec(config: DecoderConfig, dtype, chunk: int, placement: Placement | None, int8_cache: bool,
+                 pages: int) -> ProgramSpec:
+    """What the programs depend on, where the placement says; without one on the default device."""
+    if placement is None:
+        return ProgramSpec(config, dtype, chunk, jax.default_backend(), None, int8_cache, pages)
+    return ProgramSpec(config, dtype, chunk, placement.platform, placement.cache(pages > 0), int8_cache, pages)
 
 
 @functools.lru_cache(maxsize=8)  # samplers after each other in one process share what is traced and compiled
@@ -64,6 +76,8 @@ def sampler_programs(spec: ProgramSpec) -> SamplerPrograms:
         new_cache=jitted(kernels.new_cache, static_argnums=(0, 1)),
         write_prompts=jitted(kernels.write_prompts, donate_argnums=0),
         resize=jitted(kernels.resize, static_argnames="window"),
+        new_pages=jitted(kernels.new_pages, static_argnums=0),
+        write_pages=jitted(kernels.write_pages, donate_argnums=0),
     )
 
 

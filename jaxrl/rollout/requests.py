@@ -100,7 +100,7 @@ class Event:
 @dataclasses.dataclass
 class Stats:
     """Counts since they were last reset, for `generate` of one call. steps: decode steps run; slot_steps: rows x
-    steps, the denominator of utilisation.
+    steps, the denominator of utilisation. waits: responses that gave up their pages for a while.
 
     seconds_decode: in or waiting for decode calls; seconds_prefill: launching prefills only, which run while the
     host goes on (benchmarks/sampler.py measures them whole); what is left of seconds_total is the host's own work.
@@ -112,6 +112,7 @@ class Stats:
     decode_calls: int = 0
     prefill_calls: int = 0
     prefill_tokens: int = 0
+    waits: int = 0
     seconds_prefill: float = 0.0
     seconds_decode: float = 0.0
     seconds_total: float = 0.0

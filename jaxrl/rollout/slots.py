@@ -9,11 +9,12 @@ from jaxrl.rollout.requests import SamplingParams
 
 
 class Slots:
-    """One row a slot. ticket: int32, -1 if free. sample: int32, which one of the ticket. Others as in Rows."""
+    """One row a slot. ticket: int32, -1 if free. sample: int32, which one of the ticket. born: int64, rising with the
+    start of the response. Others as in Rows."""
 
     def __init__(self, size: int):
         self.ticket = np.full(size, -1, np.int32)
-        self.sample = np.zeros(size, np.int32)
+        self.sample, self.born = np.zeros(size, np.int32), np.zeros(size, np.int64)
         self.token, self.used, self.count, self.limit, self.min_count = np.zeros((5, size), np.int32)
         self.keys = np.zeros((size, 2), np.uint32)
 
@@ -25,11 +26,12 @@ class Slots:
         """bool [slots]: where a response runs."""
         return self.ticket >= 0
 
-    def fill(self, slot: int, ticket: int, sample: int, request, keys: np.ndarray) -> None:
-        """Start sample `sample` of a request in a free slot. keys: uint32 [2]."""
-        self.ticket[slot], self.sample[slot], self.keys[slot] = ticket, sample, keys
+    def fill(self, slot: int, ticket: int, sample: int, request, tokens: np.ndarray, keys: np.ndarray, born: int):
+        """Start sample `sample` of a request in a free slot. tokens: its prompt and what is drawn. keys: uint32 [2]."""
+        self.ticket[slot], self.sample[slot], self.keys[slot], self.born[slot] = ticket, sample, keys, born
         # the last prompt token is left to the first decode step, so that prefill needs no head
-        self.token[slot], self.used[slot], self.count[slot] = request.prompt[-1], len(request.prompt) - 1, request.done
+        self.token[slot], self.used[slot] = tokens[-1], len(tokens) - 1
+        self.count[slot] = request.done + len(tokens) - len(request.prompt)
         self.limit[slot] = request.done + request.limits[sample]
         self.min_count[slot] = min(request.min_tokens, self.limit[slot])
 

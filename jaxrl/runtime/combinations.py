@@ -118,3 +118,33 @@ def impossible_methods(config: ConfigDict) -> Iterator[str]:
         yield "algorithm.kl_unbiased=True is about a KL loss: algorithm.kl_coef above 0, algorithm.kl_in_reward=False"
     if a.kl_in_reward and not a.kl_coef:
         yield "algorithm.kl_in_reward=True needs algorithm.kl_coef above 0"
+    if a.kl_in_reward and a.advantage == "gdpo":
+        yield "algorithm.kl_in_reward=True: advantage gdpo reads the named rewards, which do not hold the KL"
+    yield from _rewards(config)
+    yield from _control(config)
+
+
+def _control(config: ConfigDict) -> Iterator[str]:
+    """What does not fit together in the control of the length weight or the budgets."""
+    length, control = config.length, config.length.control
+    if control.target == "none":
+        return
+    if control.steers == "weight" and length.reward == "none":
+        yield "length.control.steers='weight' needs a length reward: config.length.reward is none"
+    if control.steers == "budget" and (length.mode == "none" or config.task.name == "dial"):
+        yield "length.control.steers='budget' needs budgets drawn in length.low to high: length.mode, not task dial"
+    if control.target == "length" and control.value <= 0:
+        yield "length.control.value=0 must be a mean length in tokens for length.control.target=length"
+
+
+def _rewards(config: ConfigDict) -> Iterator[str]:
+    """What does not fit together in the weights of rewards."""
+    text = config.rewards.weights
+    names = [part.partition("=")[0] for part in text.split(",") if part]
+    for name in names:
+        if names.count(name) > 1:
+            yield f"rewards.weights={text!r} names {name!r} more than once"
+        if name == "length" and config.length.reward == "none":
+            yield f"rewards.weights={text!r} names 'length', and config.length.reward is none"
+        if not config.task.reward and name not in ("correct", "length", "format"):
+            yield f"rewards.weights={text!r}: {name!r} is none of correct, length, format; others need task.reward"

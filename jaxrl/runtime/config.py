@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.aggregation import AGGREGATIONS
+from jaxrl.algorithms.control import HELD
 from jaxrl.algorithms.correction import CORRECTIONS
 from jaxrl.algorithms.greso import GRESO
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
@@ -53,6 +54,8 @@ _ROUNDED = ("same", "int8")
 _MODES = ("exact", "max")
 _POSITIVE = dict(low=0, above=True)
 
+_WEIGHT = r"[A-Za-z_]\w*=-?(\d+\.?\d*|\.\d+)(e-?\d+)?"
+
 # the metrics a checkpoint can be kept for: those of evaluation, and what a run without held-out problems has
 _BEST = r"|accuracy|reward/mean|eval/((accuracy|(pass|maj)@\d+)(_low|_high)?|(mean|median)_tokens)"
 
@@ -68,7 +71,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "seed": (Integer(0, 0, 2**32 - 1), "of every random choice"),
     "steps": (Integer(100, 1), "optimisation steps (rollout batches), not gradient updates"),
     "resume": (Flag(True), "continue from the newest checkpoint of run_dir, if there is one"),
-    "distributed": (Flag(False), "call jax.distributed.initialize (several hosts)"),
+    "distributed": (Flag(False), "join the processes that the launcher started (docs/clusters.md)"),
+    "hosts": (Integer(0), "processes there must be; 0: as the launcher says; 1: alone, whatever it says"),
 
     "model.path": (
         _optional("a directory"),
@@ -131,7 +135,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "task.long_prompts": (Choice("error", ("error", "drop")), "prompts above sampling.max_prompt"),
     "task.reward": (
         Text("", "module:function, or empty", r"|[\w.]+:\w+"),
-        "reward(problem, completion_text, answer, **info) -> float or None",
+        "reward(problem, completion_text, answer, **info) -> float, or dict name -> float",
     ),
     "task.unfinished_thinking": (
         Choice("wrong", UNFINISHED),
@@ -181,6 +185,14 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sampling.slots": (Integer(64, 1), "completions decoded at once, on all chips of a host together"),
     "sampling.chunk": (Integer(64, 1), "decode steps per call"),
     "sampling.window": (Integer(64, 1), "the cache grows in multiples of so many positions"),
+    "sampling.pages": (
+        Integer(0),
+        "tokens of a page of the cache, which rows then take as they grow; 0: dense, all rows as long as the longest",
+    ),
+    "sampling.cache_tokens": (
+        Integer(0),
+        "tokens that the pages hold, on all chips of a host together; 0: as many as all slots of full length take",
+    ),
     "sampling.carry_over": (
         Integer(0),
         "above 0: a completion gets so many tokens a generation batch, then waits for the next one",
@@ -220,6 +232,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "algorithm.entropy_advantage_kappa": (Number(2.0, 1, above=True), "the term is at most the advantage over kappa"),
     "algorithm.correction": (_methods(CORRECTIONS, "none"), "of the mismatch between sampler and learner"),
 
+    "rewards.weights": (
+        Text("", "text such as correct=1,length=0.5, or empty", rf"|{_WEIGHT}(,{_WEIGHT})*"),
+        "of the named rewards in the sum, 1 for those not named here; correct, length, format, those of task.reward",
+    ),
+
     "length.reward": (_methods(LENGTH_REWARDS, "none"), "from correctness and length to a reward"),
     "length.mode": (Choice("none", ("none", *_MODES, "both")), "budget in the prompt"),
     "length.budgets": (Choice("uniform", BUDGET_SAMPLERS), "how budgets are drawn"),
@@ -228,6 +245,19 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "length.count": (Choice("response", ("response", "thinking")), "which tokens the length reward counts"),
     "length.weight": (Number(1.0), "of the length term: reward = task reward + weight * (length reward - correctness)"),
     "length.warmup_steps": (Integer(0), "steps in which the weight rises from 0 (Kimi k1.5 warms its term up)"),
+    "length.control.target": (
+        Choice("none", ("none", *HELD)),
+        "what is held by a factor that adapts from step to step, with any length reward",
+    ),
+    "length.control.steers": (Choice("weight", ("weight", "budget")), "what the factor multiplies"),
+    "length.control.value": (
+        Number(0.0),
+        "mean length in tokens; share above the budget; for accuracy how far below the baseline it may fall",
+    ),
+    "length.control.baseline": (Number(0.0, 0, 1), "accuracy to compare with; 0: that of the first step measured"),
+    "length.control.rate": (Number(0.5, **_POSITIVE), "step of the factor's logarithm for an error of 1"),
+    "length.control.low": (Number(0.01, 0, 1, above=True), "least factor"),
+    "length.control.high": (Number(10.0, 1), "largest factor"),
 
     "optimizer.learning_rate": (Number(1e-6), "the peak, after the warm-up"),
     "optimizer.warmup_steps": (Integer(0), "updates"),

@@ -6,8 +6,6 @@ Every function here but `initialize` must be called by all processes in the same
 
 from __future__ import annotations
 
-import glob
-import importlib.util
 import io
 import json
 import os
@@ -18,42 +16,55 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrl.errors import UserError
+from jaxrl.runtime import cluster
 
 
-def initialize(heartbeat_seconds: int = 100) -> None:
-    """Joins this process to the others. Call it before anything touches a device; a lone process needs
-    nothing.
+def initialize(heartbeat_seconds: int = 100, hosts: int = 0) -> None:
+    """Joins this process to the others. Call it before anything touches a device.
 
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say which; on TPU pods,
-    Slurm and Open MPI jobs with more than one task, JAX finds all three by itself.
+    Who they are stands in the environment, see `cluster.plan`; a lone process needs nothing. hosts: config.hosts,
+    how many processes there must be; 0: as many as the environment says.
     heartbeat_seconds: when a process is silent for so long (it was killed, or its machine is gone), the
     coordination service ends the others by SIGABRT (exit code 134 in a shell), whatever they are doing; when
     process 0 dies they end at once. A process that ends with an error takes the others along in three times as
     long.
-    Raises UserError if only some of the three are known.
+    Raises UserError if the environment speaks of others and does not say where they are, if this process then is
+    alone all the same, or if there are others than `hosts`.
     """
-    env = os.environ
-    coordinator = env.get("JAX_COORDINATOR_ADDRESS")
-    num_processes, process_id = (int(env[k]) if k in env else None for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    given = [x is not None for x in (coordinator, num_processes, process_id)]
-    if jax.distributed.is_initialized() or not (any(given) or _in_cluster(env)):
+    start = cluster.plan(os.environ, cluster.machine(os.environ), hosts)
+    _check_hosts(start.count, hosts, start.said)
+    if start.count == 1 or jax.distributed.is_initialized():
         return
-    if any(given) and not all(given) and not _in_cluster(env):
-        raise UserError("multi-process start needs all of JAX_COORDINATOR_ADDRESS=host:port, "
-                        "JAX_NUM_PROCESSES and JAX_PROCESS_ID; "
-                        f"got {coordinator}, {num_processes}, {process_id}")
-    jax.distributed.initialize(coordinator, num_processes, process_id,
+    known = {}
+    if start.gpus and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        known["local_device_ids"] = start.gpus
+    if None not in (start.address, start.index):
+        known["cluster_detection_method"] = "deactivate"  # it would give a task of Slurm one GPU of its machine's
+    jax.distributed.initialize(start.address, start.count or None, start.index, **known,
                                heartbeat_timeout_seconds=heartbeat_seconds,
                                shutdown_timeout_seconds=3 * heartbeat_seconds)
+    found = jax.process_count()
+    if start.count and found != start.count:
+        raise UserError(f"{start.said}, but this process found itself as one of {found}")
+    _check_hosts(found, hosts, start.said)
 
 
-def _in_cluster(env) -> bool:
-    # Chips in this machine, not an installed libtpu: that is also used to compile for a pod from a laptop.
-    # A TPU VM of one host is a cluster of one to JAX, so there is no need to tell the two apart.
-    tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    on_tpu = bool(tpu) and importlib.util.find_spec("libtpu") and "tpu" in env.get("JAX_PLATFORMS", "tpu")
-    tasks = max(int(env.get(k, "1")) for k in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return (on_tpu and "TPU_SKIP_MDS_QUERY" not in env) or tasks > 1
+def refuse_alone(hosts: int = 0) -> None:
+    """For a process that is not asked to join others: raises UserError if it was started as one of several, which
+    would all do the same (config.hosts=1: they are to)."""
+    if hosts == 1:
+        return
+    start = cluster.plan(os.environ, cluster.machine(os.environ), hosts=1)
+    if start.count > 1:
+        raise UserError(f"{start.said}, but config.distributed is False: each of them would train by itself; pass "
+                        "--config.distributed=True (or --config.hosts=1 if they are to)")
+    _check_hosts(1, hosts, "config.distributed=False")
+
+
+def _check_hosts(count: int, hosts: int, said: str) -> None:
+    if hosts and count and count != hosts:
+        raise UserError(f"config.hosts={hosts}, but there {'is' if count == 1 else 'are'} {count} process"
+                        f"{'' if count == 1 else 'es'} ({said or 'nothing in the environment names others'})")
 
 
 def is_main() -> bool:

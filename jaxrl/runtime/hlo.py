@@ -24,6 +24,7 @@ _PLACED = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*\[[0-9,]*\])(\{[^}]*\})?")
 _CONTROL = ("while", "conditional", "call")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", *_CONTROL)
 _SLICES = ("slice", "dynamic-slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place -> which operand is written
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -287,8 +288,9 @@ def _memory_bytes(computations, body, op: Instruction) -> float:
         return _fusion_bytes(computations[_CALLED.search(op.attributes)[1].strip("%")], operands, op.shape)
     if op.opcode in _SLICES:
         return (shape_bytes(op.shape) if _main_bytes(operands[0]) else 0.0) + _main_bytes(op.shape)
-    if op.opcode == "dynamic-update-slice":
-        return _main_bytes(operands[1]) + (shape_bytes(operands[1]) if _main_bytes(op.shape) else 0.0)
+    if op.opcode in _UPDATES:
+        new = operands[_UPDATES[op.opcode]]
+        return _main_bytes(new) + (shape_bytes(new) if _main_bytes(op.shape) else 0.0)
     if op.opcode.endswith("-start") and op.shape.startswith("("):  # both sides in one tuple
         return _main_bytes(op.shape)
     return sum(map(_main_bytes, operands)) + _main_bytes(op.shape)
@@ -309,7 +311,7 @@ def _fusion_bytes(inside, operands: list[str], shape: str) -> float:
                 total += read(user.name)
             elif user.opcode in _SLICES and at == 0:
                 total += shape_bytes(user.shape)
-            elif user.opcode != "dynamic-update-slice" or at:
+            elif user.opcode not in _UPDATES or at:
                 return float("inf")
         return total
 
@@ -317,7 +319,7 @@ def _fusion_bytes(inside, operands: list[str], shape: str) -> float:
         op = inside[name]
         while op.opcode == "bitcast" and op.operands:
             op = inside[op.operands[0]]
-        return shape_bytes(inside[op.operands[1]].shape if op.opcode == "dynamic-update-slice" else array)
+        return shape_bytes(inside[op.operands[_UPDATES[op.opcode]]].shape if op.opcode in _UPDATES else array)
 
     parameters = [op for op in inside.values() if op.opcode == "parameter"]
     reads = sum(min(read(op.name), _main_bytes(operands[int(op.inside)])) for op in parameters)

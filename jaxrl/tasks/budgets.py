@@ -28,8 +28,8 @@ def sample_budgets(rng: np.random.Generator, n: int, kind: str, low: int, high: 
     return np.clip(np.floor(drawn), low, high).astype(np.int64)
 
 
-def with_budget(problem: Problem, config, position: int) -> Problem:
-    """The problem with a length budget drawn for this position, if the config asks for one."""
+def with_budget(problem: Problem, config, position: int, factor: float = 1.0) -> Problem:
+    """The problem with a length budget drawn for this position, if the config asks for one, times `factor`."""
     mode = config.length.mode
     if mode == "none" or problem.budget is not None:
         return problem
@@ -37,11 +37,14 @@ def with_budget(problem: Problem, config, position: int) -> Problem:
     if mode == "both":
         mode = ("exact", "max")[int(rng.integers(2))]
     budget = int(sample_budgets(rng, 1, config.length.budgets, config.length.low, config.length.high)[0])
-    return dataclasses.replace(problem, budget=budget, mode=mode)
+    return dataclasses.replace(problem, budget=max(round(budget * factor), 1), mode=mode)
 
 
 def with_widest_budget(problem: Problem, config) -> Problem:
     """The problem with the largest budget it could be given."""
     if config.length.mode == "none" or problem.budget is not None:
         return problem
-    return dataclasses.replace(problem, budget=config.length.high, mode="max")
+    control = config.length.control
+    steered = control.target != "none" and control.steers == "budget"
+    widest = round(config.length.high * (control.high if steered else 1))
+    return dataclasses.replace(problem, budget=max(widest, config.length.high), mode="max")

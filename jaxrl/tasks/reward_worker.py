@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import numbers
+import re
 import sys
 from typing import Any
 
@@ -31,9 +32,22 @@ def _begin() -> None:
     _function = load(sys.argv[1])
 
 
-def _handle(job: list[Any]) -> float:
+def _handle(job: list[Any]) -> float | dict[str, float]:
     prompt, text, answer, info = job
     value = _function(prompt, text, answer, **info)
+    if not isinstance(value, dict):
+        return _number(value)
+    for name in value:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name == "length":
+            raise ValueError(f"returned a reward named {name!r}: a name is a word, and not 'length'")
+    if not value:
+        raise ValueError("returned an empty dict")
+    named = {name: _number(part) for name, part in value.items()}
+    _number(sum(named.values()))
+    return named
+
+
+def _number(value: Any) -> float:
     if callable(getattr(value, "item", None)):  # a number of numpy, jax or torch, or an array of one
         value = value.item()
     if not isinstance(value, numbers.Real):

@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 
 
 class UserReward:
-    """A function `reward(problem, completion_text, answer, **info) -> float`, named "module:function".
+    """A function `reward(problem, completion_text, answer, **info) -> float`, named "module:function". It may return a
+    dict name -> float instead, of rewards that are logged apart and summed with config.rewards.weights.
 
     problem: the prompt text; info: the other fields of the data row and the problem's id. It runs in worker
     processes (module found from the current directory), `timeout` seconds of wall clock per call. A call
@@ -44,7 +45,7 @@ class UserReward:
     def __exit__(self, *exc) -> None:
         self._pool.close()
 
-    def rewards(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[float | None, str]]:
+    def rewards(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[float | dict | None, str]]:
         """(reward, "ok") or (None, "timeout" or "crashed") per completion.
 
         Raises UserError if the function cannot be imported, or fails too often.
@@ -90,10 +91,11 @@ def grade_group(
     """Grades completions (texts, parallel to problems), which may belong to different problems and kinds of task.
 
     Problem.task says how correctness is found: "dial" and "choice" in this process, "math" by `grader`, "user" by
-    `reward` alone (correct means a reward of at least 1). With `reward` given, the rewards of all kinds are its own,
-    and correctness is still reported. A completion that the grader or the reward function failed on is not valid, its
-    outcome "timeout" or "crashed". opening: what the prompt has written of the responses (templates.opening), for the
-    graders only. Raises UserError for an unknown kind, or one whose grader is missing.
+    `reward` alone (correct means a reward of at least 1: of the one named "correct" if there is one, else of the sum).
+    With `reward` given, the rewards of all kinds are its own, and correctness is still reported. A completion that the
+    grader or the reward function failed on is not valid, its outcome "timeout" or "crashed". opening: what the prompt
+    has written of the responses (templates.opening), for the graders only. Raises UserError for an unknown kind, or
+    one whose grader is missing.
     """
     kinds = {p.task or "math" for p in problems}
     if not kinds <= set(KINDS):
@@ -119,9 +121,11 @@ def grade_group(
         return [Grade(float(o == "correct"), float(o == "correct"), o in _GRADED, o) for o in outcomes]
     grades = []
     for outcome, (value, status) in zip(outcomes, reward.rewards(problems, texts), strict=True):
+        named = value if isinstance(value, dict) else {}
+        value = sum(named.values()) if named else value
         if value is not None and not outcome:
-            outcome = "correct" if value >= 1 else "wrong"
+            outcome = "correct" if named.get("correct", value) >= 1 else "wrong"
         if value is None and outcome in ("", *_GRADED):
             outcome = status
-        grades.append(Grade(float(outcome == "correct"), value or 0.0, outcome in _GRADED, outcome))
+        grades.append(Grade(float(outcome == "correct"), value or 0.0, outcome in _GRADED, outcome, named))
     return grades

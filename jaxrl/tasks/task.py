@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxrl.types import Problem
 
 
 class Grade(NamedTuple):
-    """correct: 0 or 1. reward: float. valid: False keeps the completion out of training. outcome: as in Rollouts."""
+    """correct: 0 or 1. reward: float. valid: False keeps the completion out of training. outcome: as in Rollouts.
+    named: name -> float, where the reward is a sum of named ones."""
 
     correct: float
     reward: float
     valid: bool
     outcome: str
+    named: Mapping[str, float] = MappingProxyType({})
 
 
 class Task(NamedTuple):

@@ -20,7 +20,7 @@ CENTRED = [n for n in ADVANTAGES if n != "reinforce_pp_baseline"]
 def _run(name, rewards, ids, lengths=None, **constants):
     entry, hyper = resolve(ADVANTAGES, "advantage", name, constants)
     lengths = np.ones(len(rewards)) if lengths is None else lengths
-    return entry.fn(SimpleNamespace(reward=rewards, group=ids, lengths=lengths), hyper)
+    return entry.fn(SimpleNamespace(reward=rewards, group=ids, lengths=lengths, columns={}), hyper)
 
 
 def _reference(name, rewards, ids, lengths):
@@ -38,6 +38,11 @@ def _reference(name, rewards, ids, lengths):
             out[m] = r - (lengths[m] * r).sum() / lengths[m].sum()
         else:
             out[m] = r - r.mean()
+    if name == "gdpo":  # of one reward
+        for g in set(ids):
+            r = rewards[np.asarray(ids) == g]
+            out[np.asarray(ids) == g] = (r - r.mean()) / (np.std(r, ddof=1) + 1e-4)
+        return out / (np.std(out, ddof=1) + 1e-4)
     if name == "gpg":
         dead = sum(np.ptp(rewards[np.asarray(ids) == g]) == 0 for g in ids)
         out *= len(ids) / max(len(ids) - dead, 1)
@@ -138,6 +143,40 @@ def test_groups_leave_ungraded_completions_out(name):
     np.testing.assert_array_equal(found[~valid], 0)
     assert advantages(concat([]), name).tolist() == []
     assert advantages(extra[2], name).tolist() == [0.0, 0.0]
+
+
+def test_gdpo_tells_apart_what_a_sum_confounds():
+    """TRL's code written out: two rewards of different scale, each normalised in its group, weighted, summed, and
+    divided by the batch's spread. (1, 0) and (0, 1) have one sum, and not one advantage."""
+    rng = np.random.default_rng(0)
+    for over in ("responses", "tokens"):
+        right, brief = rng.integers(0, 2, (5, 6)).astype(float), rng.random((5, 6)) * 100
+        right[0], brief[1] = 1.0, 7.0  # groups without spread in one of them
+        lengths = rng.integers(1, 20, 30)
+        total = np.zeros((5, 6))
+        for values, weight in ((right, 1.0), (brief, 0.5)):
+            for g in range(5):
+                std = values[g].std(ddof=1)
+                total[g] += weight * (values[g] - values[g].mean()) / (std + 1e-4)
+        expected = (total - total.mean()).ravel() / (total.std(ddof=1) + 1e-4)
+        if over == "tokens":
+            tokens = np.repeat(total.ravel(), lengths)
+            expected = (total.ravel() - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-4)
+        columns = {"reward/correct": right.ravel(), "weight/correct": np.ones(30), "reward/brief": brief.ravel(),
+                   "weight/brief": np.full(30, 0.5), "waits": np.arange(30)}  # fmt: skip
+        entry, hyper = resolve(ADVANTAGES, "advantage", "gdpo", {"over": over})
+        record = SimpleNamespace(reward=np.zeros(30), group=np.repeat(range(5), 6), lengths=lengths, columns=columns)
+        np.testing.assert_allclose(entry.fn(record, hyper), expected, rtol=1e-9, atol=1e-12)
+    columns = {"reward/a": np.array([1.0, 0.0, 0.0, 0.0]), "reward/b": np.array([0.0, 1.0, 1.0, 0.0])}
+    record = SimpleNamespace(reward=sum(columns.values()), group=np.zeros(4, int), lengths=np.ones(4), columns=columns)
+    entry, hyper = resolve(ADVANTAGES, "advantage", "gdpo")
+    found = entry.fn(record, hyper)
+    assert found[0] > found[1] == found[2] > found[3]
+    plain = ADVANTAGES["grpo"].fn(record, ADVANTAGES["grpo"].defaults)
+    assert plain[0] == plain[1] == plain[2]
+    # the scale of a reward is not its weight
+    larger = SimpleNamespace(**vars(record) | {"columns": columns | {"reward/b": columns["reward/b"] * 1000}})
+    np.testing.assert_allclose(entry.fn(larger, hyper), found, rtol=1e-3)
 
 
 def test_an_advantage_may_be_one_a_token(monkeypatch):

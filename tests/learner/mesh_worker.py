@@ -3,10 +3,9 @@ devices is fixed at start-up.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
 
-A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "+moe" takes a mixture of experts, "@2" puts it
-on two slices. For each, OUT
-holds the gradient (SGD with rate 1: old minus new parameters), the metrics, and the collectives of the compiled
-program; a line tells how far loss and gradient are from those of the first mesh.
+A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "@2" puts it on two slices, "+lora" trains
+adapters beside an int8 base, "+moe" takes a mixture of experts. For each, OUT holds the gradient (SGD with rate 1: old
+minus new parameters), the metrics, and the collectives of the compiled program; a line tells how far loss and gradient are from those of the first mesh.
 """
 
 import dataclasses
@@ -19,17 +18,29 @@ import numpy as np
 import optax
 
 from jaxrl.learner.packing import PackSettings, pack
-from jaxrl.learner.state import Optimizer, init_state
+from jaxrl.learner.state import Optimizer, abstract_state, init_state, sharding_of
+from jaxrl.learner.state import placed as on_mesh
 from jaxrl.learner.update import Objective, build_programs, place_batch
 from jaxrl.rollouts import from_sequences
 from jaxrl.runtime import hlo
 from jaxrl.runtime.mesh import make_mesh
 from models.config import DecoderConfig
+from models.decoder import init_params
+from models.lora import LoRA, abstract_base, frozen_base, init_adapters
 
 # Sizes that tell arrays apart: V 208, D 32, F 80, q 64, kv 32. Two key-value heads, so tensor=8 replicates them.
 CONFIG = DecoderConfig(208, 32, 80, 3, 8, 2, 8, qk_norm=True, model_type="qwen3", init_std=0.2)
 MOE = dataclasses.replace(CONFIG, model_type="qwen3_moe", num_experts=8, experts_per_token=2, expert_size=24)
 OBJECTIVE = Objective(loss="gspo", kl_coef=0.1, entropy_coef=0.01, temperature=0.9)
+
+
+ADAPTERS = LoRA(4, 8.0)
+
+
+def some_adapters(config):
+    """As after some training: neither half is zero."""
+    new = init_adapters(config, ADAPTERS, jax.random.key(1))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), new)
 
 
 def batch(seed=0):
@@ -62,19 +73,30 @@ def main(out, *names):
     jax.config.update("jax_disable_most_optimizations", True)  # the same partitioning, compiled in half the time
     optimizer, record, first = Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1)), {}, None
     for name in names:
-        shape, _, slices = name.removesuffix("+sp").removesuffix("+moe").partition("@")
+        whole, *options = name.split("+")
+        shape, _, slices = whole.partition("@")
         sizes, slices = [int(n) for n in shape.split(",")], int(slices or 1)
         mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)], slices=slices)
-        config, balance = (MOE, 0.1) if name.endswith("+moe") else (CONFIG, 0.0)
-        objective = dataclasses.replace(OBJECTIVE, balance_coef=balance)
-        programs = build_programs(config, mesh, optimizer, objective, sequence_parallel=name.endswith("+sp"))
-        state = init_state(config, optimizer, mesh, jax.random.key(0))
+        lora, config, frozen = None, MOE if "moe" in options else CONFIG, None
+        objective = dataclasses.replace(OBJECTIVE, balance_coef=0.1 * ("moe" in options))
+        if "lora" in options:
+            lora, config = ADAPTERS, dataclasses.replace(CONFIG, lora_scale=ADAPTERS.scale)
+            where = sharding_of(on_mesh(mesh, config, *abstract_base(config, "int8")))
+            base = frozen_base(init_params(config, jax.random.key(0)), config, "int8")
+            frozen = jax.tree.map(jax.device_put, base, where)
+        programs = build_programs(config, mesh, optimizer, objective, sequence_parallel="sp" in options, lora=lora)
+        if lora:
+            where = sharding_of(abstract_state(config, optimizer, mesh, lora=lora).params)
+            adapters = jax.tree.map(jax.device_put, some_adapters(config), where)
+            state = init_state(config, optimizer, mesh, params=adapters, lora=lora)
+        else:
+            state = init_state(config, optimizer, mesh, jax.random.key(0))
         before, data = jax.tree.map(np.array, state.params), place_batch(batch(), mesh)
-        program = programs.update.lower(state, data).compile()
+        program = programs.update.lower(state, data, frozen).compile()
         found, counts = collectives(program.as_text())
         far = hlo.count(program.as_text(), slices=tuple(i * slices // mesh.size for i in range(mesh.size))).far
         placed = [str(x.sharding.spec) for x in jax.tree.leaves(state)]
-        state, metrics = program(state, data)
+        state, metrics = program(state, data, frozen)
         assert placed == [str(x.sharding.spec) for x in jax.tree.leaves(state)], "the update moved the state"
         gradient = jax.tree.map(lambda a, b: a - np.array(b), before, state.params)
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):

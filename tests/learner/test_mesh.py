@@ -109,6 +109,20 @@ def test_every_mesh_agrees_on_a_mixture_of_experts(tmp_path):
     assert all("['experts" not in k or np.abs(g).max() > 0 for k, g in gradients["1,8,1+moe"].items())
 
 
+@pytest.mark.slow
+def test_every_mesh_agrees_on_adapters(tmp_path):
+    """Beside an int8 base, split like the matrices that they belong to."""
+    names = ["1,1,1+lora", "2,2,2+lora", "1,1,8+lora"]
+    info, gradients = run_worker(tmp_path / "out.npz", *names)
+    agree(info, gradients, names)
+    shards = info["2,2,2+lora"]["shards"]
+    assert set(shards) == set(gradients[names[0]]) and shards["['layers']['attn']['q_lora_a']"] == [3, 16, 4]
+    assert shards["['layers']['attn']['q_lora_b']"] == [3, 4, 32]
+    assert shards["['layers']['mlp']['down_lora_a']"] == [3, 40, 4]
+    # the base has no gradient: nothing of a head's size is scattered back
+    assert info["2,2,2+lora"]["counts"].get("reduce-scatter", 0) == 0
+
+
 def test_sequence_parallelism_splits_the_tokens_of_what_lies_between_blocks():
     """[R, T, D] has its rows on data and fsdp, and with the option its tokens on tensor."""
     config, mesh, found = base_config(), make_mesh(1, 1, 1, devices=jax.devices()[:1]), []

@@ -62,6 +62,12 @@ def test_overrides_reach_every_section():
         (["--config.algorithm.kl_unbiased"], ["config.algorithm.kl_unbiased=True", "algorithm.kl_coef above 0"]),
         (["--config.batch.greso_hyper.start=0.99"], ["config.batch.greso_hyper.start=0.99", "high=0.95"]),
         (["--config.algorithm.kl_in_reward"], ["config.algorithm.kl_in_reward=True", "algorithm.kl_coef"]),
+        (["--config.algorithm.kl_in_reward", "--config.algorithm.kl_coef=1", "--config.algorithm.advantage=gdpo"],
+         ["config.algorithm.kl_in_reward=True", "gdpo"]),
+        (["--config.rewards.weights=correct"], ["config.rewards.weights='correct'", "such as correct=1,length=0.5"]),
+        (["--config.rewards.weights=correct=1,tone=2"], ["config.rewards.weights", "'tone'", "task.reward"]),
+        (["--config.rewards.weights=correct=1,correct=2"], ["config.rewards.weights", "'correct' more than once"]),
+        (["--config.rewards.weights=length=.5"], ["config.rewards.weights", "config.length.reward is none"]),
         (
             ["--config.optimizer.schedule=cosine", "--config.optimizer.warmup_steps=120"],
             ["config.optimizer.schedule='cosine'", "update 120"],
@@ -173,6 +179,7 @@ TAKES = {Number: {"a fraction"}, Integer: set(), Choice: set(), Flag: {"a boolea
 # And by key: -1 where it is a choice of its own, entropies may be lowered, names and paths are any text.
 TAKES_TOO = {f"mesh.{axis}": {"negative"} for axis in ("data", "fsdp", "tensor")}
 TAKES_TOO |= {"algorithm.entropy_coef": {"negative"}, "model.path": {"empty"}, "model.lora.path": {"empty"}}
+TAKES_TOO |= {"rewards.weights": {"empty"}}
 TAKES_TOO |= {key: {"another word"} for key in (
     "run_dir", "log.wandb_project", "task.problem_field", "task.answer_field", "task.id_field",
 )}  # fmt: skip

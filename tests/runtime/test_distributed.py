@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl import build
 from jaxrl.errors import UserError
-from jaxrl.runtime import distributed, manifest
+from jaxrl.runtime import cluster, distributed, manifest
 from jaxrl.runtime.checkpoint import restore
 from jaxrl.runtime.config import base_config
 
@@ -39,15 +39,19 @@ def show(text):
 """
 
 
-def two(code, *args):
+def two(code, *args, torchrun=False):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-           "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    if torchrun:
+        names = {**TORCHRUN, "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+        ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    else:
+        names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+        ranks = [{"JAX_PROCESS_ID": str(i)} for i in range(2)]
     return [subprocess.Popen([sys.executable, "-c", PRELUDE + code, *map(str, args)], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env={**env, "JAX_PROCESS_ID": str(i)})
-            for i in range(2)]
+                             stderr=subprocess.PIPE, text=True, env={**env, **names, **rank}) for rank in ranks]
 
 
 def wait_until_ready(child):
@@ -80,6 +84,7 @@ def test_the_heartbeat_of_the_config_reaches_jax(monkeypatch):
     """The tests below wait longer than it takes: with jax's own 100 s the other process ends after about 70."""
     seen = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     for key, value in (("COORDINATOR_ADDRESS", "127.0.0.1:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
         monkeypatch.setenv(f"JAX_{key}", value)
     config = base_config()
@@ -89,7 +94,55 @@ def test_the_heartbeat_of_the_config_reaches_jax(monkeypatch):
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     [(args, options)] = seen
     assert args == ("127.0.0.1:1", 2, 0)
-    assert options == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 21}
+    assert options == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 21,
+                       "cluster_detection_method": "deactivate"}
+
+
+def test_what_slurm_says_reaches_jax_and_all_gpus_of_the_task_are_used(monkeypatch):
+    """jax's own choice for a task of Slurm is one GPU of the machine's."""
+    seen = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(cluster, "machine", lambda env: cluster.Machine(gpus=8))
+    for name, value in (("NUM_TASKS", "2"), ("TASKS_PER_NODE", "1(x2)")):
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    distributed.initialize(hosts=2)
+    assert seen[0][0] == (None, 2, None) and seen[0][1]["local_device_ids"] == list(range(8))
+    assert "cluster_detection_method" not in seen[0][1]
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=2, but this process found itself as one of 1"):
+        distributed.initialize()
+    with pytest.raises(UserError, match="config.hosts=3, but there are 2 processes .SLURM_STEP_NUM_TASKS=2"):
+        distributed.initialize(hosts=3)
+
+
+def test_a_run_that_was_started_several_times_by_mistake_is_refused(monkeypatch):
+    config = base_config()
+    config.compilation_cache = False
+    build.start_backend(config)
+    config.hosts = 2
+    with pytest.raises(UserError, match="config.hosts=2, but there is 1 process .config.distributed=False"):
+        build.start_backend(config)
+    config.distributed = True
+    with pytest.raises(UserError, match="config.hosts=2, but there is 1 process .nothing in the environment"):
+        build.start_backend(config)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    config.hosts, config.distributed = 0, False
+    with pytest.raises(UserError, match="WORLD_SIZE=2, but config.distributed is False"):
+        build.start_backend(config)
+    config.hosts = 1  # two runs side by side, on purpose
+    build.start_backend(config)
+
+
+TORCHRUN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "RANK": "0"}
+
+
+def test_two_processes_under_the_names_of_torchrun():
+    code = "show(distributed.allgather(me)); distributed.barrier('end')"
+    for child, (out, err) in zip(children := two(code, "-", torchrun=True), finish(children), strict=True):
+        assert child.returncode == 0 and out.endswith("[0, 1]\n"), err[-3000:]
 
 
 GATHER_AND_SAVE = """
@@ -116,14 +169,14 @@ with Checkpointer(directory, keep_last=1) as saver:
     for shard in found.arrays["w"].addressable_shards:
         assert np.array_equal(shard.data, np.arange(128).reshape(16, 8)[shard.index])
     # A fault of process 1's storage: both warn, neither hangs, and the checkpoint before stays.
-    from jaxrl.runtime import manifest
-    real = manifest.digest_files
+    from jaxrl.runtime import storage
+    real = storage.write_chunks
     def full(*_, **__): raise OSError(28, "No space left on device")
     if me == 1:
-        manifest.digest_files = full
+        storage.write_chunks = full
     saver.save(3, a, {"step": 3})
     assert saver.wait() == 2
-    manifest.digest_files = real
+    storage.write_chunks = real
     # Damage that only one of them reads is known to both.
     saver.save(4, a, {"step": 4})
     saver.wait()
@@ -151,8 +204,7 @@ def test_gather_save_and_restore_together(tmp_path):
     [found] = manifest.list_checkpoints(tmp_path)
     meta = manifest.read_manifest(found.path)
     assert found.step == 4 and manifest.find_damage(found.path, meta) is None
-    assert {n.split("/")[1] for n in meta["files"] if "process_" in n and "/d/" in n} == {
-        "ocdbt.process_0", "ocdbt.process_1"}
+    assert set(meta["files"]) == {"host.json", "arrays-00000-000.safetensors", "arrays-00001-000.safetensors"}
     w = np.arange(128, dtype=np.float32).reshape(16, 8)
     template = {"w": jnp.zeros((16, 8)), "b": jnp.zeros((16, 8), jnp.bfloat16), "n": np.zeros(3, int)}
     back = restore(tmp_path, template).arrays

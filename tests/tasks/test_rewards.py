@@ -93,6 +93,20 @@ def test_rewards_below_one_are_not_correct():
     assert [(g.correct, g.reward) for g in grades] == [(0.0, 0.5), (1.0, 1.0), (0.0, -2.0), (1.0, 1.0)]
 
 
+def test_a_reward_may_be_a_sum_of_named_ones(caplog):
+    """Correct is what its own reward says, or the sum; bad names and numbers fail that completion only."""
+    texts = ["brief=0.25 tone=0.5", "correct=1 tone=-3", "brief=1", "", "length=1", "2x=1", "a=nan", "a=3e38 b=3e38"]
+    with UserReward(f"{MODULE}:named", timeout=LONG) as reward, caplog.at_level(logging.WARNING):
+        grades = grade_group(problems(len(texts), task="user"), texts, reward=reward)
+    assert [(g.correct, g.reward, g.named) for g in grades[:3]] == [
+        (0.0, 0.75, {"brief": 0.25, "tone": 0.5}),
+        (1.0, -2.0, {"correct": 1.0, "tone": -3.0}),
+        (1.0, 1.0, {"brief": 1.0}),
+    ]
+    assert [(g.valid, g.named) for g in grades] == [(True, g.named) for g in grades[:3]] + [(False, {})] * 5
+    assert "returned an empty dict" in caplog.text
+
+
 def test_numbers_of_numpy_are_numbers():
     with UserReward(f"{MODULE}:by_text", timeout=LONG) as reward:
         found = reward.rewards(problems(3), ["numpy.true", "numpy.half", "numpy.one"])

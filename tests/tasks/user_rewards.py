@@ -46,5 +46,10 @@ def by_text(problem, completion_text, answer, **info):
     return float(action)
 
 
+def named(problem, completion_text, answer, **info):
+    """Named rewards, as the completion says: "a=1 b=0.5"."""
+    return {name: float(value) for name, _, value in (p.partition("=") for p in completion_text.split())}
+
+
 def needs_no_info(problem, completion_text, answer):
     return 1.0

@@ -1,0 +1,42 @@
+"""Controls that adapt: a factor, on the weight of the length term or on budgets, is moved until a measured quantity is
+where it should be. Pure functions of one small dict that JSON can hold; settings: config.length.control.
+
+The factor is integral control in its logarithm, log f += rate x error, kept within [low, high], with
+
+    accuracy      error = accuracy - (baseline - value)       high accuracy leaves room for shorter answers
+    length        error = mean length / value - 1             too long
+    violations    error = share above the budget - value      too often above it
+
+A positive error raises the weight. Budgets it shrinks for accuracy and length, and widens for violations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+HELD = ("accuracy", "length", "violations")
+
+
+def control_factor(state: Mapping) -> float:
+    """What the weight or the budgets are multiplied with: 1 before the first update."""
+    return state.get("factor", 1.0)
+
+
+def control_update(state: Mapping, measured: float, settings: Mapping) -> dict[str, float]:
+    """The state after a step that measured so much of settings["target"], a name in HELD.
+
+    settings: target, value, baseline (of accuracy; 0 for the first one measured, which the state keeps), rate, low,
+    high, steers ("weight" or "budget").
+    """
+    target, value = settings["target"], settings["value"]
+    following = {}
+    if target == "accuracy":
+        following["baseline"] = state.get("baseline", settings["baseline"] or measured)
+        error = measured - (following["baseline"] - value)
+    else:
+        error = measured / value - 1 if target == "length" else measured - value
+    if settings["steers"] == "budget" and target != "violations":
+        error = -error
+    moved = math.log(control_factor(state)) + settings["rate"] * error
+    return following | {"factor": min(max(math.exp(min(moved, 700.0)), settings["low"]), settings["high"])}

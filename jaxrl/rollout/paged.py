@@ -1,0 +1,241 @@
+"""The key-value cache in pages: rows hold as many as their own context needs, samples share those of their prompt.
+
+Each replica of the weights has its own pool, and its rows only use pages of it. When a pool runs out, its youngest
+responses give their pages back and wait; the engine prefills them again later. What is drawn does not depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxrl.errors import UserError
+from jaxrl.rollout.cache import bucket, idle_rows, prefill_sizes, row_sizes
+from jaxrl.rollout.kernels import Rows, SamplingArrays
+from jaxrl.rollout.programs import Runner
+from models.pages import Pages
+
+WRITES = 64  # pages that one call fills, on each replica
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A prefilled prompt: row `row` of right-aligned `arrays` of `columns` columns; `length` tokens.
+
+    shared: replica -> (its full pages there, when the first of them was taken), as long as a sample holds them.
+    """
+
+    arrays: tuple
+    row: int
+    columns: int
+    length: int
+    shared: dict[int, tuple[list[int], int]] = dataclasses.field(default_factory=dict)
+
+
+class Pool:
+    """Pages of one replica, counted. Page 0 is nobody's."""
+
+    def __init__(self, count: int):
+        self.holders = np.zeros(count, np.int32)
+        self.taken_at = np.zeros(count, np.int64)
+        self.free = list(range(count - 1, 0, -1))
+        self._clock = 0
+
+    def take(self, count: int) -> list[int]:
+        """So many free pages, held once."""
+        pages = [self.free.pop() for _ in range(count)]
+        self._clock += 1
+        self.holders[pages], self.taken_at[pages] = 1, self._clock
+        return pages
+
+    def give(self, pages: np.ndarray) -> None:
+        """One holder less of each of these."""
+        self.holders[pages] -= 1
+        self.free += [int(page) for page in pages if self.holders[page] == 0]
+
+
+class PagedCache:
+    """A KVCache of pages.
+
+    Args:
+      as of DenseCache, and page: tokens of one. tokens: capacity of all replicas together, 0 for what `slots` rows of
+        full length take. implementation: of models.pages; "xla" gathers what the longest row holds, others read only
+        what each row holds, so that one width of the table serves all.
+
+    Raises UserError for a capacity that does not hold one response of full length on each replica.
+    """
+
+    def __init__(self, run: Runner, *, slots: int, multiple: int, max_prompt: int, max_tokens: int, chunk: int,
+                 window: int, page: int, tokens: int = 0, implementation: str = "xla"):
+        self.run, self.chunk, self.page, self.replicas = run, chunk, page, multiple
+        self.implementation = implementation
+        most = -(-(max_prompt + max_tokens) // page)  # pages of a row
+        count = tokens // page // multiple if tokens else most * (slots // multiple)
+        if count < most:
+            raise UserError(f"config.sampling.cache_tokens={tokens} is {count} pages of {page} tokens on each of "
+                            f"{multiple} replicas; one response of full length takes {most}: set at least "
+                            f"{most * page * multiple}")
+        self.pages = count + 1
+        self.longest = max_prompt + max_tokens if count < most * (slots // multiple) else 0
+        # rows cannot move to another replica's pool
+        self.row_sizes = row_sizes(slots, multiple) if multiple == 1 else [slots]
+        self.prefill_sizes = prefill_sizes(slots, multiple)
+        self.widths = [most]
+        if implementation == "xla":
+            self.widths = sorted({min(bucket(n, max(1, window // page)), most) for n in range(1, most + 1)})
+        self.clear()
+
+    def clear(self) -> None:
+        self.arrays, self.rows, self.steps, self._writes = None, 0, 0, []
+        self.pools = [Pool(self.pages) for _ in range(self.replicas)]
+        self.table, self.held = np.zeros((0, self.widths[-1]), np.int32), np.zeros(0, np.int32)
+
+    def begin(self, rows: int) -> None:
+        self.rows = rows
+        self.table, self.held = np.zeros((rows, self.widths[-1]), np.int32), np.zeros(rows, np.int32)
+        count = self.pages * self.replicas
+        self.arrays = self.run.call("new_pages", (count,), count)
+
+    # ---- prompts
+
+    def prefill_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
+        n = next((size for size in self.prefill_sizes if size >= len(lengths)), self.prefill_sizes[-1])
+        return n, bucket(max(lengths), 32)
+
+    def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Prompt]:
+        n, columns = self.prefill_shape([len(p) for p in prompts])
+        tokens, lengths = np.zeros((n, columns), np.int32), np.zeros(n, np.int32)
+        for row, prompt in enumerate(prompts):
+            lengths[row] = len(prompt)
+            tokens[row, columns - len(prompt) :] = prompt
+        arrays = self.run.call("prefill", (n, columns), params, tokens, lengths)
+        return [Prompt(arrays, row, columns, len(prompt)) for row, prompt in enumerate(prompts)]
+
+    def _replica(self, row: int) -> int:
+        return row * self.replicas // self.rows
+
+    def _spare(self, replica: int) -> int:
+        """Free pages of a replica beyond one more for each of its rows that run: admitted on those, a response would
+        soon have to wait again."""
+        rows = self.held.reshape(self.replicas, -1)[replica]
+        return len(self.pools[replica].free) - int(np.sum(rows > 0))
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        needed, spare = [n // self.page + 1 for n in lengths], [self._spare(r) for r in range(self.replicas)]
+        return max(needed) <= max(spare) and sum(needed) <= sum(max(s, 0) for s in spare)
+
+    def reserve(self, row: int, prompt: Prompt) -> bool:
+        replica = self._replica(row)
+        pool, full = self.pools[replica], prompt.length // self.page
+        shared, since = prompt.shared.get(replica, ([], -1))
+        alive = bool(shared) and pool.holders[shared[0]] > 0 and pool.taken_at[shared[0]] == since
+        if self._spare(replica) < 1 + (0 if alive else full):
+            return False
+        if alive:
+            pool.holders[shared] += 1
+        else:
+            shared = pool.take(full)
+            self._writes += [(prompt, i, replica, page) for i, page in enumerate(shared)]
+            if shared:
+                prompt.shared[replica] = (shared, int(pool.taken_at[shared[0]]))
+        (own,) = pool.take(1)  # the last, partial page is copied: the row writes there next
+        if prompt.length % self.page:
+            self._writes.append((prompt, full, replica, own))
+        self.table[row, : full + 1] = [*shared, own]
+        self.held[row] = full + 1
+        return True
+
+    def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Prompt]]) -> None:
+        batches: dict[int, list] = {}  # one write for the prompts of one prefill
+        for write in self._writes:
+            batches.setdefault(id(write[0].arrays), []).append(write)
+        self._writes = []
+        for batch in batches.values():
+            by_replica = [[w for w in batch if w[2] == replica] for replica in range(self.replicas)]
+            for at in range(0, max(map(len, by_replica)), WRITES):
+                self.arrays = self._write(self.arrays, batch[0][0], [part[at : at + WRITES] for part in by_replica])
+
+    def _write(self, arrays, prompt: Prompt, parts: Sequence[list]):
+        """The pool with pages of the prefill that `prompt` comes from; parts: a replica's writes each."""
+        source, first, target = np.zeros((3, self.replicas, WRITES), np.int32)
+        for replica, writes in enumerate(parts):
+            for i, (of, index, _, page) in enumerate(writes):
+                source[replica, i], target[replica, i] = of.row, page
+                first[replica, i] = of.columns - of.length + index * self.page
+        sizes = prompt.arrays[1][0].shape[0], prompt.columns
+        args = (source.ravel(), first.ravel(), target.ravel())
+        return self.run.call("write_pages", sizes, arrays, prompt.arrays, *args)
+
+    # ---- rows
+
+    def take(self, rows: np.ndarray, longest: int, ahead: int) -> None:
+        again = np.ones(len(rows), bool)
+        again[np.unique(rows, return_index=True)[1]] = False  # rows to grow by, which are nobody's
+        self.table, self.held = self.table[rows], self.held[rows]
+        self.table[again], self.held[again] = 0, 0
+        self.rows = len(rows)
+
+    def release(self, rows: np.ndarray) -> None:
+        for row in np.atleast_1d(rows):
+            self.pools[self._replica(row)].give(self.table[row, : self.held[row]])
+            self.table[row], self.held[row] = 0, 0
+
+    def room(self, used: np.ndarray, left: np.ndarray, born: np.ndarray) -> list[int]:
+        least, waiting = min(self.page, self.chunk), []
+        self.steps = self.chunk
+
+        def missing(rows, steps: int) -> np.ndarray:
+            return np.maximum(-(-(used[rows] + np.minimum(left[rows], steps)) // self.page) - self.held[rows], 0)
+
+        replica = self._replica(np.arange(self.rows))
+        for number, pool in enumerate(self.pools):
+            rows = np.flatnonzero((replica == number) & (self.held > 0))
+            rows = rows[np.argsort(born[rows])]
+            while missing(rows, self.steps).sum() > len(pool.free):
+                if self.steps > least:
+                    self.steps = max(self.steps // 2, least)
+                else:
+                    waiting.append(int(rows[-1]))
+                    self.release(rows[-1])
+                    rows = rows[:-1]
+        for row in np.flatnonzero(self.held):
+            (count,) = missing([row], self.steps)
+            pages, at = self.pools[replica[row]].take(int(count)), self.held[row]
+            self.table[row, at : at + len(pages)] = pages
+            self.held[row] += len(pages)
+        return waiting
+
+    # ---- decoding
+
+    def decode(self, params, rows: Rows, settings: SamplingArrays, kind: tuple, refill_at: int) -> tuple:
+        width = next(w for w in self.widths if w >= self.held.max())
+        cache = self.view(self.arrays, self.table[:, :width].copy())
+        args = (params, cache, rows, settings, np.int32(self.steps), np.int32(refill_at))
+        cache, *out = self.run.call("decode", (self.rows, width, *kind), *args)
+        self.arrays = cache.arrays
+        return jax.device_get(tuple(out))
+
+    def view(self, arrays, table) -> Pages:
+        """The cache as the decode program takes it."""
+        return Pages(arrays[0], arrays[1] if len(arrays) > 1 else None, table, self.implementation)
+
+    # ---- compiling ahead
+
+    def warmup(self, params, settings: dict[tuple, SamplingArrays], longest: int) -> None:
+        columns = sorted({bucket(n, 32) for n in range(max(longest, self.longest))})
+        self.begin(self.row_sizes[-1])
+        nothing = [[] for _ in range(self.replicas)]
+        for P in columns:
+            for n in self.prefill_sizes:
+                arrays = self.run.call("prefill", (n, P), params, np.zeros((n, P), np.int32), np.zeros(n, np.int32))
+                self.arrays = self._write(self.arrays, Prompt(arrays, 0, P, 0), nothing)
+        for rows in self.row_sizes:
+            for width in self.widths:
+                for kind, values in settings.items():
+                    cache = self.view(self.arrays, np.zeros((rows, width), np.int32))
+                    args = (params, cache, idle_rows(rows), values, np.int32(0), np.int32(1))
+                    self.arrays = self.run.call("decode", (rows, width, *kind), *args)[0].arrays
+        self.clear()

@@ -1,0 +1,65 @@
+"""Samples that wait for a slot: a queue of what is not prefilled yet, then a list of what is."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Start:
+    """Samples of a ticket that start from the same `tokens`: the prompt, of one that had to give up its slot also what
+    it has drawn. prefix: the prefilled tokens, from a KVCache."""
+
+    ticket: int
+    tokens: np.ndarray
+    samples: list[int]
+    prefix: Any = None
+
+    @property
+    def cached(self) -> int:
+        """Tokens that a prefill caches: the last one is left to the first decode step."""
+        return len(self.tokens) - 1
+
+
+class Waiting:
+    """prefilled: those whose tokens are in a cache. The others come in the order of `add`'s rank."""
+
+    def __init__(self):
+        self.prefilled: list[Start] = []
+        self._queue: list[tuple] = []
+        self._added = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._queue or self.prefilled)
+
+    @property
+    def samples(self) -> int:
+        """How many wait."""
+        return sum(len(start.samples) for start in [*self.prefilled, *(entry[-1] for entry in self._queue)])
+
+    @property
+    def next(self) -> Start | None:
+        """The first that is not prefilled."""
+        return self._queue[0][-1] if self._queue else None
+
+    def add(self, start: Start, rank: tuple) -> None:
+        """Lower ranks first, of equal ones the longest, then the first."""
+        self._added += 1
+        bisect.insort(self._queue, (*rank, -len(start.tokens), self._added, start))
+
+    def pop(self) -> Start:
+        """`next`, which waits here no longer."""
+        return self._queue.pop(0)[-1]
+
+    def remove(self, ticket: int, samples: Collection[int]) -> None:
+        """These samples of a ticket wait no longer."""
+        for start in [*self.prefilled, *(entry[-1] for entry in self._queue)]:
+            if start.ticket == ticket:
+                start.samples = [s for s in start.samples if s not in samples]
+        self._queue = [entry for entry in self._queue if entry[-1].samples]
+        self.prefilled = [start for start in self.prefilled if start.samples]
