@@ -5,7 +5,8 @@ devices is fixed at start-up.
 
 A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "@2" puts it on two slices, "+lora" trains
 adapters beside an int8 base, "+moe" takes a mixture of experts. For each, OUT holds the gradient (SGD with rate 1: old
-minus new parameters), the metrics, and the collectives of the compiled program; a line tells how far loss and gradient are from those of the first mesh.
+minus new parameters), the metrics, and the collectives of the compiled program; a line tells how far loss and
+gradient are from those of the first mesh.
 """
 
 import dataclasses
