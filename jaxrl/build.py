@@ -46,7 +46,7 @@ def start_backend(config) -> None:
     else:
         distributed.refuse_alone(config.hosts)
     if config.compilation_cache:
-        cli.use_compilation_cache()
+        cli.use_compilation_cache(str(config.run_dir))
 
 
 def mesh(config, devices=None):

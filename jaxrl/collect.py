@@ -26,7 +26,7 @@ from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
 from jaxrl.shaping import adapt, budget_factor, length_weight, named_columns, shape_rewards, shaping_metrics
 from jaxrl.tasks.budgets import with_budget
-from jaxrl.tasks.task import Task
+from jaxrl.tasks.task import Task, without_infinities
 from jaxrl.types import Problem
 
 STATE_VERSION = 2  # of Collector.state; 1 held groups as JSON
@@ -201,6 +201,7 @@ class Collector:
         index, tokens = np.flatnonzero(~waiting), rollouts.split_tokens()
         texts = [self.tokenizer.decode(tokens[i]) for i in index]
         grades = self.task.grade([rollouts.prompts[rollouts.group[i]].problem for i in index], texts)
+        grades = [without_infinities(grade) for grade in grades]
         finite = rollouts.token_sum(~np.isfinite(rollouts.logprobs)) == 0
         new = {k: getattr(rollouts, k).copy() for k in ("correct", "reward", "valid", "outcome")}
         for i, grade in zip(index, grades, strict=True):

@@ -315,6 +315,22 @@ def test_nonfinite_log_probs_of_the_sampler_are_not_trained_on():
     assert chosen.valid[: 2 * G].tolist() == [True] * (G + 2) + [False, True]
 
 
+@pytest.mark.parametrize("reward", [1e39, -1e39, float("nan"), float("inf")])
+def test_rewards_that_float32_cannot_hold_are_not_trained_on(reward):
+    """Whatever gave them: reward functions are checked where they run, a task's own grades here."""
+    collector, _ = make()
+    grade = collector.task.grade
+
+    def overflowing(problems, texts):
+        grades = grade(problems, texts)
+        return [g._replace(reward=reward) if i == G + 2 else g for i, g in enumerate(grades)]
+
+    collector.task = collector.task._replace(grade=overflowing)
+    chosen = collector.collect(None, 0).chosen
+    assert chosen.outcome[G + 2] == "nonfinite" and np.isfinite(chosen.reward).all()
+    assert chosen.valid[: 2 * G].tolist() == [True] * (G + 2) + [False, True]
+
+
 def test_longest_first_next_time():
     collector, sampler = make(lambda p, i: (i % 2 + WRONG, 2 + p), problems=4)
     collector.collect(None, 0)

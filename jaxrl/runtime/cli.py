@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from jaxrl.algorithms.hyper import Choice, Integer, Number
 from jaxrl.errors import UserError
+from jaxrl.runtime import storage
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -83,12 +84,18 @@ def _read(name: str, text: str | None, kind: type, setting):
     return value
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache directory, so that a second start compiles nothing."""
+def use_compilation_cache(run_dir: str = "") -> None:
+    """Keep compiled programs, so that a second start compiles nothing: in JAX_COMPILATION_CACHE_DIR, else beside a run
+    on an object store (`xla` in the folder of its runs: a new machine has nothing of its own), else in the user's cache
+    directory."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
         root = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
-        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jaxrl", "xla"))
+        beside = os.path.join(os.path.dirname(run_dir.rstrip("/")), "xla")
+        where = beside if storage.is_remote(beside) else os.path.join(root, "jaxrl", "xla")
+        jax.config.update("jax_compilation_cache_dir", where)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if storage.is_remote(jax.config.jax_compilation_cache_dir):  # XLA's own caches of GPU kernels know only local files
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

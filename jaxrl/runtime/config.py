@@ -309,7 +309,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     ),
     "watchdog.grace": (Number(300.0), "seconds from SIGTERM or Ctrl-C to the exit, saved or not"),
     "nonfinite.max_in_a_row": (Integer(3), "skipped updates before going back to a checkpoint, once; 0: off"),
-    "compilation_cache": (Flag(True), "keep compiled programs in the user's cache directory"),
+    "compilation_cache": (Flag(True), "keep compiled programs: in the user's cache, or beside a run in a bucket"),
 }
 
 # The constants of every method, chosen or not: config.algorithm.loss_hyper.dapo.clip_high.

@@ -10,8 +10,7 @@ import sys
 from typing import Any
 
 from jaxrl.tasks import workers
-
-LARGEST = 3.4028234e38  # of float32, in which rewards are kept
+from jaxrl.tasks.task import LARGEST
 
 _function = None
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from jaxrl.types import Problem
 
+LARGEST = 3.4028234e38  # reward that float32, in which they are kept, can hold
+
 
 class Grade(NamedTuple):
     """correct: 0 or 1. reward: float. valid: False keeps the completion out of training. outcome: as in Rollouts.
@@ -18,6 +20,13 @@ class Grade(NamedTuple):
     valid: bool
     outcome: str
     named: Mapping[str, float] = MappingProxyType({})
+
+
+def without_infinities(grade: Grade) -> Grade:
+    """The grade, or one that is not valid, its outcome "nonfinite", if a reward is not finite in float32."""
+    if all(abs(value) <= LARGEST for value in (grade.reward, *grade.named.values())):
+        return grade
+    return Grade(grade.correct, 0.0, False, "nonfinite")
 
 
 class Task(NamedTuple):

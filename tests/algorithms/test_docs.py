@@ -44,6 +44,12 @@ def test_every_method_is_listed_with_its_constants(title):
             assert re.search(rf"\b{key}\b", body), f"{title}: {name}'s {key} is not mentioned"
 
 
+def test_the_page_on_length_has_every_length_reward():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "length.md").read_text()
+    rows = [line.split("|")[1].strip() for line in page.split("\n## ")[1].splitlines() if line.startswith("| `")]
+    assert rows == [f"`{name}`" for name in LENGTH_REWARDS]
+
+
 def test_losses_state_their_aggregation_and_maspo_its_constants():
     body = _section("## Policy losses")
     for name, entry in LOSSES.items():

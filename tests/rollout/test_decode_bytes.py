@@ -64,3 +64,25 @@ def test_a_decode_step_reads_weights_and_cache_once(name, form, cache):
     # nor does any chip hold the logits of the whole vocabulary
     gathered = [op.shape for op in ops if op.opcode.startswith("all-gather")]
     assert all(hlo.shape_bytes(shape) < 4 * decoder.vocab_size for shape in gathered), gathered
+
+
+@pytest.mark.slow
+def test_a_decode_step_hands_its_pages_to_the_kernel_and_copies_none():
+    config = pod("l1_r1_distill_1_5b.py:exact")
+    config.sampling.pages, config.sampling.cache_tokens = 64, 2 * 1408 * 64  # two replicas of 64 rows
+    validate(config)
+    try:
+        devices = compilers.target(config.topology).devices
+    except UserError as e:
+        pytest.skip(str(e))
+    decoder = build.decoder_config(config)
+    program = next(p for p in preflight.programs(config, decoder, build.mesh(config, devices)) if p.name == "decode")
+    compiled = compilers.compile_program(program.lower(), program.trips)
+    assert compiled.counts.kernels == {"ragged_paged_attention_kernel": decoder.num_layers * program.trips}
+    unread = 0 if decoder.tie_embeddings else decoder.vocab_size * decoder.hidden_size  # of each chip's half
+    step = compiled.counts.bytes / program.trips
+    assert 0.95 < step / (compiled.arguments - unread) < 1.1
+    pool, moves = "bf16[1409,64,2,128]", ("copy", "copy-start", "transpose", "convert")
+    ops = [op for body in hlo.parse(compiled.text)[0].values() for op in body.values()]
+    assert [op.opcode for op in ops if op.shape.startswith(pool) and op.opcode == "scatter"]
+    assert [op.name for op in ops if pool in op.shape and op.opcode in moves] == []

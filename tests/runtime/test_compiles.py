@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import pytest
 from jax._src import compilation_cache
 
-from jaxrl.runtime import compiles
+from jaxrl.runtime import cli, compiles
+from tests.stores import Store
 
 
 @pytest.fixture
 def cache(tmp_path):
     """A persistent cache of its own that keeps everything."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+             "jax_persistent_cache_min_entry_size_bytes", "jax_persistent_cache_enable_xla_caches")
     before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+    for name, value in zip(names, (str(tmp_path), 0.0), strict=False):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     yield
@@ -65,3 +67,32 @@ def test_threads_do_not_mix_up_their_loads(cache):
         other.start()
         other.join()
         assert counter.take()["perf/compiles"] == 1
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_new_machine_finds_the_programs_of_a_run_on_a_store(cache, monkeypatch, scheme):
+    pytest.importorskip({"gs": "gcp_storage_emulator", "s3": "moto"}[scheme])
+    x = jnp.zeros(7)
+    program = lambda y: jnp.sin(y * 0.54321) + 2  # noqa: E731
+    with Store(scheme) as store, store.found(), contextlib.closing(compiles.Compiles(print)) as counter:
+        jax.config.update("jax_compilation_cache_dir", None)
+        cli.use_compilation_cache(f"{store.url}/runs/first/")
+        for made in (1, 0):  # a second machine loads it
+            compilation_cache.reset_cache()
+            jax.clear_caches()
+            counter.take()
+            jax.jit(program)(x).block_until_ready()
+            assert counter.take()["perf/compiles"] == made
+            assert store.names("runs/xla/")
+        assert jax.config.jax_persistent_cache_enable_xla_caches == "none"  # those are written by XLA, not through JAX
+        # a store that refuses costs the programs' time, not the run
+        store.faults({"match": "xla", "times": -1, "status": 403})
+        compilation_cache.reset_cache()
+        jax.clear_caches()
+        with pytest.warns(UserWarning, match="persistent compilation cache"):
+            assert float(jax.jit(program)(x)[0]) == 2.0
+
+
+def test_what_the_user_says_of_the_cache_stays(cache, tmp_path):
+    cli.use_compilation_cache("gs://bucket/runs/first")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
