@@ -57,7 +57,8 @@ MEDIAN, SIGMA = 0.43, 0.75  # of answers, in parts of the limit and as a log-nor
 class Program(NamedTuple):
     """One compiled program of a run. lower: makes the lowering. resident: bytes on each chip besides its own.
     trips: iterations of its data-dependent loop. tokens: positions or tokens that one call works on, all chips.
-    calls: calls per training step. passes: how often a call has to read its arguments."""
+    calls: calls per training step. passes: how often a call has to read its arguments. cache: bytes of them that are
+    keys and values."""
 
     name: str
     lower: Callable
@@ -66,6 +67,7 @@ class Program(NamedTuple):
     tokens: float
     calls: float
     passes: float = 1
+    cache: float = 0
 
 
 class Row(NamedTuple):
@@ -124,12 +126,10 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
             return program.lower(*args, **kwargs)
 
     weights = _placed(jax.eval_shape(sampler._layout, params), placement.params(decoder))
-    group, longest = config.batch.group_size, bucket(sampler.max_prompt - 1, 32)
-    needed = -(-slots // group)  # prompts that fill the pool
-    prompts = next((n for n in sampler.cache.prefill_sizes if n >= needed), sampler.cache.prefill_sizes[-1])
+    group, longest, sizes = config.batch.group_size, bucket(sampler.max_prompt - 1, 32), sampler.cache.prefill_sizes
+    prompts = next((n for n in sizes if n >= -(-slots // group)), sizes[-1])  # those that fill the slots
     cache, prefilled, moved, move = _cache(sampler, decoder, prompts, longest, array)
-    waiting = _bytes(prefilled)
-    i32 = jnp.int32
+    waiting, i32 = _bytes(prefilled), jnp.int32
     rows = Rows(*(array(i32, slots) for _ in range(4)), array(bool, slots), array(jnp.uint32, slots, 2),
                 array(i32, slots))
     settings = SamplingArrays(array(jnp.float32), array(i32, 2))
@@ -151,30 +151,27 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
     )
     yield Program(
         "decode", lambda: lower(run.decode, weights, cache, rows, settings, array(i32), array(i32)),
-        lives + waiting, chunk, chunk * slots * hosts, calls, passes=chunk,
+        lives + waiting, chunk, chunk * slots * hosts, calls, passes=chunk, cache=_bytes(cache),
     )
 
 
 def _cache(sampler, decoder, prompts: int, longest: int, array) -> tuple:
     """Shapes of (the cache, prefilled prompts, what a program that moves parts of the cache takes in and gives back),
     and that program with its arguments. array: makes a small shape."""
-    placement, run, i32 = sampler.placement, sampler.programs, jnp.int32
-    dtype = sampler.spec.cache_dtype
+    placement, run, spec, i32 = sampler.placement, sampler.programs, sampler.spec, jnp.int32
 
     def dense(rows, window):
-        blocks = placement.platform == "cpu"
-        cache = jax.eval_shape(lambda: empty_cache(decoder, rows, window, dtype, key_blocks=blocks))
+        blocks = spec.platform == "cpu"
+        cache = jax.eval_shape(lambda: empty_cache(decoder, rows, window, spec.cache_dtype, key_blocks=blocks))
         return cache.with_arrays(_placed(cache.arrays, placement.cache()), start=array(i32, rows), end=array(i32))
 
     prefilled = dense(prompts, longest).arrays
-    if isinstance(sampler.cache, PagedCache):
-        paged = sampler.cache
+    if isinstance(paged := sampler.cache, PagedCache):
         arrays = _placed(jax.eval_shape(lambda: run.new_pages(paged.pages * paged.replicas)), placement.cache(True))
         writes = array(i32, paged.replicas * WRITES)
         cache = paged.view(arrays, array(i32, sampler.slots, paged.widths[-1]))
         return cache, prefilled, arrays, ((run.write_pages, arrays, prefilled, writes, writes, writes), {})
-    width = sampler.cache.windows[-1]
-    cache = dense(sampler.slots, width)
+    cache = dense(sampler.slots, width := sampler.cache.windows[-1])
     return cache, prefilled, cache.v[0], ((run.resize, cache.v[0], None, array(i32)), dict(window=width))
 
 
@@ -284,24 +281,27 @@ def rollout_seconds(rows: list[Row], config, layers: int, mesh) -> tuple[float, 
     s, b, by = config.sampling, config.batch, {r.program.name: r for r in rows}
     hosts = len({d.process_index for d in mesh.devices.flat})
     problems = math.ceil((b.generation_prompts or b.prompts) / hosts)
-    sizes = dict(slots=s.slots, chunk=s.chunk, window=s.window, max_prompt=s.max_prompt)
-    sizes |= dict(max_tokens=max(s.max_tokens, config.eval.max_tokens), multiple=mesh.size // hosts // s.tensor)
+    sizes = {key: s[key] for key in ("slots", "chunk", "window", "max_prompt")}
+    sizes |= dict(max_tokens=max(s.max_tokens, config.eval.max_tokens), multiple=mesh.size // hosts // s.tensor,
+                  page=s.pages, tokens=s.cache_tokens)
     prompts, shape = [s.max_prompt // 4] * problems, (problems, b.group_size)
     lengths = [replay.log_normal(shape, s.max_tokens, MEDIAN, SIGMA, seed) for seed in range(min(hosts, 4))]
     found = [replay.replay(drawn, prompts, **sizes) for drawn in lengths]
-    cache = 2 * layers * by["move layer"].compiled.arguments
+    cache = by["decode"].program.cache
     rest = by["decode"].compiled.arguments - cache
 
     def seconds(rollout: replay.Rollout) -> float:
         total = 0.0
         for call in rollout.calls:
-            share = call.rows * call.columns / rollout.largest
             if call.program == "decode":
+                share = call.read / call.steps / rollout.largest
                 total += call.steps * by["decode"].seconds / s.chunk * (rest + share * cache) / (rest + cache)
             elif call.program == "prefill":
                 total += by["prefill"].seconds * call.rows * call.columns / (by["prefill"].program.tokens / hosts)
             elif call.program == "resize":
-                total += by["move layer"].seconds * layers * share
+                total += by["move layer"].seconds * layers * call.rows * call.columns / rollout.largest
+            elif call.program == "write_pages":
+                total += by["write pages"].seconds
         return total
 
     return by["layout"].seconds + max(map(seconds, found)), found

@@ -15,11 +15,12 @@ from jaxrl.batch import fill_in, make_batches, with_advantages, with_kl_penalty
 from jaxrl.collect import Collector, sampling_settings
 from jaxrl.errors import UserError
 from jaxrl.evaluate import evaluate_task
+from jaxrl.learner import nonfinite
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.performance import performance
 from jaxrl.rollout.requests import SamplingParams
 from jaxrl.rollout_metrics import sample_rows
-from jaxrl.runtime import cli, distributed, nonfinite
+from jaxrl.runtime import cli, distributed
 from jaxrl.runtime.compiles import Compiles
 from jaxrl.runtime.config import mismatch_warning, parse_config, validate
 from jaxrl.runtime.console import Console, before_after
@@ -38,129 +39,172 @@ def train(config) -> int:
     """
     validate(config)
     build.start_backend(config)
-    main = distributed.is_main()
     with contextlib.ExitStack() as stack:
+        trainer = Trainer(config, stack)
+        trainer.warm_up_sampler()
+        while trainer.step < config.steps:
+            code = trainer.train_step()
+            if code is not None:
+                return code
+    if distributed.is_main():
+        closing_table(trainer.run)
+    return 0
+
+
+class Trainer:
+    """The parts of a run and where it stands: step, state, reference (a frozen model, or None), rollbacks.
+
+    Begins a new run or continues the newest checkpoint. What must be closed at the end goes onto `stack`.
+    """
+
+    def __init__(self, config, stack: contextlib.ExitStack):
         # ---- the parts
-        mesh, tokenizer = build.mesh(config), build.tokenizer(config)
-        decoder = build.decoder_config(config, tokenizer)
-        task = stack.enter_context(open_task(config, tokenizer))
-        sampler = build.sampler(config, decoder, tokenizer, mesh)
-        learner = Learner(config, decoder, mesh)
-        collector = Collector(config, task, tokenizer, sampler)
-        data = {"task.data": digest(task.train), "task.eval_data": digest(task.held_out)}
+        self.config, self.stack, self.main = config, stack, distributed.is_main()
+        self.mesh, self.tokenizer = build.mesh(config), build.tokenizer(config)
+        self.decoder = build.decoder_config(config, self.tokenizer)
+        self.task = stack.enter_context(open_task(config, self.tokenizer))
+        self.sampler = build.sampler(config, self.decoder, self.tokenizer, self.mesh)
+        self.learner = Learner(config, self.decoder, self.mesh)
+        self.collector = Collector(config, self.task, self.tokenizer, self.sampler)
+        self.data = {"task.data": digest(self.task.train), "task.eval_data": digest(self.task.held_out)}
 
         # ---- the run directory: a new run, or the newest checkpoint of this one
-        run = build.run_dir(config)
-        if run.lock:
-            stack.callback(run.close)
-        checkpoints = stack.enter_context(build.checkpointer(config, run))
-        found = checkpoints.restore(learner.abstract_state())
-        step, host = (found.step, found.host) if found else (0, {})
-        changed = build.describe_run(run, config, decoder, tokenizer, step)
-        rollbacks = host.get("rollbacks", 0)
-        writer = stack.enter_context(contextlib.closing(build.writer(config, run, host.get("writer"))))
-        console = stack.enter_context(Console(config.steps, step, enabled=main))
-        compiles = stack.enter_context(contextlib.closing(Compiles(console.note)))
-        stop = stack.enter_context(StopRequest(config.watchdog.grace))
-        watchdog = stack.enter_context(build.watchdog(config, run))
-        sampler.on_progress = watchdog.beat
-
-        def note(text):
-            console.note(text)
-            watchdog.beat()
-
-        def evaluate(state):
-            return evaluate_task(config, sampler, sampler.layout(learner.weights(state)), tokenizer, task)
-
-        def save(state, step, record):
-            numbers, waiting = collector.state()
-            host = {"collector": numbers, "writer": writer.state() if main else {}, "rollbacks": rollbacks,
-                    "base": base, "data": data}
-            checkpoints.save(step, state, distributed.broadcast(host), metrics=record, blobs=waiting)
-
-        console.note(mismatch_warning(config))
+        self.run = build.run_dir(config)
+        if self.run.lock:
+            stack.callback(self.run.close)
+        self.checkpoints = stack.enter_context(build.checkpointer(config, self.run))
+        found = self.checkpoints.restore(self.learner.abstract_state())
+        self.step, host = (found.step, found.host) if found else (0, {})
+        changed = build.describe_run(self.run, config, self.decoder, self.tokenizer, self.step)
+        self.rollbacks, self.base = host.get("rollbacks", 0), host.get("base", "")
+        self.writer = stack.enter_context(contextlib.closing(build.writer(config, self.run, host.get("writer"))))
+        self.console = stack.enter_context(Console(config.steps, self.step, enabled=self.main))
+        self.compiles = stack.enter_context(contextlib.closing(Compiles(self.console.note)))
+        self.stop = stack.enter_context(StopRequest(config.watchdog.grace))
+        self.watchdog = stack.enter_context(build.watchdog(config, self.run))
+        self.sampler.on_progress = self.watchdog.beat
+        self.console.note(mismatch_warning(config))
         if found:
-            others = [k for k, v in host.get("data", {}).items() if v != data[k]]
-            changed += [f"config.{k}: its rows are others than before" for k in others]
-            console.note("\n".join([f"continuing {run.root} after step {step}", *changed]))
-            state = found.arrays
-            collector.restore(host["collector"], found.blobs)
-            base = host.get("base", "")
-            build.find_base(config, run, learner, decoder, mesh, base)
-            reference = build.reference(config, run, learner, None)
+            self._continue(found, changed)
         else:
-            console.note(f"{build.describe(config, decoder, mesh)}\nrun directory: {run.root}")
-            params = build.params_maker(config, decoder, mesh)()
-            state = learner.init(sft.warm_start(config, decoder, mesh, params, tokenizer, note))
-            # before the save: a restart needs them
-            base = build.keep_base(config, run, learner)
-            reference = build.reference(config, run, learner, state.params)
-            record = evaluate(state) | compiles.take()
-            writer.write(0, record)
-            console.note(f"before RL: accuracy {record['eval/accuracy']:.3f}" if "eval/accuracy" in record else "")
-            save(state, 0, record)
+            self._begin()
 
-        if config.sampling.warmup:
-            continued = bool(config.sampling.carry_over or config.sampling.prefetch)
-            settings = (sampling_settings(config), SamplingParams())  # the latter is evaluation's: nothing is cut off
-            seconds = sampler.warmup(sampler.layout(learner.weights(state)), settings, continued)
-            console.note(f"sampler: {len(sampler.shapes)} shapes ready in {seconds:.0f} s")
+    def _begin(self) -> None:
+        """A new run: parameters, warm start, held-out results before RL, checkpoint 0."""
+        config, learner = self.config, self.learner
+        self.console.note(f"{build.describe(config, self.decoder, self.mesh)}\nrun directory: {self.run.root}")
+        params = build.params_maker(config, self.decoder, self.mesh)()
+        params = sft.warm_start(config, self.decoder, self.mesh, params, self.tokenizer, self._note)
+        self.state = learner.init(params)
+        # before the save: a restart needs them
+        self.base = build.keep_base(config, self.run, learner)
+        self.reference = build.reference(config, self.run, learner, self.state.params)
+        record = self.evaluate() | self.compiles.take()
+        self.writer.write(0, record)
+        if "eval/accuracy" in record:
+            self.console.note(f"before RL: accuracy {record['eval/accuracy']:.3f}")
+        self.save(record)
 
-        # ---- the loop
-        while step < config.steps:
-            begin = time.perf_counter()
-            collected = collector.collect(sampler.layout(learner.weights(state)), step)
-            batches = make_batches(collected.chosen, config, step, num_batch_shards(mesh))
-            chosen = with_kl_penalty(collected.chosen, batches, config, learner, learner.weights(state), reference)
-            batches = fill_in(batches, chosen := with_advantages(chosen, config))
-            begin_update = time.perf_counter()
-            state, learned = learner.update(state, [b.data for b in batches], reference)
-            step += 1
-            in_a_row = 0
-            if skipped := learned.get("nonfinite/updates"):
-                in_a_row = int(state.skipped_in_a_row)
-                if main:
-                    nonfinite.store_batches(run.local, step, {i: batches[i].data for i in skipped})
-                if nonfinite.must_roll_back(in_a_row, config.nonfinite.max_in_a_row, rollbacks, step, run.root):
-                    state, ahead, rollbacks = None, collector.position, rollbacks + 1  # frees the memory first
-                    found = checkpoints.restore(learner.abstract_state())
-                    if not found:
-                        raise UserError(f"step {step}: {in_a_row} updates in a row were not finite, and no checkpoint "
-                                        f"could be saved in {run.root} to go back to")
-                    console.note(f"{in_a_row} updates in a row were not finite: back from step {step} to {found.step}")
-                    state, step = found.arrays, found.step
-                    collector.restore(found.host["collector"], found.blobs)
-                    collector.position = ahead  # on with other problems
-                    writer.close()
-                    writer = build.writer(config, run, found.host["writer"], rewound=True)
-                    stack.enter_context(contextlib.closing(writer))
-                    build.describe_run(run, config, decoder, tokenizer, step)
-                    continue
-            now = time.perf_counter()
-            record = {**collected.metrics, **performance(batches, learner, now - begin_update), **learned}
-            record |= {"time/update": now - begin_update, "time/step": now - begin, **checkpoints.timings}
-            record["tokens_per_second"] = record["generated_tokens"] / record["time/step"]
-            last = step == config.steps
-            if step % config.eval.every == 0 or last:
-                record |= evaluate(state)
-            record |= compiles.take()
-            stopping = stop.agreed(step)
-            writer.write(step, record)
-            console.step({"step": step, **record})
-            watchdog.beat(step, record)
-            if main and config.log.samples:
-                run.write_samples(step, sample_rows(collected, chosen, tokenizer, config.log.samples))
-            # In the middle of skipped updates nothing is saved: that is not a state to go back to.
-            in_trouble = in_a_row and config.nonfinite.max_in_a_row
-            if last or ((stopping or step % config.checkpoint.every == 0) and not in_trouble):
-                save(state, step, record)
-                if (last or stopping) and checkpoints.wait() != step:
-                    return EXIT_UNSAVED
-            if stopping and not last:
-                return stop.exit_code
-    if main:
-        closing_table(run)
-    return 0
+    def _continue(self, found, changed: list[str]) -> None:
+        """Where the checkpoint `found` left off. changed: what is set otherwise than then, a line each."""
+        then = found.host.get("data", {})
+        changed += [f"config.{k}: its rows are others than before" for k, v in then.items() if v != self.data[k]]
+        self.console.note("\n".join([f"continuing {self.run.root} after step {self.step}", *changed]))
+        self.state = found.arrays
+        self.collector.restore(found.host["collector"], found.blobs)
+        build.find_base(self.config, self.run, self.learner, self.decoder, self.mesh, self.base)
+        self.reference = build.reference(self.config, self.run, self.learner, None)
+
+    def _note(self, text: str) -> None:
+        self.console.note(text)
+        self.watchdog.beat()
+
+    def sampling_params(self):
+        """The current policy in the sampler's layout."""
+        return self.sampler.layout(self.learner.weights(self.state))
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out results of the current policy, "eval/..."."""
+        return evaluate_task(self.config, self.sampler, self.sampling_params(), self.tokenizer, self.task)
+
+    def save(self, record: dict) -> None:
+        """Start a checkpoint of this step. record: its metrics."""
+        numbers, waiting = self.collector.state()
+        host = {"collector": numbers, "writer": self.writer.state() if self.main else {}, "rollbacks": self.rollbacks,
+                "base": self.base, "data": self.data}
+        self.checkpoints.save(self.step, self.state, distributed.broadcast(host), metrics=record, blobs=waiting)
+
+    def warm_up_sampler(self) -> None:
+        """Compile the sampler's shapes before step 1, if config.sampling.warmup says so."""
+        s = self.config.sampling
+        if s.warmup:
+            continued = bool(s.carry_over or s.prefetch)
+            settings = (sampling_settings(self.config), SamplingParams())  # the latter: evaluation cuts nothing off
+            seconds = self.sampler.warmup(self.sampling_params(), settings, continued)
+            self.console.note(f"sampler: {len(self.sampler.shapes)} shapes ready in {seconds:.0f} s")
+
+    # ---- one step
+
+    def train_step(self) -> int | None:
+        """Rollouts, advantages, updates, records; returns the exit code of the process where the run ends here."""
+        config, learner, begin = self.config, self.learner, time.perf_counter()
+        collected = self.collector.collect(self.sampling_params(), self.step)
+        batches = make_batches(collected.chosen, config, self.step, num_batch_shards(self.mesh))
+        weights = learner.weights(self.state)
+        chosen = with_kl_penalty(collected.chosen, batches, config, learner, weights, self.reference)
+        batches = fill_in(batches, chosen := with_advantages(chosen, config))
+        del weights  # the update may take their place
+        begin_update = time.perf_counter()
+        self.state, learned = learner.update(self.state, [b.data for b in batches], self.reference)
+        self.step += 1
+        skipped = learned.get("nonfinite/updates", ())
+        if skipped and self._rolled_back({i: batches[i].data for i in skipped}):
+            return None
+        now = time.perf_counter()
+        record = {**collected.metrics, **performance(batches, learner, now - begin_update), **learned}
+        record |= {"time/update": now - begin_update, "time/step": now - begin, **self.checkpoints.timings}
+        record["tokens_per_second"] = record["generated_tokens"] / record["time/step"]
+        last = self.step == config.steps
+        if self.step % config.eval.every == 0 or last:
+            record |= self.evaluate()
+        record |= self.compiles.take()
+        stopping = self.stop.agreed(self.step)
+        self.writer.write(self.step, record)
+        self.console.step({"step": self.step, **record})
+        self.watchdog.beat(self.step, record)
+        if self.main and config.log.samples:
+            rows = sample_rows(collected, chosen, self.tokenizer, config.log.samples)
+            self.run.write_samples(self.step, rows)
+        # In the middle of skipped updates nothing is saved: that is not a state to go back to.
+        in_trouble = skipped and int(self.state.skipped_in_a_row) and config.nonfinite.max_in_a_row
+        if last or ((stopping or self.step % config.checkpoint.every == 0) and not in_trouble):
+            self.save(record)
+            if (last or stopping) and self.checkpoints.wait() != self.step:
+                return EXIT_UNSAVED
+        return self.stop.exit_code if stopping and not last else None
+
+    def _rolled_back(self, skipped: dict) -> bool:
+        """Keep the mini-batches of skipped updates; whether they were too many in a row, so that the run went back."""
+        config, in_a_row = self.config, int(self.state.skipped_in_a_row)
+        if self.main:
+            nonfinite.store_batches(self.run.local, self.step, skipped)
+        limit = config.nonfinite.max_in_a_row
+        if not nonfinite.must_roll_back(in_a_row, limit, self.rollbacks, self.step, self.run.root):
+            return False
+        self.state, ahead, self.rollbacks = None, self.collector.position, self.rollbacks + 1  # frees the memory first
+        found = self.checkpoints.restore(self.learner.abstract_state())
+        if not found:
+            raise UserError(f"step {self.step}: {in_a_row} updates in a row were not finite, and no checkpoint could "
+                            f"be saved in {self.run.root} to go back to")
+        self.console.note(f"{in_a_row} updates in a row were not finite: back from step {self.step} to {found.step}")
+        self.state, self.step = found.arrays, found.step
+        self.collector.restore(found.host["collector"], found.blobs)
+        self.collector.position = ahead  # on with other problems
+        self.writer.close()
+        self.writer = build.writer(config, self.run, found.host["writer"], rewound=True)
+        self.stack.enter_context(contextlib.closing(self.writer))
+        build.describe_run(self.run, config, self.decoder, self.tokenizer, self.step)
+        return True
 
 
 def closing_table(run: RunDir) -> None:

@@ -12,6 +12,7 @@ scale for all int8 keys, not one a token: int8 pages on a TPU are gathered, whic
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +25,10 @@ from models import pages_gpu
 from models.attention import attend
 from models.config import DecoderConfig
 from models.layout import quantise
+
+BLOCK = 256  # tokens that the TPU's kernel reads at once; of a row's last block it reads all
+
+log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -80,7 +85,12 @@ def implementation(platform: str, config: DecoderConfig, page: int, int8: bool, 
     if platform == "tpu" and H % 128 == 0 and divides and not int8:
         return "ragged"
     powers = all(n >= 16 and n & (n - 1) == 0 for n in (page, H))
-    return "triton" if platform == "gpu" and powers else "xla"
+    if platform == "gpu" and powers:
+        return "triton"
+    if platform != "cpu":
+        log.warning("sampler: no kernel for pages of %d%s tokens, heads of %d, on %s: they are gathered in every step, "
+                    "which a dense cache (pages=0) is not", page, " int8" * int8, H, platform)
+    return "xla"
 
 
 def empty_pages(config: DecoderConfig, count: int, size: int, dtype) -> tuple:
@@ -153,9 +163,8 @@ def _ragged(q, kv, table, positions, window: int):
 
     B = len(q)
     starts, count = jnp.arange(B + 1, dtype=jnp.int32), jnp.array([B], jnp.int32)
-    # The kernel's own choice of blocks asks which chip it is on, which a machine that only compiles has not. A row's
-    # last block is read whole: 256 tokens keep that below a tenth or so of common contexts.
-    pages = min(max(256 // kv.shape[1], 1), table.shape[1])
+    # the kernel's own choice of blocks asks which chip it is on, which a machine that only compiles has not
+    pages = min(max(BLOCK // kv.shape[1], 1), table.shape[1])
     options = dict(num_queries_per_block=min(B, 8), num_kv_pages_per_block=pages, sliding_window=window or None)
     options["sm_scale"] = q.shape[-1] ** -0.5
     return ragged_paged_attention(q, kv, positions + 1, table, starts, count, **options)

@@ -306,6 +306,15 @@ def test_docstring_tells_slice_and_memory(name):
     assert "update" in needed and len(needed) > 1 and max(needed.values()) <= available
 
 
+@pytest.mark.parametrize("name", [name for name, _ in GPUS])
+def test_docstring_tells_cards_and_memory(name):
+    topology, available, needed = documented(name, "gpus")
+    card = topology.split("x")[-1].split(":")[0] if topology[0].isdigit() else topology.split(":")[0]
+    memory = hardware.chip(gpu_targets.GPUS[card].kind).hbm * hardware.GPU_MEMORY
+    assert topology == pod(name, "gpus").topology and available == round(memory / hardware.GIB, 2)
+    assert "update" in needed and len(needed) > 1 and max(needed.values()) <= available
+
+
 def speed(text):
     """Tokens per second of a step, as preflight's last line and the docstrings tell them."""
     return float(re.search(r"([0-9,]+)\s+tokens/s", text)[1].replace(",", ""))

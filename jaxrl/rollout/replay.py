@@ -14,19 +14,21 @@ import numpy as np
 
 from jaxrl.rollout.cache import DenseCache
 from jaxrl.rollout.engine import Engine
+from jaxrl.rollout.paged import PagedCache
 from jaxrl.rollout.programs import Runner
 from jaxrl.rollout.requests import Request, Stats
 from models.config import DecoderConfig
 from models.decoder import Cache
+from models.pages import BLOCK, Pages
 
 END = 1
 _MODEL = DecoderConfig(2, 8, 8, 1, 1, 1, 8, model_type="llama", max_position_embeddings=2**31 - 1)
 
 
 class Call(NamedTuple):
-    """program: "prefill", "decode", "resize" or "write_prompts". rows: slots, or prompts. columns: of the cache.
-    steps: of a decode call, else 1. active: rows in which a response ran. contexts: tokens that these attended to,
-    summed over steps."""
+    """program: "prefill", "decode", "resize", "write_prompts" or "write_pages". rows: slots, or prompts. columns: of
+    the cache. steps: of a decode call, else 1. active: rows in which a response ran. contexts: tokens that these
+    attended to, summed over steps. read: columns that decoding reads, over all rows and steps."""
 
     program: str
     rows: int
@@ -34,12 +36,13 @@ class Call(NamedTuple):
     steps: int = 1
     active: int = 0
     contexts: int = 0
+    read: int = 0
 
 
 @dataclasses.dataclass
 class Rollout:
     """calls: in order, one an array (keys, values) of a single layer where the engine goes by arrays. stats: the
-    engine's own counts. largest: rows x columns of the cache that all slots and the longest responses need."""
+    engine's own counts. largest: columns of the cache over all slots, when it is at its largest."""
 
     calls: list[Call]
     stats: Stats
@@ -50,8 +53,8 @@ class Rollout:
 
     @property
     def read(self) -> int:
-        """Columns of the cache that decoding reads, those of free slots included."""
-        return sum(c.rows * c.columns * c.steps for c in self.of("decode"))
+        """Columns of the cache that decoding reads, those of a dense cache's free slots included."""
+        return sum(c.read for c in self.of("decode"))
 
     @property
     def contexts(self) -> int:
@@ -85,6 +88,11 @@ class _Recorder(Runner):
             return [[_Array((sizes[0], 1, sizes[1], 1))] for _ in range(2)]
         if name == "new_cache":
             return Cache(*[[_Array((sizes[0], 1, sizes[1], 1))] for _ in range(2)], np.zeros(sizes[0], np.int32), 0)
+        if name == "new_pages":
+            return (None,)
+        if name == "write_pages":
+            self.calls.append(Call(name, *sizes))
+            return args[0]
         if name == "resize":
             old, rows, window = args[0].shape, args[1], kwargs["window"]
             new = (old[0] if rows is None else len(rows), 1, window, 1)
@@ -105,26 +113,40 @@ class _Recorder(Runner):
         ended = running[left <= steps]
         tokens[emitted[ended] - 1, ended] = END
         contexts = int(np.sum(own * (rows.used[running] + 1) + own * (own - 1) // 2))
-        self.calls.append(Call("decode", len(emitted), cache.v[0].shape[2], steps, len(left), contexts))
+        if isinstance(cache, Pages):  # a kernel reads a row's own blocks, as long as the call goes on
+            columns = cache.table.shape[1]
+            ends = rows.used[running][:, None] + 1 + np.arange(steps)
+            read = int(np.sum(-(-ends // BLOCK) * BLOCK))
+        else:
+            columns = cache.v[0].shape[2]
+            read = len(emitted) * columns * steps
+        self.calls.append(Call("decode", len(emitted), columns, steps, len(left), contexts, read))
         return cache, tokens, np.zeros(tokens.shape, np.float32), emitted
 
 
 def replay(lengths, prompts: Sequence[int], *, slots: int, chunk: int, window: int, max_prompt: int, max_tokens: int,
-           multiple: int = 1) -> Rollout:
+           multiple: int = 1, page: int = 0, tokens: int = 0) -> Rollout:
     """The calls of one host that samples problems with prompts of these lengths.
 
     lengths: int [problems, samples], tokens that each response draws; what is above max_tokens is cut there. multiple:
-    replicas of the weights on this host. Others: see Engine.
+    replicas of the weights on this host. page, tokens: of a cache in pages, 0: dense. Others: see Engine.
     """
     lengths = np.asarray(lengths)
     sizes = dict(max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk)
     engine, recorder = Engine(_MODEL, (END,), window=window, **sizes), _Recorder(lengths)
-    engine.runner, engine.cache = recorder, DenseCache(recorder, **sizes, multiple=multiple, window=window)
+    sizes |= dict(multiple=multiple, window=window)
+    if page:
+        cache = PagedCache(recorder, **sizes, page=page, tokens=tokens, implementation="ragged")
+        largest = cache.pages * cache.replicas * page
+    else:
+        cache = DenseCache(recorder, **sizes)
+        largest = slots * cache.windows[-1]
+    engine.runner, engine.cache = recorder, cache
     for key, (length, own) in enumerate(zip(prompts, lengths, strict=True)):
         engine.submit(Request(np.zeros(length, np.int32), len(own), max_tokens, key))
     while engine.busy:
         engine.step(None)
-    return Rollout(recorder.calls, engine.stats, slots * engine.cache.windows[-1])
+    return Rollout(recorder.calls, engine.stats, largest)
 
 
 def log_normal(shape: tuple[int, int], limit: int, median: float, sigma: float, seed: int = 0) -> np.ndarray:

@@ -44,3 +44,13 @@ def test_one_wave_lasts_as_long_as_its_longest_answer():
 def test_lengths_are_cut_at_the_limit():
     lengths = log_normal((200, 16), 1000, 0.25, 0.9)
     assert lengths.min() >= 1 and lengths.max() == 1000 and np.median(lengths) == pytest.approx(250, rel=0.05)
+
+
+def test_pages_read_each_rows_own_blocks_and_hold_more_rows_in_the_same_tokens():
+    lengths = log_normal((32, 8), 1024, 0.25, 0.75, seed=1)
+    sizes = dict(chunk=64, window=64, max_prompt=64, max_tokens=1024)
+    dense = replay(lengths, [60] * 32, slots=32, **sizes)
+    paged = replay(lengths, [60] * 32, slots=80, page=32, tokens=dense.largest, **sizes)
+    assert paged.stats.tokens == dense.stats.tokens == lengths.sum() and paged.largest <= 1.01 * dense.largest
+    assert paged.contexts == dense.contexts and paged.read < 1.6 * paged.contexts < dense.read
+    assert paged.stats.steps < 0.6 * dense.stats.steps

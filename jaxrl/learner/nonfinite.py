@@ -37,7 +37,7 @@ def store_batches(run_dir: str | os.PathLike, step: int, batches: Mapping[int, P
         f"update{i}/{name}": np.asarray(value)
         for i, batch in batches.items()
         for name, value in vars(batch).items()
-        if name not in scored
+        if name not in scored and value is not None
     }
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
