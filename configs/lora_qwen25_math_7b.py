@@ -2,8 +2,8 @@
 
     python -m jaxrl.train --config=configs/lora_qwen25_math_7b.py:80
 
-An eighth of the paper's step. On v5e:2x2 base (int8) and state rest in 2.03 + 0.71 GiB of each chip's 15.8, counted from
-their shapes; what the programs need beside that is for `python -m jaxrl.preflight` to say before the first run.
+An eighth of the paper's step. On v5e:2x2 base (int8) and state rest in 2.03 + 0.71 GiB of each chip's 15.8, counted
+from their shapes; what the programs need beside that is for `python -m jaxrl.preflight` to say before the first run.
 """
 
 from configs.pods.recipes import adapters, lspo, pod
