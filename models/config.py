@@ -52,6 +52,11 @@ FAMILIES = {
         "Qwen3ForCausalLM", {"qk_norm": True}, _BIASES[:1], windows="upper",
         defaults={"num_key_value_heads": 32, "head_dim": 128},
     ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", {"qk_norm": True}, _BIASES[:1],
+        defaults={"num_key_value_heads": 4, "intermediate_size": 6144, "num_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 768},
+    ),
     "smollm3": Family(
         "SmolLM3ForCausalLM", biases=_BIASES, windows="nope",
         defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True, "sliding_window": None},
@@ -88,7 +93,8 @@ class DecoderConfig:
     does not derive it from hidden_size. `init_std` is the scale of randomly initialised matrices. layer_kinds: one a
     layer, where they differ; () means all layers rotate by rope_theta and rope_scaling and see everything.
     query_scale: of the scores; 0 means head_dim ** -0.5. norm_offset: norms multiply by 1 + scale. scale_embeddings:
-    looked-up rows are multiplied by sqrt(hidden_size).
+    looked-up rows are multiplied by sqrt(hidden_size). num_experts: 0 means one dense MLP; else each token goes to
+    experts_per_token of them, whose MLPs are expert_size wide; normalise_experts: their weights sum to 1.
     lora_scale: factor of the adapters' product, if the parameters have adapters (models/lora.py).
     """
 
@@ -113,6 +119,10 @@ class DecoderConfig:
     mlp_bias: bool = False
     activation: str = "silu"
     query_scale: float = 0.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    normalise_experts: bool = False
     norm_offset: bool = False
     scale_embeddings: bool = False
     lora_scale: float = 1.0
@@ -134,7 +144,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if field.type == "int" and (value := getattr(self, field.name)) < 1:
+            if field.type == "int" and field.default != 0 and (value := getattr(self, field.name)) < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -143,6 +153,11 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary embedding turns pairs)")
+        if not 0 <= self.experts_per_token <= self.num_experts or (self.num_experts > 0) != (self.expert_size > 0):
+            raise ValueError(
+                f"num_experts={self.num_experts}, experts_per_token={self.experts_per_token}, "
+                f"expert_size={self.expert_size}: need 0 < experts_per_token <= num_experts and a size, or zeros"
+            )
         if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
             raise ValueError(f"layer_kinds has {len(self.layer_kinds)} entries for {self.num_layers} layers")
         if self.model_type not in FAMILIES:
@@ -226,6 +241,8 @@ class _Reader:
         fields = dict(qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=mlp_bias) | self.family.fixed
         if "query_pre_attn_scalar" in self.defaults:
             fields["query_scale"] = self.number("query_pre_attn_scalar", kind=float) ** -0.5
+        if "num_experts" in self.defaults:
+            fields |= self.experts()
         try:
             return DecoderConfig(
                 vocab_size=self.number("vocab_size"),
@@ -248,6 +265,18 @@ class _Reader:
             )
         except ValueError as e:
             raise ValueError(str(e) if str(e).startswith(self.where) else f"{self.where}: {e}") from None
+
+    def experts(self) -> dict[str, Any]:
+        """Fields of a mixture of experts."""
+        for key, plain in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+            if self.hf.get(key) not in (None, plain) or isinstance(self.hf.get(key), bool):
+                self.refuse(key, f"layers without experts are not implemented, need {plain}")
+        return dict(
+            num_experts=self.number("num_local_experts" if "num_local_experts" in self.hf else "num_experts"),
+            experts_per_token=self.number("num_experts_per_tok"),
+            expert_size=self.number("moe_intermediate_size"),
+            normalise_experts=self.flag("norm_topk_prob"),
+        )
 
     def refuse_what_is_not_computed(self):
         hf, family = self.hf, self.family
@@ -327,7 +356,8 @@ class _Reader:
         if how in ("never", "always") and any(types or ()):
             self.refuse("layer_types", f"{self.model_type} does not read it, need full_attention only or null")
         if how == "never":
-            if self.hf.get("sliding_window") is not None or self.hf.get("use_sliding_window"):
+            on = self.hf.get("use_sliding_window", self.hf.get("sliding_window") is not None)
+            if on is not False:
                 self.refuse("sliding_window", f"{self.model_type} has none, need null and use_sliding_window false")
             return [False] * layers
         on = self.hf.get("sliding_window", self.defaults["sliding_window"]) is not None
@@ -392,6 +422,9 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": "attention_bias" in family.biases and c.o_bias,
         "mlp_bias": c.mlp_bias,
     }
+    if c.num_experts:
+        hf |= {"num_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token, "decoder_sparse_step": 1}
+        hf |= {"moe_intermediate_size": c.expert_size, "norm_topk_prob": c.normalise_experts, "mlp_only_layers": []}
     kinds = [c.kinds[kind] for kind in c.kind_of_layer]
     windows = [kind.window for kind in kinds]
     hf["sliding_window"] = max(windows) or None

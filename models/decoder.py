@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from models import cpu
+from models import cpu, moe
 from models.attention import attend, attend_packed, to_blocks, write_keys
 from models.config import DecoderConfig, LayerKind
 from models.layout import quantise
@@ -247,6 +247,25 @@ class MLP(Part):
         return self.linear(ACTIVATIONS[self.config.activation](gate) * up, "down")[0]
 
 
+class MoE(Part):
+    """A mixture of experts in place of the MLP (models/moe.py). Sows the experts' load into AUXILIARY."""
+
+    @nn.compact
+    def __call__(self, x, segment_ids):
+        """x: [B, T, D] -> [B, T, D]; segment_ids: of packed rows, 0 is padding, or None."""
+        c = self.config
+        logits = linear(x, self.weight("router"))
+        probabilities, weights, experts = moe.route(logits, c.experts_per_token, c.normalise_experts)
+        live = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
+        self.sow(AUXILIARY, "load", moe.balance(probabilities, experts, live), reduce_fn=lambda _, new: new)
+        if self.has_variable("params", "experts_gate_up"):
+            gate_up = self.weight("experts_gate_up")
+        else:
+            gate_up = self.weight("experts_gate"), self.weight("experts_up")
+        weights = weights.astype(x.dtype)
+        return moe.apply_experts(x, weights, experts, gate_up, self.weight("experts_down"), ACTIVATIONS[c.activation])
+
+
 class Block(nn.Module):
     """One layer: attention and MLP, each behind its norm. Fields as in Attention."""
 
@@ -268,7 +287,8 @@ class Block(nn.Module):
         attention = Attention(*fields, self.implementation, self.kinds, name="attn")
         h, layer_cache = attention(norm("attn_norm", x), layer_cache, kind, views, segments, end)
         x = nn.with_logical_constraint(x + norm("attn_post_norm", h), ("batch", "seq", "act_embed"))
-        h = MLP(*fields, name="mlp")(norm("mlp_norm", x))
+        h = norm("mlp_norm", x)
+        h = MoE(*fields, name="mlp")(h, segments[0]) if self.config.num_experts else MLP(*fields, name="mlp")(h)
         return nn.with_logical_constraint(x + norm("mlp_post_norm", h), ("batch", "seq", "act_embed")), layer_cache
 
 

@@ -4,7 +4,7 @@ The decoder, the Hugging Face files, the sampler's layout and placement, weight 
 counts read it. A new family is a new tuple of rows in FAMILIES, and what it computes in models/decoder.py.
 
 Letters of `dims`: D width, Q query heads x head size, K key-value heads x head size, H head size, F MLP width,
-V vocabulary, R rank of an adapter.
+V vocabulary, R rank of an adapter, E experts, M width of an expert.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import jax
 from models.config import DecoderConfig
 
 MATRIX, NORM, BIAS, EMBEDDING = "matrix", "norm", "bias", "embedding"
+ROUTER, EXPERTS = "router", "experts"
+LINEAR = (MATRIX, ROUTER, EXPERTS)  # multiplied from the right, transposed in the file, have FLOPs, decay
 # what may stand beside a matrix, as NAME + suffix: float32 scales of an int8 one, low-rank adapters (models/lora.py)
 SCALE, LORA_A, LORA_B = "_scale", "_lora_a", "_lora_b"
 # letter -> logical axis; what an axis means on a mesh is said in jaxrl/runtime/mesh.py
-_AXES = {"D": "embed", "Q": "heads", "K": "kv_heads", "H": "norm", "F": "mlp", "V": "vocab", "R": None}
+_AXES = {"D": "embed", "Q": "heads", "K": "kv_heads", "H": "norm", "F": "mlp", "V": "vocab", "R": None, "E": "expert",
+         "M": "expert_mlp"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Weight:
     """A row. Rows of `weights(config)` have their shape, those of FAMILIES not yet.
 
     path: in the parameter tree; arrays under "layers" have the layer as axis 0, before `dims`.
-    hf: Hugging Face name; "{}" is the layer.
-    kind: MATRIX: multiplied from the right, transposed in the file, has FLOPs, decays, may be int8, takes an adapter.
+    hf: Hugging Face name; "{}" is the layer, a second one the expert.
+    kind: MATRIX: may be int8, takes an adapter. ROUTER: chooses experts; EXPERTS: a matrix for each of them, of which a
+      token meets some; both stay in the compute dtype. See LINEAR for what they have in common.
       EMBEDDING: looked up by token, decays. BIAS: does not decay. NORM: neither decays nor is rounded for compute.
     fused: parameter of the sampling layout that holds all rows of this name side by side; "" if it stays alone.
     flag: field of DecoderConfig that says whether the row exists; "" for always.
@@ -51,7 +55,8 @@ class Weight:
     @property
     def axes(self) -> tuple[str | None, ...]:
         """Logical axis of every dimension of `shape`."""
-        return tuple("norm" if self.kind == NORM else _AXES[letter] for letter in self.dims)
+        own = {NORM: dict.fromkeys("DQKH", "norm"), EXPERTS: {"D": None}, ROUTER: {"E": None}}.get(self.kind, {})
+        return tuple((_AXES | own)[letter] for letter in self.dims)
 
     @property
     def stacked(self) -> int:
@@ -102,6 +107,12 @@ _MLP = (
     _row("layers/mlp/up_bias", "mlp.up_proj.bias", BIAS, "F", fused="gate_up_bias", flag="mlp_bias"),
     _row("layers/mlp/down_bias", "mlp.down_proj.bias", BIAS, "D", flag="mlp_bias"),
 )
+_EXPERTS = (
+    _row("layers/mlp/router", "mlp.gate.weight", ROUTER, "DE"),
+    _row("layers/mlp/experts_gate", "mlp.experts.{}.gate_proj.weight", EXPERTS, "EDM", fused="experts_gate_up"),
+    _row("layers/mlp/experts_up", "mlp.experts.{}.up_proj.weight", EXPERTS, "EDM", fused="experts_gate_up"),
+    _row("layers/mlp/experts_down", "mlp.experts.{}.down_proj.weight", EXPERTS, "EMD"),
+)
 
 _LLAMA = (
     _EMBEDDING,
@@ -109,6 +120,7 @@ _LLAMA = (
     _norm("mlp_norm", "post_attention_layernorm"),
     *_ATTENTION, *_qk_norms("H", "H"), *_MLP, *_ENDS,
 )  # fmt: skip
+_QWEN3_MOE = (*(row for row in _LLAMA if row not in _MLP), *_EXPERTS)
 _OLMO2 = (
     _EMBEDDING,
     _norm("attn_post_norm", "post_attention_layernorm"),
@@ -126,6 +138,7 @@ _GEMMA3 = (
 
 FAMILIES: dict[str, tuple[Weight, ...]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
+    "qwen3_moe": _QWEN3_MOE,
     "olmo2": _OLMO2,
     "gemma3_text": _GEMMA3,
 }
@@ -137,7 +150,7 @@ def weights(config: DecoderConfig) -> dict[tuple[str, ...], Weight]:
     """The table of one model: path -> row, in the order of the files."""
     c, H = config, config.head_dim
     sizes = {"D": c.hidden_size, "Q": c.num_heads * H, "K": c.num_kv_heads * H, "H": H, "F": c.intermediate_size,
-             "V": c.vocab_size}  # fmt: skip
+             "V": c.vocab_size, "E": c.num_experts, "M": c.expert_size}  # fmt: skip
     rows = (row for row in FAMILIES[c.model_type] if not row.flag or getattr(c, row.flag))
     return {row.path: dataclasses.replace(row, shape=tuple(sizes[d] for d in row.dims)) for row in rows}
 
@@ -166,8 +179,10 @@ def kinds(params):
 
 def matrix_elements(config: DecoderConfig) -> tuple[int, int]:
     """(elements of the matrices that a token is multiplied by in all layers, elements of the head's matrix)."""
-    layer = sum(_size(row) for row in weights(config).values() if row.kind == MATRIX and row.layered)
-    return config.num_layers * layer, config.hidden_size * config.vocab_size
+    share = {EXPERTS: config.experts_per_token / max(config.num_experts, 1)}
+    rows = [row for row in weights(config).values() if row.kind in LINEAR and row.layered]
+    layer = sum(_size(row) * share.get(row.kind, 1) for row in rows)
+    return round(config.num_layers * layer), config.hidden_size * config.vocab_size
 
 
 def _size(row: Weight) -> int:

@@ -23,7 +23,7 @@ from etils import epath
 
 from models.config import DecoderConfig, read_json, to_hf
 from models.ranges import RangeFile
-from models.table import MATRIX, Weight, get_path, set_path, weights, whole_shape
+from models.table import LINEAR, Weight, get_path, set_path, weights, whole_shape
 
 INDEX = "model.safetensors.index.json"
 # present in some checkpoints, derived from the config here
@@ -119,7 +119,7 @@ def _check(root, where, table, config, ignored) -> None:
         whole = whole_shape(row, config)
         for place in np.ndindex(*whole[: row.stacked]):
             inner = whole[row.stacked :]
-            expected[row.hf.format(*place)] = inner[::-1] if row.kind == MATRIX else inner
+            expected[row.hf.format(*place)] = inner[::-1] if row.kind in LINEAR else inner
     hint = f"expected a {config.model_type} of {config.num_layers} layers"
     if missing := [name for name in expected if name not in where]:
         raise ValueError(f"{root}: tensor {missing[0]} is missing ({len(missing)} in all; {hint})")
@@ -155,11 +155,11 @@ def _read(where, row: Weight, index, shape, dtype) -> np.ndarray:
     spans = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
     stacked, inner = spans[: row.stacked], spans[row.stacked :]
     if not stacked:
-        return _read_tensor(where, row.hf, inner, row.kind == MATRIX, dtype)
+        return _read_tensor(where, row.hf, inner, row.kind in LINEAR, dtype)
     out = np.empty([len(s) for s in spans], dtype)
     for place in np.ndindex(*out.shape[: row.stacked]):
         name = row.hf.format(*(span[i] for span, i in zip(stacked, place, strict=True)))
-        out[place] = _read_tensor(where, name, inner, row.kind == MATRIX, dtype)
+        out[place] = _read_tensor(where, name, inner, row.kind in LINEAR, dtype)
     return out
 
 
@@ -267,7 +267,7 @@ def _tensors(params, table, config) -> Iterator[tuple[str, Any, int]]:
         for place in np.ndindex(*inner[: row.stacked - row.layered]):
             place = place if layer is None else (layer, *place)
 
-            def part(array=array, place=place, flip=row.kind == MATRIX):
+            def part(array=array, place=place, flip=row.kind in LINEAR):
                 x = array[place] if place else array
                 return x.T if flip else x
 

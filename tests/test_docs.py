@@ -59,7 +59,7 @@ def test_links_and_paths_in_the_pages_exist(page):
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
-    for path in re.findall(r"`((?:jaxrl|models|configs|tests|docs|benchmarks|tpu_scripts)/[\w/.]+\.(?:py|md|sh))`", text):  # noqa: E501
+    for path in re.findall(r"`((?:jaxrl|models|configs|tests|docs|benchmarks|launchers|tpu_scripts)/[\w/.]+\.(?:py|md|sh))`", text):  # noqa: E501
         if path != "configs/longer.py":  # the reader's own, in docs/extending.md
             assert (ROOT / path).exists(), f"{page.name} names {path}"
 

@@ -12,7 +12,7 @@ from models.decoder import Decoder, init_params
 from tests.models.hf_cases import CASES
 
 
-@pytest.fixture(scope="module", params=["gemma3"])
+@pytest.fixture(scope="module", params=["gemma3", "qwen3_moe"])
 def model(request):
     config = from_hf(CASES[request.param] | {"initializer_range": 0.3})
     return config, jax.jit(lambda key: init_params(config, key))(jax.random.key(3))

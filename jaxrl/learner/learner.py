@@ -41,6 +41,7 @@ def objective(config) -> Objective:
         kl_value_clamp=a.kl_value_clamp,
         kl_unbiased=a.kl_unbiased,
         entropy_coef=a.entropy_coef,
+        balance_coef=a.balance_coef,
         entropy_advantage=shaping,
         correction=a.correction,
         correction_hyper=dict(a.correction_hyper[a.correction]),

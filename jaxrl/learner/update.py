@@ -39,6 +39,7 @@ from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.algorithms.kl import kl_estimate
 from jaxrl.algorithms.losses import LOSSES, Loss
 from jaxrl.algorithms.segments import count_sequences
+from jaxrl.errors import UserError
 from jaxrl.learner.logprobs import HeadSettings, response_logprobs
 from jaxrl.learner.packing import PackedBatch
 from jaxrl.learner.state import (
@@ -53,8 +54,9 @@ from jaxrl.learner.state import (
 from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
-from models.decoder import Decoder
+from models.decoder import AUXILIARY, Decoder
 from models.lora import LoRA, join
+from models.moe import balance_loss
 from models.table import NORM, kinds
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
@@ -70,7 +72,8 @@ class Objective:
     sampling; log-probs and entropy are those of the tempered distribution. on_policy: exactly one update per
     batch, so old_logp = stop_gradient(logp) and no scoring pass is needed. kl_coef: weight of KL(pi || reference),
     with estimator kl_kind, clamped at kl_value_clamp, and weighted by pi / pi_old if kl_unbiased. entropy_coef:
-    entropy bonus. entropy_advantage: (alpha, kappa) or None.
+    entropy bonus. entropy_advantage: (alpha, kappa) or None. balance_coef: of the load-balancing loss of a mixture of
+    experts, which is that of each micro-batch, weighted by its share of the response tokens.
     """
 
     loss: str = "grpo"
@@ -84,6 +87,7 @@ class Objective:
     kl_value_clamp: float = 10.0
     kl_unbiased: bool = False
     entropy_coef: float = 0.0
+    balance_coef: float = 0.0
     entropy_advantage: tuple[float, float] | None = None
     correction: str = "none"
     correction_hyper: Mapping = dataclasses.field(default_factory=dict, hash=False)
@@ -149,6 +153,8 @@ def build_programs(
     blocks, tokens are split over the mesh's tensor axis, which must divide them. Raises ValueError for unknown
     names of the objective.
     """
+    if objective.balance_coef and not config.num_experts:
+        raise UserError(f"config.algorithm.balance_coef={objective.balance_coef}, but the model has no experts")
     loss, loss_hyper = resolve(LOSSES, "loss", objective.loss, objective.loss_hyper)
     correction, correction_hyper = resolve(
         CORRECTIONS, "correction", objective.correction, objective.correction_hyper)
@@ -183,7 +189,7 @@ def _score(parts: Parts, params, batch: PackedBatch):
     params = _cast(params, parts.dtype)
 
     def one(i, out):
-        pair = _forward(parts, params, _micro(batch, i))
+        pair, _ = _forward(parts, params, _micro(batch, i))
         return tuple(lax.dynamic_update_index_in_dim(o, x, i, 0) for o, x in zip(out, pair, strict=True))
 
     zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
@@ -251,7 +257,8 @@ def _gradient(parts: Parts, params, frozen, batch: PackedBatch, whole: Whole):
 def _micro_loss(parts: Parts, params, micro: PackedBatch, whole: Whole):
     """(share of the mini-batch's loss, (sums, maxima) of statistics) of one micro-batch."""
     objective = parts.objective
-    inputs = _inputs(parts, micro, *_forward(parts, params, micro))
+    pair, load = _forward(parts, params, micro)
+    inputs = _inputs(parts, micro, *pair)
     mask, entropy = inputs.mask, inputs.entropy
     token_loss, sums = parts.loss.fn(inputs, whole.hyper)
     weights, weight_sums = parts.correction.fn(inputs, parts.correction_hyper)
@@ -271,16 +278,30 @@ def _micro_loss(parts: Parts, params, micro: PackedBatch, whole: Whole):
     mismatch = mismatch_stats(inputs)
     sums |= {"entropy": lax.stop_gradient(jnp.sum(entropy * mask)), "logprob_diff": mismatch["logprob_diff"]}
     log_ratio = lax.stop_gradient(inputs.log_ratio) * mask
-    return total, (sums, {"logprob_diff/max": mismatch["logprob_diff_max"], "log_ratio": jnp.max(log_ratio)})
+    maxima = {"logprob_diff/max": mismatch["logprob_diff_max"], "log_ratio": jnp.max(log_ratio)}
+    if load is not None:
+        tokens, live = jnp.sum(mask), jnp.sum(micro.segment_ids > 0)
+        balance = balance_loss(*load, live)
+        total += objective.balance_coef * balance * tokens / jnp.maximum(whole.num_tokens, 1)
+        even = jnp.maximum(live, 1) * parts.model.config.experts_per_token / load[0].shape[-1]
+        maxima["moe/load_max"] = lax.stop_gradient(jnp.max(load[0]) / even)
+        sums["moe/balance_loss"] = lax.stop_gradient(balance) * tokens
+    return total, (sums, maxima)
 
 
 def _forward(parts: Parts, params, micro: PackedBatch):
-    """(logp, entropy) [R, T] of a micro-batch."""
+    """((logp, entropy) [R, T], load) of a micro-batch. load: by layer, what models.moe.balance says of the experts;
+    None without experts."""
+    load = None
     with use(parts.mesh, parts.rules):
         arguments = (micro.tokens, micro.positions, micro.segment_ids, None, micro.parents)
-        hidden, _ = parts.model.apply({"params": params}, *arguments)
+        if parts.model.config.num_experts:
+            (hidden, _), found = parts.model.apply({"params": params}, *arguments, mutable=[AUXILIARY])
+            load = found[AUXILIARY]["layers"]["mlp"]["load"]
+        else:
+            hidden, _ = parts.model.apply({"params": params}, *arguments)
     matrix = params["embed"]["embedding"] if parts.head.tied else params["lm_head"]["kernel"]
-    return response_logprobs(hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, parts.head)
+    return response_logprobs(hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, parts.head), load
 
 
 def _inputs(parts: Parts, batch: PackedBatch, logp, entropy) -> LossInputs:
@@ -347,7 +368,7 @@ def _metrics(loss, grad_norm, sums, maxima, num_tokens, lr, ok):
              "logprob_diff": "logprob_diff/mean", "entropy": "entropy", "kl": "kl"}
     out = {names.get(k, k if "/" in k else f"policy/{k}"): v for k, v in mean.items()}
     out |= {"loss": loss, "grad_norm": grad_norm, "lr": lr, "nonfinite": 1 - ok.astype(jnp.float32)}
-    out |= {"logprob_diff/max": maxima["logprob_diff/max"], "ratio/max": jnp.exp(maxima["log_ratio"])}
+    out |= {"ratio/max": jnp.exp(maxima["log_ratio"]), **{k: v for k, v in maxima.items() if k != "log_ratio"}}
     return {k: jnp.asarray(v, jnp.float32) for k, v in out.items()}
 
 

@@ -30,6 +30,8 @@ RULES = {
     "mlp": "tensor",
     "embed": None,
     "norm": None,
+    "expert": "tensor",
+    "expert_mlp": None,
     "batch": "data",
     "seq": None,
     "act_embed": None,
@@ -118,6 +120,6 @@ def place(config: DecoderConfig, training: Mesh, tensor: int = 1, int8: bool = F
     everywhere = Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
     mesh = Mesh(np.array(local).reshape(shape[1:]), AXES[1:], axis_types=(AxisType.Auto,) * 2)
     rules = dict(RULES)
-    for name, size in (("kv_heads", config.num_kv_heads), ("vocab", config.vocab_size)):
+    for name, size in (("kv_heads", config.num_kv_heads), ("vocab", config.vocab_size), ("expert", config.num_experts)):
         rules[name] = "tensor" if size % tensor == 0 else None
     return Placement(training, everywhere, mesh, rules, fused=tensor == 1, int8=int8)

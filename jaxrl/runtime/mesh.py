@@ -34,6 +34,8 @@ RULES = {
     "mlp": "tensor",
     "embed": "fsdp",
     "norm": None,
+    "expert": "fsdp",  # experts stay where they are, tokens travel to them (models/moe.py)
+    "expert_mlp": "tensor",
     # activations
     "batch": BATCH,
     "lookup_batch": "data",  # during the embedding lookup, whose columns take the fsdp axis

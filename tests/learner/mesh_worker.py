@@ -4,8 +4,9 @@ devices is fixed at start-up.
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
 
 A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "@2" puts it on two slices, "+lora" trains
-adapters beside an int8 base. For each, OUT holds the gradient (SGD with rate 1: old minus new parameters), the metrics,
-and the collectives of the compiled program; a line tells how far loss and gradient are from those of the first mesh.
+adapters beside an int8 base, "+moe" takes a mixture of experts. For each, OUT holds the gradient (SGD with rate 1: old
+minus new parameters), the metrics, and the collectives of the compiled program; a line tells how far loss and
+gradient are from those of the first mesh.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from models.lora import LoRA, abstract_base, frozen_base, init_adapters
 
 # Sizes that tell arrays apart: V 208, D 32, F 80, q 64, kv 32. Two key-value heads, so tensor=8 replicates them.
 CONFIG = DecoderConfig(208, 32, 80, 3, 8, 2, 8, qk_norm=True, model_type="qwen3", init_std=0.2)
+MOE = dataclasses.replace(CONFIG, model_type="qwen3_moe", num_experts=8, experts_per_token=2, expert_size=24)
 OBJECTIVE = Objective(loss="gspo", kl_coef=0.1, entropy_coef=0.01, temperature=0.9)
 
 
@@ -76,13 +78,14 @@ def main(out, *names):
         shape, _, slices = whole.partition("@")
         sizes, slices = [int(n) for n in shape.split(",")], int(slices or 1)
         mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)], slices=slices)
-        lora, config, frozen = None, CONFIG, None
+        lora, config, frozen = None, MOE if "moe" in options else CONFIG, None
+        objective = dataclasses.replace(OBJECTIVE, balance_coef=0.1 * ("moe" in options))
         if "lora" in options:
             lora, config = ADAPTERS, dataclasses.replace(CONFIG, lora_scale=ADAPTERS.scale)
             where = sharding_of(on_mesh(mesh, config, *abstract_base(config, "int8")))
             base = frozen_base(init_params(config, jax.random.key(0)), config, "int8")
             frozen = jax.tree.map(jax.device_put, base, where)
-        programs = build_programs(config, mesh, optimizer, OBJECTIVE, sequence_parallel="sp" in options, lora=lora)
+        programs = build_programs(config, mesh, optimizer, objective, sequence_parallel="sp" in options, lora=lora)
         if lora:
             where = sharding_of(abstract_state(config, optimizer, mesh, lora=lora).params)
             adapters = jax.tree.map(jax.device_put, some_adapters(config), where)

@@ -99,6 +99,17 @@ def test_every_mesh_agrees(tmp_path):
 
 
 @pytest.mark.slow
+def test_every_mesh_agrees_on_a_mixture_of_experts(tmp_path):
+    """Experts on fsdp, their width on tensor; load-balancing loss included."""
+    names = ["1,1,1+moe", "2,2,2+moe", "1,8,1+moe", "4,1,2+moe"]
+    info, gradients = run_worker(tmp_path / "out.npz", *names)
+    agree(info, gradients, names)
+    assert info["2,2,2+moe"]["shards"]["['layers']['mlp']['experts_up']"] == [3, 4, 32, 12]
+    assert info["1,1,1+moe"]["metrics"]["moe/balance_loss"] > 2 > info["1,1,1+moe"]["metrics"]["moe/load_max"] / 4
+    assert all("['experts" not in k or np.abs(g).max() > 0 for k, g in gradients["1,8,1+moe"].items())
+
+
+@pytest.mark.slow
 def test_every_mesh_agrees_on_adapters(tmp_path):
     """Beside an int8 base, split like the matrices that they belong to."""
     names = ["1,1,1+lora", "2,2,2+lora", "1,1,8+lora"]

@@ -49,6 +49,8 @@ CASES = {
     "qwen2_linear": _QWEN2 | {"rope_scaling": _LINEAR_ROPE},
     "qwen2_window": _QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3_yarn": _QWEN3 | {"head_dim": 32, "rope_scaling": _YARN_ROPE, "attention_bias": True},
+    "qwen3_moe": _BASE | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 6,
+                          "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
     "mistral": _BASE | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7},
     "smollm3": _BASE | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "tie_word_embeddings": True,
                         "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 7,
@@ -83,10 +85,13 @@ def hf_tensors(hf: dict, seed: int = 0) -> dict[str, np.ndarray]:
             "self_attn.k_proj.weight": (K, D),
             "self_attn.v_proj.weight": (K, D),
             "self_attn.o_proj.weight": (D, Q),
-            "mlp.gate_proj.weight": (F, D),
-            "mlp.up_proj.weight": (F, D),
-            "mlp.down_proj.weight": (D, F),
         }
+        mlps, width = [f"mlp.experts.{e}" for e in range(hf.get("num_experts", 0))], hf.get("moe_intermediate_size", F)
+        for mlp in mlps or ["mlp"]:
+            layer |= {f"{mlp}.gate_proj.weight": (width, D), f"{mlp}.up_proj.weight": (width, D)}
+            layer[f"{mlp}.down_proj.weight"] = (D, width)
+        if mlps:
+            layer["mlp.gate.weight"] = (len(mlps), D)
         layer |= {f"{norm}_layernorm.weight": (D,) for norm in _NORMS.get(family, ("input", "post_attention"))}
         if family == "qwen2" or hf.get("attention_bias"):
             layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", Q), ("k", K), ("v", K))}
@@ -94,7 +99,7 @@ def hf_tensors(hf: dict, seed: int = 0) -> dict[str, np.ndarray]:
             layer["self_attn.o_proj.bias"] = (D,)
         if hf.get("mlp_bias"):
             layer |= {f"mlp.{n}_proj.bias": (size,) for n, size in (("gate", F), ("up", F), ("down", D))}
-        if family in ("qwen3", "gemma3_text", "olmo2"):
+        if family in ("qwen3", "qwen3_moe", "gemma3_text", "olmo2"):
             sizes = (Q, K) if family == "olmo2" else (H, H)
             layer |= {f"self_attn.{n}_norm.weight": (size,) for n, size in zip("qk", sizes, strict=True)}
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}

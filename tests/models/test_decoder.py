@@ -52,7 +52,7 @@ def case(request, tmp_path_factory):
     return load_case(request, tmp_path_factory)
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2_tied", "qwen3", "smollm3", "olmo2", "gemma3"])
+@pytest.fixture(scope="module", params=["llama3", "qwen2_tied", "qwen3", "smollm3", "olmo2", "gemma3", "qwen3_moe"])
 def family(request, tmp_path_factory):
     """As case, one per family: for what does not depend on the head being tied."""
     return load_case(request, tmp_path_factory)

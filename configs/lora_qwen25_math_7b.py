@@ -1,0 +1,26 @@
+"""LSPO on Qwen2.5-Math-7B by adapters of rank 32, on little: a card of 48 or 80 GB, or four v5e chips.
+
+    python -m jaxrl.train --config=configs/lora_qwen25_math_7b.py:80
+
+An eighth of the paper's step. On v5e:2x2 base (int8) and state rest in 2.03 + 0.71 GiB of each chip's 15.8, counted
+from their shapes; what the programs need beside that is for `python -m jaxrl.preflight` to say before the first run.
+"""
+
+from configs.pods.recipes import adapters, lspo, pod
+from configs.pods.shapes import QWEN25_MATH_7B
+
+CHIPS = {  # argument -> (topology, base, slots, chips that share the sampler's weights)
+    "48": ("a6000:1", "int8", 64, 1),
+    "80": ("h100:1", "bfloat16", 96, 1),
+    "v5e": ("v5e:2x2", "int8", 64, 4),
+}
+
+
+def get_config(chips: str = "80"):
+    """chips: 48 or 80 (GB of the one card), or v5e (2x2)."""
+    if chips not in CHIPS:
+        raise ValueError(f"configs/lora_qwen25_math_7b.py:{chips}: choose {', '.join(CHIPS)}")
+    c = lspo(pod("lspo_gspo_7b", "Qwen2.5-Math-7B", QWEN25_MATH_7B, 2048, 2048), "gspo")
+    c.topology, base, c.sampling.slots, c.sampling.tensor = CHIPS[chips]
+    c.batch.prompts, c.batch.generation_prompts, c.batch.updates = 64, 192, 4
+    return adapters(c, base)

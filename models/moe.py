@@ -1,0 +1,100 @@
+"""Mixture of experts: every token is given to its k best experts, and none is dropped.
+
+Tokens are sorted by expert and multiplied group by group (jax.lax.ragged_dot), so that the work is that of k experts a
+token. On a mesh experts are split over the mesh axis that the logical axis "expert" stands for. If that axis also
+splits rows (the learner's), tokens travel to the experts and back: gathered over it before, summed and scattered after;
+else (the sampler's) every device has all tokens and adds what its own experts say.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+
+def route(logits, k: int, normalise: bool):
+    """The k experts of each token and their weights, as transformers' Qwen3-MoE chooses them.
+
+    logits: [..., E]. normalise: the weights of a token sum to 1. Returns (probabilities of all
+    experts float32 [..., E], weights float32 [..., k], experts int32 [..., k]).
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, experts = lax.top_k(probabilities, k)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True) if normalise else weights
+    return probabilities, weights, experts
+
+
+def balance(probabilities, experts, live):
+    """What the load-balancing loss needs of one layer: (assignments, sum of probabilities) of each expert, float32 [E].
+
+    live: bool like a token, False for padding.
+    """
+    E, live = probabilities.shape[-1], live.astype(jnp.float32)[..., None]
+    chosen = jnp.sum(jax.nn.one_hot(experts, E, dtype=jnp.float32), axis=-2) * live
+    axes = tuple(range(chosen.ndim - 1))
+    return jnp.sum(chosen, axes), jnp.sum(probabilities * live, axes)
+
+
+def balance_loss(assignments, probabilities, tokens):
+    """Load-balancing loss of Switch Transformers (2101.03961, equations 4 to 6) over all layers at once, as
+    transformers computes it: E x sum over experts of (share of assignments) x (mean probability); k if even.
+
+    assignments, probabilities: float32 [L, E], from `balance`. tokens: how many were counted, in one layer.
+    """
+    L, E = assignments.shape
+    total = L * jnp.maximum(tokens, 1)
+    return E * jnp.sum(assignments.sum(0) / total * probabilities.sum(0) / total)
+
+
+def apply_experts(x, weights, experts, gate_up, down, activation):
+    """Sum over the chosen experts of weight x down(activation(gate(x)) * up(x)).
+
+    x: [B, T, D]. weights, experts: [B, T, k]. gate_up: [E, D, 2 M], or the pair of [E, D, M]. down: [E, M, D].
+    Returns [B, T, D] in x's dtype.
+    """
+    local = functools.partial(_local, activation=activation)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(x, weights, experts, gate_up, down)
+    rows, expert, inner = nn.logical_to_mesh_axes(("batch", "expert", "expert_mlp"))
+    row_axes = (rows,) if isinstance(rows, str) else rows or ()
+    run = functools.partial(_on_mesh, local, expert, inner, expert in row_axes)
+    wide, tokens = P(expert, None, inner), P(rows)
+    specs = (tokens, tokens, tokens, jax.tree.map(lambda _: wide, gate_up), P(expert, inner))
+    return jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)(x, weights, experts, gate_up, down)
+
+
+def _on_mesh(local, expert, inner, travel: bool, x, weights, experts, gate_up, down):
+    """`apply_experts` on one device. expert, inner: mesh axes that split experts and their width, or None."""
+    if expert and travel:
+        x, weights, experts = (lax.all_gather(a, expert, axis=0, tiled=True) for a in (x, weights, experts))
+    first = lax.axis_index(expert) * down.shape[0] if expert else 0
+    out = local(x, weights, experts - first, gate_up, down)
+    out = lax.psum(out, inner) if inner else out
+    if not expert:
+        return out
+    return lax.psum_scatter(out, expert, scatter_dimension=0, tiled=True) if travel else lax.psum(out, expert)
+
+
+def _local(x, weights, experts, gate_up, down, activation):
+    """`apply_experts` with the experts [0, E) that are here; choices outside of them add nothing."""
+    E, D, k = down.shape[0], x.shape[-1], experts.shape[-1]
+    chosen = experts.reshape(-1)
+    here = (chosen >= 0) & (chosen < E)
+    chosen = jnp.where(here, chosen, E)  # the rest is sorted behind all groups
+    order = jnp.argsort(chosen, stable=True)
+    sizes = jnp.sum(chosen[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+    rows = x.reshape(-1, D)[order // k]
+    product = functools.partial(lax.ragged_dot, group_sizes=sizes)
+    if isinstance(gate_up, tuple):
+        gate, up = (product(rows, w) for w in gate_up)
+    else:
+        gate, up = jnp.split(product(rows, gate_up), 2, axis=-1)
+    y = product(activation(gate) * up, down)[jnp.argsort(order)]  # back in the order of tokens
+    y = jnp.where(here[:, None], y.astype(jnp.float32), 0) * weights.reshape(-1, 1)
+    return jnp.sum(y.reshape(*x.shape[:-1], k, D), axis=-2).astype(x.dtype)
