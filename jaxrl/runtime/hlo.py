@@ -54,7 +54,8 @@ class Counts:
     bytes: read from and written to main memory, tile padding aside. A slice counts as what it takes, an update in
     place as what it writes, and what lies in a TPU's vector memory not at all.
     kernels: name of a hand-written kernel -> times run. kernel_flops: theirs, as far as known here; the
-    compiler has no cycle estimate for them. Not part of `flops`.
+    compiler has no cycle estimate for them. Not part of `flops`. kernel_bytes: of `bytes`, those of a TPU's kernels
+    whose FLOPs are not known.
     work: what runs one after another, collectives aside, as (times run, FLOPs in all, of them in hand-written kernels,
     bytes in all).
     unknown_loops: names of loops whose count came from `loop_trips`.
@@ -68,6 +69,7 @@ class Counts:
     far: float = 0.0
     far_blocking: float = 0.0
     kernel_flops: float = 0.0
+    kernel_bytes: float = 0.0
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     work: list[tuple[float, float, float, float]] = dataclasses.field(default_factory=list)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
@@ -187,6 +189,8 @@ class _Reader:
             totals.bytes += traffic
             if cycles := re.search(r'"estimated_cycles":"(\d+)"', op.attributes):
                 totals.cycles += times * int(cycles[1])
+            elif '"tpu_custom_call"' in op.attributes and kernel_flops == totals.kernel_flops:
+                totals.kernel_bytes += traffic
             if traffic and kind not in COLLECTIVES:
                 kernel_flops = totals.kernel_flops - kernel_flops
                 totals.work.append((times, totals.flops - flops + kernel_flops, kernel_flops, traffic))

@@ -12,7 +12,7 @@ from jaxrl.runtime.hlo import Counts
 
 KERNEL_SHARE = 0.5  # of the peak, that attention kernels are taken to reach
 PRODUCT_SHARE = 0.7  # of the peak, that other matrix products reach (GPU)
-MEMORY_SHARE = 0.9  # of the memory's bandwidth, that a kernel reaches (GPU)
+MEMORY_SHARE = 0.9  # of the memory's bandwidth, that a kernel reaches (GPU, and a TPU's of unknown FLOPs)
 START = 2e-6  # seconds from one kernel to the next (GPU)
 MEETING = 1e-5  # seconds that a collective takes without any payload (GPU)
 
@@ -23,7 +23,9 @@ def seconds(counts: Counts, chip: Chip) -> float:
     Collectives that the compiler made asynchronous hide behind the rest, the others do not.
     """
     if chip.clock:
-        compute, meeting = counts.cycles / chip.clock + counts.kernel_flops / (KERNEL_SHARE * chip.flops), 0.0
+        kernels = counts.kernel_flops / (KERNEL_SHARE * chip.flops)
+        kernels += counts.kernel_bytes / (MEMORY_SHARE * chip.bandwidth)  # those of unknown FLOPs: attention over pages
+        compute, meeting = counts.cycles / chip.clock + kernels, 0.0
     else:
         compute, meeting = sum(_kernel(chip, *work) for work in counts.work), MEETING
     times, payload = counts.blocking

@@ -82,6 +82,8 @@ def test_a_decode_step_hands_its_pages_to_the_kernel_and_copies_none():
     unread = 0 if decoder.tie_embeddings else decoder.vocab_size * decoder.hidden_size  # of each chip's half
     step = compiled.counts.bytes / program.trips
     assert 0.95 < step / (compiled.arguments - unread) < 1.1
+    pages = decoder.num_layers * 2 * 2 * 1409 * 64 * decoder.head_dim  # one key-value head a chip
+    assert compiled.counts.kernel_bytes / program.trips == pytest.approx(pages, rel=0.02)  # has no cycles, but a time
     pool, moves = "bf16[1409,64,2,128]", ("copy", "copy-start", "transpose", "convert")
     ops = [op for body in hlo.parse(compiled.text)[0].values() for op in body.values()]
     assert [op.opcode for op in ops if op.shape.startswith(pool) and op.opcode == "scatter"]
