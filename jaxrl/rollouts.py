@@ -173,19 +173,21 @@ class Rollouts:
     def take(self, index: Sequence[int]) -> Rollouts:
         """The responses `index` in that order; groups are numbered as they first appear, empty ones go."""
         index = np.asarray(index, np.int64)
-        lengths = self.lengths[index]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        at = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], lengths)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[index])])
+        # tokens are copied in runs of neighbours, whole groups as a rule: several times as fast as one by one
+        cuts = np.flatnonzero(np.diff(index) != 1) + 1
+        runs = [slice(self.offsets[run[0]], self.offsets[run[-1] + 1]) for run in np.split(index, cuts) if len(run)]
+        tokens = lambda values: np.concatenate([values[:0], *(values[run] for run in runs)])  # noqa: E731
         groups, first, number = np.unique(self.group[index], return_index=True, return_inverse=True)
         order = np.argsort(first)
         return Rollouts(
             prompts=tuple(self.prompts[g] for g in groups[order]),
             offsets=offsets,
             group=np.argsort(order)[number],
-            **{k: getattr(self, k)[at] for k in PER_TOKEN},
+            **{k: tokens(getattr(self, k)) for k in PER_TOKEN},
             **{k: getattr(self, k)[index] for k in (*PER_RESPONSE, *WORDS)},
             columns={k: v[index] for k, v in self.columns.items()},
-            token_columns={k: v[at] for k, v in self.token_columns.items()},
+            token_columns={k: tokens(v) for k, v in self.token_columns.items()},
         )
 
     def where(self, keep: np.ndarray) -> Rollouts:
