@@ -30,7 +30,7 @@ def test_it_is_on_unless_told_otherwise(tmp_path):
 
 @pytest.mark.parametrize("key, value", [("seconds", -1.0), ("grace", -1.0), ("heartbeat", 0)])
 def test_seconds_are_checked(tmp_path, key, value):
-    with pytest.raises(UserError, match=f"config.watchdog.{key}=.* must be at least"):
+    with pytest.raises(UserError, match=f"config.watchdog.{key}=.* must be an? (number|integer)[ of]* at least"):
         validate(tiny(tmp_path, {f"watchdog.{key}": value}))
 
 

@@ -5,15 +5,17 @@ that is not understood, or an output array that no variant accounts for, is a fa
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.hyper import resolve
-from jaxrl.algorithms.length import LENGTH_REWARDS
+from jaxrl.algorithms.length import LENGTH_REWARDS, LengthInputs
 from jaxrl.algorithms.metrics import pass_at_k
-from jaxrl.algorithms.selection import select, thresholds
+from jaxrl.algorithms.selection import dropped, select, thresholds
+from jaxrl.rollouts import concat
 from tests.algorithms import golden_losses
 from tests.algorithms.harness import make_group
 from tests.shared import shared_path
@@ -113,7 +115,8 @@ def test_advantages(file, variant):
     entry, hyper = resolve(ADVANTAGES, "advantage", name, constants)
     case = v["rewards"]
     lengths = (z["response_mask"] != 0).sum(1)
-    found = entry.fn(z[f"rewards__{case}"], z[f"group_id__{case}"], lengths, hyper)
+    record = SimpleNamespace(reward=z[f"rewards__{case}"], group=z[f"group_id__{case}"], lengths=lengths, columns={})
+    found = entry.fn(record, hyper)
     # verl's whitening divides by count + 1e-8.
     tolerance = 1e-7 if name == "reinforce_pp_baseline" else 1e-12
     np.testing.assert_allclose(found, z[f"adv__{variant}"], rtol=tolerance, atol=tolerance)
@@ -124,17 +127,18 @@ def test_lspo(file, variant):
     v, z = FILES[file]["variants"][variant], _arrays(file)
     case = variant.rsplit("__", 1)[0]
     lengths, correct = z[f"lengths__{case}"], z[f"acc__{case}"]
-    groups = [make_group(n, c, name=str(i)) for i, (n, c) in enumerate(zip(lengths, correct, strict=True))]
+    rollouts = concat([make_group(n, c, name=str(i)) for i, (n, c) in enumerate(zip(lengths, correct, strict=True))])
     fractions = {k: v[k] for k in ("low", "high", "max")}
     for quantile, expected in (("linear", f"kept__{variant}"), ("inf", f"kept_infquantile__{variant}")):
         if expected not in z:
             continue
-        kept, dropped = select(groups, "accuracy+lspo", {"lspo": {**fractions, "quantile": quantile}})
-        alone, _ = select(groups, "lspo", {"lspo": {**fractions, "quantile": quantile}})
-        assert [g.problem.id for g in kept] == [str(i) for i in np.flatnonzero(z[expected])]
-        assert kept == alone
-        assert len(kept) + sum(dropped.values()) == len(groups)
-        filtered = sum(n for reason, n in dropped.items() if reason.startswith("accuracy/"))
+        keep, reason = select(rollouts, "accuracy+lspo", {"lspo": {**fractions, "quantile": quantile}})
+        alone, _ = select(rollouts, "lspo", {"lspo": {**fractions, "quantile": quantile}})
+        np.testing.assert_array_equal(rollouts.group_any(keep), z[expected])
+        assert (keep == alone).all() and (keep == rollouts.per_response(z[expected])).all()  # whole groups
+        counts = dropped(rollouts, reason)
+        assert z[expected].sum() + sum(counts.values()) == rollouts.num_groups
+        filtered = sum(n for word, n in counts.items() if word.startswith("accuracy/"))
         assert filtered == (~z[f"survivors__{case}"]).sum()
     survivors = z[f"mean_len__{case}"][z[f"survivors__{case}"]]
     if len(survivors):
@@ -159,10 +163,7 @@ def test_lcpo(file, variant):
             "combine": "add" if added else "multiply",
         }
     entry, hyper = resolve(LENGTH_REWARDS, "length reward", name, constants)
-    n = len(z["n_y"])
-    found = entry.fn(
-        z["correct"], z["n_y"], z["n_gold"], np.arange(n), np.zeros(n, bool), 10**6, np.full(n, mode), hyper
-    )
+    found = entry.fn(LengthInputs(z["correct"], z["n_y"], 10**6, budgets=z["n_gold"], modes=mode), hyper)
     np.testing.assert_allclose(found, z[variant], rtol=1e-12, atol=1e-12)
 
 
@@ -177,8 +178,7 @@ def test_length_rewards(file, variant):
 
     def reward(name, **constants):
         entry, hyper = resolve(LENGTH_REWARDS, "length reward", name, constants)
-        modes = np.full(n, "none")
-        return entry.fn(correct, lengths, np.zeros(n), np.zeros(n, int), truncated, 10**6, modes, hyper)
+        return entry.fn(LengthInputs(correct, lengths, 10**6, truncated=truncated), hyper)
 
     checked = 0
     if v["family"] == "arora_zanette":

@@ -228,7 +228,6 @@ def test_budget_metrics():
 
 def test_s1_metrics():
     assert control([400, 900, 2100], [500, 1000, 2000]) == pytest.approx(2 / 3)
-    assert control([400, 900], [500, 1000], [450, 0]) == 0.5
     # slopes: .1/500, .2/1500, .1/1000
     assert scaling([500, 1000, 2000], [0.3, 0.4, 0.5]) == pytest.approx((2e-4 + 0.2 / 1500 + 1e-4) / 3)
     assert scaling([2000, 500, 1000], [0.5, 0.3, 0.4]) == pytest.approx((2e-4 + 0.2 / 1500 + 1e-4) / 3)

@@ -247,7 +247,8 @@ def test_sampling_layout_agrees(family):
     _, _, config, params = family
     tokens = random_tokens(config, ROWS, WIDTH)
     expected = forward(Decoder(config), params, tokens)
-    assert np.abs(forward(*in_form("fused", config, params), tokens) - expected).max() < 1e-5
+    largest = max(1.0, np.abs(expected).max())  # Gemma's scaled embeddings make larger logits
+    assert np.abs(forward(*in_form("fused", config, params), tokens) - expected).max() < 1e-5 * largest
 
 
 def test_only_relative_position_matters(family):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl.algorithms.correction import CORRECTIONS
+from jaxrl.algorithms.inputs import LossInputs
 from jaxrl.collect import requests
 from jaxrl.rollout.engine import Engine, Request
 from jaxrl.types import Completion
@@ -84,7 +85,9 @@ def test_a_trained_model_keeps_its_log_probs_and_the_rest_is_corrected(weights, 
     gap = np.abs(logps["int8"] - logps["same"])
     assert 1e-4 < gap.mean() < mean and gap.max() < most, (gap.mean(), gap.max())
     row = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
-    ones = jnp.ones_like(row(gap))
-    tis = CORRECTIONS["token_tis"]
-    weights = tis.fn(row(logps["same"]), row(logps["int8"]), ones, ones.astype(int), tis.defaults)[0]
+    ones, tis = jnp.ones_like(row(gap)), CORRECTIONS["token_tis"]
+    drawn = LossInputs(
+        row(logps["same"]), row(logps["same"]), ones * 0, ones, ones.astype(int), sampler_logp=row(logps["int8"])
+    )
+    weights = tis.fn(drawn, tis.defaults)[0]
     np.testing.assert_allclose(weights[0], np.exp(logps["same"] - logps["int8"]).clip(max=2.0), rtol=1e-4)
