@@ -39,3 +39,13 @@ def dial_model(tmp_path_factory):
     root = tmp_path_factory.mktemp("dial")
     sft.main(["sft", "--config=tests/tiny.py", f"--config.run_dir={root}"])
     return root / "model"
+
+
+@pytest.fixture(scope="module")
+def fast_compiles():
+    """Programs compiled without most optimizations, in half the time: for tests of arithmetic, not of speed or bits."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -22,11 +22,7 @@ LORA = LoRA(3, 6.0, ("q", "o", "mlp"))
 CONFIG = dataclasses.replace(WHOLE, lora_scale=LORA.scale)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 def test_the_gradient_is_the_chain_rule_applied_to_that_of_the_matrices():

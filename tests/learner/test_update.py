@@ -26,11 +26,7 @@ FULL = Objective(
     correction="token_tis", correction_hyper={"cap": 1.1})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 @functools.cache
