@@ -83,8 +83,6 @@ import flax.linen as nn, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from models import attention
 from tests.models.test_splash import close_where_not_padding, inputs
-
-pytestmark = pytest.mark.usefixtures("fast_compiles")
 q, k, v, ids = inputs()
 mesh = jax.make_mesh((4, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)
 def f(q, k, v, ids):
