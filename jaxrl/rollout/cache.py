@@ -90,6 +90,15 @@ def prefill_sizes(slots: int, multiple: int) -> list[int]:
     return [least << i for i in range(4) if i == 0 or least << i <= slots]
 
 
+def prefill_together(run: Runner, params, prompts: Sequence[np.ndarray], rows: int, columns: int):
+    """The prompts' cache arrays from one call of the prefill program: right-aligned in [rows, columns], int32."""
+    tokens, lengths = np.zeros((rows, columns), np.int32), np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        lengths[row] = len(prompt)
+        tokens[row, columns - len(prompt) :] = prompt
+    return run.call("prefill", (rows, columns), params, tokens, lengths)
+
+
 class Prompt(NamedTuple):
     """A prefilled prompt of a dense cache: row `row` of right-aligned `arrays` of `columns` columns."""
 
@@ -149,11 +158,7 @@ class DenseCache:
 
     def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Prompt]:
         n, columns = self.prefill_shape([len(p) for p in prompts])
-        tokens, lengths = np.zeros((n, columns), np.int32), np.zeros(n, np.int32)
-        for row, prompt in enumerate(prompts):
-            lengths[row] = len(prompt)
-            tokens[row, columns - len(prompt) :] = prompt
-        arrays = self.run.call("prefill", (n, columns), params, tokens, lengths)
+        arrays = prefill_together(self.run, params, prompts, n, columns)
         return [Prompt(arrays, row, columns) for row in range(len(prompts))]
 
     def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Prompt]]) -> None:

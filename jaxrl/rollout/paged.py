@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.rollout.cache import bucket, idle_rows, prefill_sizes, row_sizes
+from jaxrl.rollout.cache import bucket, idle_rows, prefill_sizes, prefill_together, row_sizes
 from jaxrl.rollout.kernels import Rows, SamplingArrays
 from jaxrl.rollout.programs import Runner
 from models.pages import Pages
@@ -107,11 +107,7 @@ class PagedCache:
 
     def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Prompt]:
         n, columns = self.prefill_shape([len(p) for p in prompts])
-        tokens, lengths = np.zeros((n, columns), np.int32), np.zeros(n, np.int32)
-        for row, prompt in enumerate(prompts):
-            lengths[row] = len(prompt)
-            tokens[row, columns - len(prompt) :] = prompt
-        arrays = self.run.call("prefill", (n, columns), params, tokens, lengths)
+        arrays = prefill_together(self.run, params, prompts, n, columns)
         return [Prompt(arrays, row, columns, len(prompt)) for row, prompt in enumerate(prompts)]
 
     def _replica(self, row: int) -> int:

@@ -11,8 +11,6 @@ from tests.rollout import tiny
 from tests.rollout.test_engine import baseline
 from tests.rollout.test_steps import drain, same
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 def paged(**options):
     engine = tiny.sampler(**(dict(chunk=8, pages=8) | options))
