@@ -63,6 +63,8 @@ def pages(tmp_path_factory):
         for b in (8, 16)
     ]
     plain = {"name": "dial:n_max=9", "budget": None, "accuracy": 0.625, "accuracy_low": 0.5, "accuracy_high": 0.75}
+    plain |= {"samples": 4, "maj@2": 0.63, "maj@4": 0.6875, "tokens_correct": 7.25, "tokens_wrong": None}
+    plain |= {"by_length": [dict(up_to=n, accuracy=a, samples=9) for n, a in ((4, 0.75), (9, 0.5))]}
     (paths[0] / "eval" / "result.json").write_text(json.dumps({"results": [*rows, plain]}))
     report.main(["report", str(paths[0])])
     report.main(["report", *map(str, paths), f"--out={root}/both.html"])
@@ -179,11 +181,45 @@ def test_sweeps_of_several_data_sets_are_lines_of_their_own(pages):
 
 def test_evaluations_found_in_a_run_are_a_table(pages, tmp_path):
     single = pages[2]
-    assert "<td>dial:n_max=9</td>" in single and "<td>62.5</td><td>50.0 – 75.0</td>" in single
+    assert "<td>dial:n_max=9</td>" in single and "<td>62.5</td><td>50.0 – 75.0</td><td>68.8</td>" in single
+    assert "<td>7.2</td><td>-</td>" in single  # tokens of correct answers; no wrong ones
     (write_run(tmp_path / "run") / "eval").mkdir()
     (tmp_path / "run" / "eval" / "result.json").write_text("[]")
     with pytest.raises(UserError, match="not a result file"):
         read_run(tmp_path / "run")
+
+
+def test_accuracy_by_length_is_that_of_the_newest_checkpoint_without_a_budget(pages):
+    parts = lambda *right: [dict(up_to=5 * (i + 1), accuracy=a, samples=3) for i, a in enumerate(right)]  # noqa: E731
+    rows = [dict(data="x", step=s, budget=b, by_length=parts(*right)) for s, b, right in
+            ((3, None, (0.1, 0.2)), (9, None, (0.75, 0.5)), (9, 8, (0.3, 0.4)), (9, None, (0.6,)))]  # fmt: skip
+    settings = group_runs([dataclasses.replace(read_run(pages[1][0]), evaluations=rows)])
+    with drawing() as (_, ax):
+        assert figures.accuracy_by_length(ax, settings)
+        assert [line.get_xydata().tolist() for line in ax.lines] == [[[5, 75], [10, 50]]]
+    settings = group_runs([dataclasses.replace(read_run(pages[1][0]), evaluations=rows[2:3])])
+    with drawing() as (_, ax):
+        assert figures.accuracy_by_length(ax, settings)
+        assert ax.lines[0].get_ydata().tolist() == [30, 40]
+
+
+def test_the_majority_stands_beside_the_mean(pages):
+    rows = [dict(budget=b, mean_tokens=b, accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6) for b in (8, 16, 32)]
+    rows[1] |= {"samples": 4, "maj@2": 0.55, "maj@4": 0.7}
+    with drawing() as (_, ax):
+        found = dataclasses.replace(read_run(pages[1][0]), evaluations=rows)
+        assert figures.accuracy_by_tokens(ax, group_runs([found]))
+        assert ax.lines[1].get_xydata().tolist() == [[16, 70]]
+
+
+def test_rewards_by_name_are_lines_where_there_is_more_than_one(pages):
+    run = read_run(pages[1][0])
+    with drawing() as (_, ax):
+        assert figures.named_rewards(ax, run)
+        assert [text.get_text() for text in ax.texts] == ["length", "correct"]  # by height
+    with drawing() as (_, ax):
+        only = [{k: v for k, v in r.items() if k != "reward/length/mean"} for r in run.records]
+        assert not figures.named_rewards(ax, dataclasses.replace(run, records=only))
 
 
 def test_many_settings_have_line_styles_of_their_own_and_a_key(tmp_path, monkeypatch):

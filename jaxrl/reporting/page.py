@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxrl.reporting.runs import Run, Setting
+from jaxrl.evaluation.tables import percent
+from jaxrl.reporting.runs import Run, Setting, majority
 from jaxrl.reporting.style import SERIES, css_variables
 
 PROMPTS_SHOWN = 4
@@ -242,16 +243,19 @@ def _summary(settings: Sequence[Setting]) -> str:
 
 def _evaluations(settings: Sequence[Setting]) -> str:
     """What jaxrl.evaluate measured of the runs, where its results lie in the run directories."""
-    head = ["evaluation", "problems", "samples each", "accuracy, %", "95 % interval", "mean tokens", "mean error, %"]
+    head = ["evaluation", "problems", "samples each", "accuracy, %", "95 % interval", "majority, %", "mean tokens"]
+    head += ["tokens, correct", "tokens, wrong", "mean error, %"]
     rows = []
     for setting in settings:
         for run in setting.runs:
             who = "" if sum(len(s.runs) for s in settings) == 1 else f"{setting.label}, seed {run.seed}: "
             for r in run.evaluations:
-                numbers = [r.get(k) for k in ("accuracy", "accuracy_low", "accuracy_high", "mean_error")]
-                at, low, high, error = ("-" if v is None else f"{100 * v:.1f}" for v in numbers)
+                shares = [r.get("accuracy"), r.get("accuracy_low"), r.get("accuracy_high"), majority(r)]
+                at, low, high, voted = map(percent, shares)
+                tokens = [r.get(k) for k in ("mean_tokens", "tokens_correct", "tokens_wrong")]
                 cells = [who + str(r.get("name", r.get("data", ""))), r.get("problems", "-"), r.get("samples", "-")]
-                rows.append([*cells, at, f"{low} – {high}", f"{r.get('mean_tokens', math.nan):.1f}", error])
+                cells += [at, f"{low} – {high}", voted, *("-" if n is None else f"{n:.1f}" for n in tokens)]
+                rows.append([*cells, percent(r.get("mean_error"))])
     return f"<h2>Evaluations</h2>{_table(head, rows)}" if rows else ""
 
 

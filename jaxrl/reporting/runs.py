@@ -73,6 +73,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def majority(result: dict) -> float | None:
+    """maj@k of a result of jaxrl.evaluate, k being all its samples of a problem; None where it was not measured."""
+    return result.get(f"maj@{result.get('samples')}")
+
+
 def read_run(path: str | os.PathLike) -> Run:
     """Reads a run directory. Raises UserError if it has no metrics.jsonl or that is damaged."""
     root = storage.local_copy(os.fspath(path), "RUN", _shown)
