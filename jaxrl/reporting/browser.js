@@ -101,8 +101,8 @@ function card(answer, colour) {
     html`<b class="mark ${right ? "right" : "wrong"}">${answer.outcome}</b>`,
     html`<b>${counted(answer.length, "token")}</b>`,
     answer.cut && html`<span class="mark wrong">cut at the limit</span>`,
-    answer.reward !== null && html`<span>reward <b>${answer.reward}</b>${rewards.length > 1 && ` (${rewards.join(", ")})`}</span>`,
     answer.advantage !== null && html`<span>advantage <b>${signed(answer.advantage)}</b></span>`,
+    answer.reward !== null && html`<span>reward <b>${answer.reward}</b>${rewards.length > 1 && ` (${rewards.join(", ")})`}</span>`,
     answer.dropped !== null && html`<span>dropped${answer.dropped && `: ${answer.dropped.replaceAll("_", " ")}`}</span>`,
   ].filter(Boolean);
   const edge = COLOURS.advantage({ advantage: answer.advantage });
@@ -154,11 +154,11 @@ function controls(indices, state) {
 ${runs.length > 1 && choice("run", "Run", runs, state.run)}
 <label class=steps>Step<span><button data-by=-1 aria-label="step before">‹</button><select name=step><option value="">all</option>${index.steps.map(
     (step) => html`<option${String(step) === state.step && html` selected`}>${step}</option>`)}</select><button data-by=1 aria-label="next step">›</button></span></label>
-<label class=problem>Problem<input name=problem type=search placeholder="id, or words of the prompt" value="${state.problem}"></label>
+<label class=problem>Problem<input name=problem type=search placeholder="id, or how the prompt begins" value="${state.problem}"></label>
 ${choice("outcome", "Outcome", [["", "all"], ["correct", "correct"], ["wrong", "wrong"], ["cut", "cut at the limit"],
     ...(any ? [["ungraded", "not graded"]] : [])], state.outcome)}
 ${choice("fate", "Selection", [["", "all"], ["kept", "kept"], ["dropped", "dropped"]], state.fate)}
-<label>Tokens<span>${number("least", "from")}${number("most", "to")}</span></label>
+<label class=tokens>Tokens<span>${number("least", "from")}${number("most", "to")}</span></label>
 ${choice("order", "Order", [["", "as sampled"], ["shortest", "shortest first"], ["longest", "longest first"], ["advantage", "by advantage"]], state.order)}
 ${choice("colour", "Colour", [["logp", "log-prob"], ["advantage", "advantage"], ["version", "version"], ["none", "none"]], state.colour)}`;
 }
@@ -179,7 +179,8 @@ async function open(root) {
   if (!indices[state.run]) state.run = "0";
   for (const [key, table] of [["outcome", OUTCOMES], ["fate", FATES], ["order", ORDERS], ["colour", COLOURS]])
     if (!(state[key] in table)) state[key] = START[key];
-  if (!given.has("step") && !state.problem) state.step = String(indices[state.run].steps.at(-1) ?? "");
+  const last = () => String(indices[state.run].steps.at(-1) ?? "");
+  if (!given.has("step") && !state.problem) state.step = last();
   let first = 0, drawing = 0;
   const whole = new Set();  // groups that show every answer
 
@@ -208,7 +209,7 @@ async function open(root) {
     state[key] = value;
     first = 0;
     whole.clear();
-    if (key === "run") { state.step = ""; fill(); }
+    if (key === "run") { state.step = state.problem ? "" : last(); fill(); }
     return draw();
   };
   form.addEventListener("submit", (event) => event.preventDefault());
@@ -234,4 +235,4 @@ if (typeof document !== "undefined") {
   const root = document.getElementById("rollouts");
   open(root).catch((error) => { root.textContent = `The completions cannot be shown by this browser: ${error.message}`; });
 }
-if (typeof module !== "undefined") module.exports = { START, decode, select, group, card, html, title };
+if (typeof module !== "undefined") module.exports = { START, decode, select, group, controls };

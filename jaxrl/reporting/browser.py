@@ -1,6 +1,6 @@
 """The rollout browser of a report page: what is embedded in it, so that browser.js can show any of it on demand.
 
-A page holds, for each run, an index and one blob a step, each JSON that is gzipped and base64-encoded in a <script> that
+A page holds, for each run, an index and one blob a step, each JSON, gzipped and base64-encoded, in a <script> that
 is not run. The index has what filters need (length, outcome and fate of every answer), so that they need no blob; a
 blob is decoded when a group of its step is on the screen. The fields: `index_of`, `blob_of`.
 """
@@ -12,7 +12,7 @@ import gzip
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxrl.errors import UserError
@@ -32,36 +32,39 @@ def style() -> str:
 def section(runs: Sequence[tuple[str, Run]], room: int) -> str:
     """The browser as HTML that takes at most about `room` bytes; "" if no run has samples.
 
-    runs: (label, run). Each gets an equal share. Where that is too little, steps are left out evenly, and the page says
-    how many.
+    runs: (label, run). Each gets an equal share, and more where others need less. Where that is too little, steps are
+    left out evenly, and the page says how many.
     """
     runs = [(label, run) for label, run in runs if run.samples]
     if not runs:
         return ""
     script = (HERE / "browser.js").read_text(encoding="utf-8")
-    share = (room - len(script)) // len(runs)
-    embedded = [part for i, (label, run) in enumerate(runs) for part in _embedded(f"r{i}", label, run, share)]
+    room -= len(script) + 1000  # of the tags
+    sizes = [sum(file.stat().st_size for file in run.samples) for _, run in runs]
+    embedded = [""] * len(runs)
+    for done, i in enumerate(sorted(range(len(runs)), key=sizes.__getitem__)):
+        embedded[i] = _embedded(f"r{i}", *runs[i], room // (len(runs) - done))
+        room -= len(embedded[i])
     return (
         "<h2>Completions</h2><noscript><p class=lead>The completions need JavaScript; nothing is loaded.</p></noscript>"
         f"<div id=rollouts></div>{''.join(embedded)}<script>{script}</script>"
     )
 
 
-def _embedded(name: str, label: str, run: Run, room: int) -> Iterator[str]:
+def _embedded(name: str, label: str, run: Run, room: int) -> str:
     """The <script>s of a run, index first."""
     blobs, facts = {}, {}
     for i in _spread(len(run.samples)):
         step, rows = step_of(run.samples[i]), read_samples(run.samples[i])
         blob, fact = pack(blob_of(rows, step)), facts_of(rows)
-        room -= len(blob) + len(pack(fact))  # the index is one text for all steps: smaller than its parts together
+        room -= len(blob) + len(pack(fact)) + 60  # its tag; the index of all steps is smaller than its parts alone
         if room < 0:
             break
         blobs[step], facts[step] = blob, fact
     steps = [step for step in sorted(blobs) if facts[step]]
     head = index_of(label, {step: facts[step] for step in steps}, len(run.samples))
-    yield f"<script type=text/plain id={name}>{pack(head)}</script>"
-    for i, step in enumerate(steps):
-        yield f"<script type=text/plain id={name}-{i}>{blobs[step]}</script>"
+    texts = {name: pack(head)} | {f"{name}-{i}": blobs[step] for i, step in enumerate(steps)}
+    return "".join(f"<script type=text/plain id={key}>{text}</script>" for key, text in texts.items())
 
 
 def _spread(n: int) -> list[int]:
@@ -91,7 +94,7 @@ def read_samples(file: pathlib.Path) -> list[dict[str, Any]]:
 def pack(value: Any) -> str:
     """JSON, gzip, base64: the text holds no character that HTML knows. The same text for the same value."""
     data = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 
 def groups_of(rows: Sequence[dict]) -> list[list[dict]]:
@@ -161,7 +164,7 @@ def _answer(row: dict, step: int) -> dict[str, Any]:
     logprobs = [*(row.get("logprobs") or ()), *[None] * len(tokens)][: len(tokens)]
     out = {
         "text": tokens,
-        "logp": [None if (x := _number(value)) is None else round(100 * x) for value in logprobs],
+        "logp": [round(100 * value) if _finite(value) else None for value in logprobs],
         "advantage": _number(row.get("advantage")),
         "reward": _number(row.get("reward")),
         "rewards": {str(k): _number(v) for k, v in (row.get("rewards") or {}).items()},
@@ -178,10 +181,13 @@ def _answer(row: dict, step: int) -> dict[str, Any]:
     return out
 
 
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _number(value: Any) -> float | None:
     """A finite number in few digits, or None: JSON knows no NaN."""
-    good = isinstance(value, int | float) and math.isfinite(value)
-    return float(f"{value:.4g}") if good else None
+    return float(f"{value:.4g}") if _finite(value) else None
 
 
 def _shown(answer: Any) -> str:

@@ -301,7 +301,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "log.tensorboard": (Flag(True), "write event files"),
     "log.wandb": (Flag(False), "needs the package wandb"),
     "log.wandb_project": (Text("jaxrl", "a name", r"(?s).+"), "where it logs"),
-    "log.samples": (Integer(2), "groups of each step whose completions are written to samples/"),
+    "log.samples": (Integer(2), "kept groups of each step, and as many dropped, written to samples/ for the report"),
     "watchdog.seconds": (Number(3600.0), "without progress, before the run dumps its stacks and ends with 76; 0: off"),
     "watchdog.heartbeat": (
         Integer(100, 1),
