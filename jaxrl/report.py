@@ -24,13 +24,14 @@ from jaxrl.reporting.style import SERIES, drawing, save_png, to_svg
 from jaxrl.runtime import cli, storage
 from jaxrl.runtime.storage import atomic_write
 
+FLAGS = dict(out="", max_mb=Integer(50, 1))
 WIDE = (10.6, 4.0)  # inches, across the page
 SMALL = (3.9, 2.6)  # three beside each other
 
 
 def main(argv: list[str]) -> None:
     """The command line above; writes the page and its pictures. Raises UserError for a path that is no run."""
-    flags = cli.parse_flags(argv, dict(out="", max_mb=Integer(50, 1)), __doc__)
+    flags = cli.parse_flags(argv, FLAGS, __doc__)
     paths = flags["positional"]
     if not paths:
         raise UserError("name at least one run directory: python -m jaxrl.report RUN [RUN ...]")
