@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxrl.algorithms.advantages import advantages
 from jaxrl.algorithms.kl import kl_estimate
-from jaxrl.learner.packing import PackedBatch, Packing, PackSettings, pack
+from jaxrl.learner.packing import PackedBatch, Packing, PackSettings, fill, plan, sizes
+from jaxrl.learner.update import own_rows
 from jaxrl.rollouts import Rollouts
+from jaxrl.runtime import distributed
 
 
 class MiniBatch(NamedTuple):
-    """One optimizer update's data, where its tokens went in the packed rows, and which responses of the step it holds
-    (index: int64, into the rollouts of the step)."""
+    """This host's rows of one optimizer update's data, where the tokens went in them, and which responses of the step
+    they hold (index: int64, into the rollouts of the step)."""
 
     data: PackedBatch
     packing: Packing
@@ -40,38 +42,48 @@ def pack_settings(config, sequences: int, shards: int) -> PackSettings:
     return PackSettings(*sizes, share_prompts=config.batch.share_prompts)
 
 
-def make_batches(rollouts: Rollouts, config, step: int, shards: int = 1) -> list[MiniBatch]:
+def make_batches(
+    rollouts: Rollouts, config, step: int, shards: int = 1, own: Sequence[int] | None = None
+) -> list[MiniBatch]:
     """The mini-batches of one step, in the order of their updates, with advantages 0 (`with_advantages` fills them in).
+
+    own: the batch shards whose rows are packed (`runtime.mesh.own_shards`); None: all.
 
     Each epoch visits every graded response once, in an order fixed by (seed, step, epoch), in batch.updates parts of
     nearly equal numbers of responses. Returns [] when nothing was selected.
     """
     b = config.batch
     settings = pack_settings(config, -(-b.prompts * b.group_size // b.updates), shards)
-    graded, out = np.flatnonzero(rollouts.valid), []
+    graded, count, out = np.flatnonzero(rollouts.valid), sizes(rollouts), []
     for epoch in range(b.epochs):
         order = np.random.default_rng([config.seed, 3, step, epoch]).permutation(len(graded))
         for part in np.array_split(graded[order], b.updates):
             if len(part):
-                out.append(MiniBatch(*pack(rollouts.take(part), np.zeros(len(part)), settings, step), part))
+                packing = plan(count.take(part), settings, own)
+                index = part[packing.responses]
+                data = fill(packing, rollouts.take(index), np.zeros(len(index)), settings, step)
+                out.append(MiniBatch(data, packing, index))
     return out
 
 
 def with_kl_penalty(rollouts: Rollouts, batches: list[MiniBatch], config, learner, params, reference) -> Rollouts:
     """Rewards less kl_coef x sum_t KL(policy || reference), if config.algorithm.kl_in_reward says so.
 
-    The packed mini-batches of the first epoch, which hold every graded response once, are what is scored.
+    The packed mini-batches of the first epoch, which hold every graded response once, are what is scored. Each host
+    adds up the responses of its own rows; hosts tell each other one number a response.
     """
     a = config.algorithm
     if not (a.kl_in_reward and a.kl_coef):
         return rollouts
-    reward = rollouts.reward.copy()
+    mine, penalty = [], np.zeros_like(rollouts.reward)
     for data, packing, index in batches[: config.batch.updates]:
-        scores = (learner.score(p, data) for p in (params, reference))
+        scores = (own_rows(learner.score(p, data)) for p in (params, reference))
         kl = kl_estimate(*scores, a.kl_kind, a.kl_value_clamp) * data.response_mask
-        kl = packing.collect(multihost_utils.process_allgather(kl, tiled=True))
-        reward[index] -= a.kl_coef * np.add.reduceat(kl, packing.offsets[:-1])
-    return rollouts.replace(reward=reward)
+        mine.append(np.add.reduceat(packing.collect(kl), packing.offsets[:-1]) if len(index) else np.zeros(0))
+    index = np.concatenate([np.zeros(0, np.int64), *(batch.index for batch in batches[: config.batch.updates])])
+    for found in distributed.allgather_arrays({"index": index, "kl": np.concatenate([np.zeros(0), *mine])}):
+        penalty[found["index"]] = found["kl"]
+    return rollouts.replace(reward=rollouts.reward - a.kl_coef * penalty)
 
 
 def with_advantages(rollouts: Rollouts, config) -> Rollouts:

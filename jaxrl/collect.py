@@ -284,8 +284,7 @@ def gather(mine: Rollouts, whole: Rollouts) -> Rollouts:
         Rollouts.from_arrays(arrays, [whole.prompts[g] for g in groups])
         for arrays, groups in zip(found, shares, strict=True)
     ]
-    place = np.argsort(np.concatenate([np.array(groups, int) for groups in shares]))
-    return records.concat(parts).take_groups(place)
+    return records.merge(parts, shares)
 
 
 def sampling_settings(config) -> SamplingParams:

@@ -140,6 +140,13 @@ class Rollouts:
         response = np.repeat(np.arange(len(self)), self.lengths)
         return np.bincount(response, np.asarray(values, np.float64), len(self))
 
+    def token_count(self, which: np.ndarray) -> np.ndarray:
+        """int64 [N]: of how many tokens of each response `which` [T] is True."""
+        out, some = np.zeros(len(self), np.int64), np.flatnonzero(self.lengths)
+        if len(some):
+            out[some] = np.add.reduceat(np.asarray(which, bool), self.offsets[some], dtype=np.int64)
+        return out
+
     def column(self, name: str) -> np.ndarray:
         """The added column of that name: [N], or [T] if it has one value a token."""
         return self.columns[name] if name in self.columns else self.token_columns[name]
@@ -173,6 +180,8 @@ class Rollouts:
     def take(self, index: Sequence[int]) -> Rollouts:
         """The responses `index` in that order; groups are numbered as they first appear, empty ones go."""
         index = np.asarray(index, np.int64)
+        if len(index) == len(self) and (np.diff(index, prepend=-1) == 1).all() and self._groups_in_order():
+            return self  # all of it, as after a rule that dropped nothing: tokens need no copy
         offsets = np.concatenate([[0], np.cumsum(self.lengths[index])])
         # tokens are copied in runs of neighbours, whole groups as a rule: several times as fast as one by one
         cuts = np.flatnonzero(np.diff(index) != 1) + 1
@@ -190,9 +199,29 @@ class Rollouts:
             token_columns={k: tokens(v) for k, v in self.token_columns.items()},
         )
 
+    def _groups_in_order(self) -> bool:
+        """Whether groups are numbered as they first appear."""
+        numbers, first = np.unique(self.group, return_index=True)
+        return len(numbers) == self.num_groups and bool((np.diff(first) > 0).all())
+
     def where(self, keep: np.ndarray) -> Rollouts:
         """The responses with keep [N] True, in order."""
         return self.take(np.flatnonzero(keep))
+
+    def part(self, start: int, stop: int) -> Rollouts:
+        """The responses from start to stop, whole groups, without a copy."""
+        low, high = self.offsets[start], self.offsets[stop]
+        groups = self.group[start:stop]
+        first, last = (groups[0], groups[-1] + 1) if stop > start else (0, 0)
+        return Rollouts(
+            prompts=self.prompts[first:last],
+            offsets=self.offsets[start : stop + 1] - low,
+            group=groups - first,
+            **{k: getattr(self, k)[low:high] for k in PER_TOKEN},
+            **{k: getattr(self, k)[start:stop] for k in (*PER_RESPONSE, *WORDS)},
+            columns={k: v[start:stop] for k, v in self.columns.items()},
+            token_columns={k: v[low:high] for k, v in self.token_columns.items()},
+        )
 
     def take_groups(self, groups: Sequence[int]) -> Rollouts:
         """The whole groups `groups`, in that order."""
@@ -271,7 +300,7 @@ class Rollouts:
             offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
             group=arrays["group"].astype(np.int64),
             **{k: arrays[k] for k in ("tokens", "logprobs", *PER_RESPONSE)},
-            sampled=np.unpackbits(arrays["sampled"], count=total).astype(bool),
+            sampled=np.unpackbits(arrays["sampled"], count=total).view(bool),
             version=np.repeat(arrays["version"], runs),
             **words,
             columns={k[8:]: v for k, v in arrays.items() if k.startswith("columns/")},
@@ -336,6 +365,8 @@ def from_sequences(
 def concat(parts: Sequence[Rollouts]) -> Rollouts:
     """The responses of all parts, in order; no two parts share a group. A column that a part lacks is 0 there."""
     parts = [p for p in parts if len(p)] or [begin([])]
+    if len(parts) == 1:
+        return parts[0]
     first = np.cumsum([0, *(p.num_groups for p in parts)])
     return Rollouts(
         prompts=sum((p.prompts for p in parts), ()),
@@ -345,6 +376,17 @@ def concat(parts: Sequence[Rollouts]) -> Rollouts:
         columns=_concat_columns([(p.columns, len(p)) for p in parts]),
         token_columns=_concat_columns([(p.token_columns, len(p.tokens)) for p in parts]),
     )
+
+
+def merge(parts: Sequence[Rollouts], places: Sequence[Sequence[int]]) -> Rollouts:
+    """The groups of all parts in one order: group g of part i is number places[i][g]. Within each part the responses
+    are in the order of its groups. Like `concat` and `take_groups` in one pass over the tokens.
+    """
+    pieces = []
+    for part, where in zip(parts, places, strict=True):
+        ends = np.searchsorted(part.group, np.arange(part.num_groups + 1))
+        pieces += [(g, part.part(*ends[n : n + 2])) for n, g in enumerate(where)]
+    return concat([piece for _, piece in sorted(pieces, key=lambda p: p[0])])
 
 
 def _concat_columns(parts: Sequence[tuple[dict, int]]) -> dict[str, np.ndarray]:

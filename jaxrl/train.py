@@ -24,7 +24,7 @@ from jaxrl.runtime import cli, distributed
 from jaxrl.runtime.compiles import Compiles
 from jaxrl.runtime.config import mismatch_warning, parse_config, validate
 from jaxrl.runtime.console import Console, before_after
-from jaxrl.runtime.mesh import num_batch_shards
+from jaxrl.runtime.mesh import num_batch_shards, own_shards
 from jaxrl.runtime.metrics import read_metrics
 from jaxrl.runtime.rundir import RunDir
 from jaxrl.runtime.signals import EXIT_UNSAVED, StopRequest
@@ -149,7 +149,8 @@ class Trainer:
         """Rollouts, advantages, updates, records; returns the exit code of the process where the run ends here."""
         config, learner, begin = self.config, self.learner, time.perf_counter()
         collected = self.collector.collect(self.sampling_params(), self.step)
-        batches = make_batches(collected.chosen, config, self.step, num_batch_shards(self.mesh))
+        shards = num_batch_shards(self.mesh)
+        batches = make_batches(collected.chosen, config, self.step, shards, own_shards(self.mesh))
         weights = learner.weights(self.state)
         chosen = with_kl_penalty(collected.chosen, batches, config, learner, weights, self.reference)
         batches = fill_in(batches, chosen := with_advantages(chosen, config))
@@ -158,11 +159,11 @@ class Trainer:
         self.state, learned = learner.update(self.state, [b.data for b in batches], self.reference)
         self.step += 1
         skipped = learned.get("nonfinite/updates", ())
-        if skipped and self._rolled_back({i: batches[i].data for i in skipped}):
+        if skipped and self._rolled_back({i: nonfinite.whole_batch(batches[i].data, self.mesh) for i in skipped}):
             return None
         now = time.perf_counter()
-        record = {**collected.metrics, **performance(batches, learner, now - begin_update), **learned}
-        record |= {"time/update": now - begin_update, "time/step": now - begin, **self.checkpoints.timings}
+        record = {**collected.metrics, **performance([b.packing for b in batches], learner, now - begin_update)}
+        record |= {**learned, "time/update": now - begin_update, "time/step": now - begin, **self.checkpoints.timings}
         record["tokens_per_second"] = record["generated_tokens"] / record["time/step"]
         last = self.step == config.steps
         if self.step % config.eval.every == 0 or last:

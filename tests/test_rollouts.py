@@ -3,6 +3,7 @@
 import dataclasses
 import io
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from jaxrl import rollouts as records
 from jaxrl.batch import MiniBatch, fill_in, make_batches, with_advantages, with_kl_penalty
 from jaxrl.learner.packing import PackSettings, pack
 from jaxrl.rollouts import PER_RESPONSE, PER_TOKEN, WORDS, Prompt, Rollouts, concat, from_sequences
+from jaxrl.runtime import distributed
 from jaxrl.runtime.config import base_config
 from jaxrl.types import Completion, Problem
 
@@ -146,7 +148,7 @@ class Scores:
     """A learner whose score of every response token is a number that belongs to the parameters."""
 
     def score(self, params, data):
-        return params * data.response_mask
+        return jnp.asarray(params * data.response_mask)
 
 
 def settings_of(updates, epochs):
@@ -171,6 +173,34 @@ def test_kl_in_the_reward_is_that_of_each_response_and_packs_nothing_more():
         np.testing.assert_allclose(packing.collect(data.advantages), want, rtol=1e-6)
     c.algorithm.kl_in_reward = False
     assert with_kl_penalty(r, batches, c, None, None, None) is r
+
+
+def test_hosts_add_up_the_kl_of_their_own_rows(monkeypatch):
+    """Two hosts that hold one of two shards each come to what one host comes to, bit for bit."""
+    r, c = make([[3, 1, 2], [4, 2], [1, 1]]), settings_of(updates=2, epochs=1)
+    r = r.replace(sampled=np.ones(14, bool))
+    models = np.float32(-1.0), np.float32(-1.5)
+    alone = with_kl_penalty(r, make_batches(r, c, 0, 2), c, Scores(), *models)
+    sent = []
+    monkeypatch.setattr(distributed, "allgather_arrays", lambda mine: sent.append(mine) or [mine])
+    batches = [make_batches(r, c, 0, 2, [shard]) for shard in range(2)]
+    for mine in batches:
+        with_kl_penalty(r, mine, c, Scores(), *models)
+    assert sorted(np.concatenate([x["index"] for x in sent])) == np.flatnonzero(r.valid).tolist()
+    assert all(len(x["index"]) == len(x["kl"]) < r.valid.sum() for x in sent)
+    monkeypatch.setattr(distributed, "allgather_arrays", lambda mine: sent)
+    for mine in batches:
+        np.testing.assert_array_equal(with_kl_penalty(r, mine, c, Scores(), *models).reward, alone.reward)
+
+
+@quick
+@given(sizes, st.integers(1, 3))
+def test_merge_puts_shares_back_in_order(lengths, hosts):
+    r = make(lengths) if lengths else records.begin([])
+    shares = [range(h, r.num_groups, hosts) for h in range(hosts)]
+    back = records.merge([r.take_groups(s) for s in shares], shares)
+    check(back)
+    assert responses(back) == responses(r) and [p.position for p in back.prompts] == [p.position for p in r.prompts]
 
 
 def test_every_epoch_visits_every_valid_response_once():

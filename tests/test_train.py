@@ -180,11 +180,11 @@ def stop_after(step, monkeypatch):
         requests.append(self)
         return real(self)
 
-    def batches(rollouts, config, index, shards):
+    def batches(rollouts, config, index, *shards):
         if index == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
             assert requests[0].received.wait(60)
-        return make_batches(rollouts, config, index, shards)
+        return make_batches(rollouts, config, index, *shards)
 
     monkeypatch.setattr(StopRequest, "__enter__", entered)
     monkeypatch.setattr(train, "make_batches", batches)
@@ -435,9 +435,9 @@ def poison(monkeypatch, when):
     """NaN among the advantages of update number u of the step that begins after `index`, if when(index, u)."""
     seen = []
 
-    def batches(rollouts, config, index, shards):
+    def batches(rollouts, config, index, *shards):
         seen.append(index)
-        return make_batches(rollouts, config, index, shards)
+        return make_batches(rollouts, config, index, *shards)
 
     def filled(batches, rollouts):
         made, index = fill_in(batches, rollouts), seen[-1]

@@ -12,10 +12,14 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrl.errors import UserError
 from jaxrl.learner.packing import PackedBatch
+from jaxrl.runtime import distributed
+from jaxrl.runtime.mesh import num_batch_shards, own_shards
 from jaxrl.runtime.storage import atomic_write
 
 MOST_FILES = 16  # a run that skips now and then must not fill the disk
@@ -43,6 +47,21 @@ def store_batches(run_dir: str | os.PathLike, step: int, batches: Mapping[int, P
     np.savez(buffer, **arrays)
     atomic_write(path, buffer.getvalue())
     return path
+
+
+def whole_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
+    """The rows of all processes, on every process, from each one's own. All of them must call it."""
+    if jax.process_count() == 1:
+        return batch
+    shards, rows = num_batch_shards(mesh), {k: v for k, v in vars(batch).items() if np.ndim(v) == 3}
+    found, out = distributed.allgather_arrays(rows | {"own": own_shards(mesh)}), {}
+    for name, (micro, count, width) in ((k, v.shape) for k, v in rows.items()):
+        depth = count // len(own_shards(mesh))
+        whole = np.zeros((micro, shards, depth, width), rows[name].dtype)
+        for part in found:
+            whole[:, part["own"]] = part[name].reshape(micro, -1, depth, width)
+        out[name] = whole.reshape(micro, -1, width)
+    return batch.replace(**out)
 
 
 def must_roll_back(in_a_row: int, limit: int, rollbacks: int, step: int, run_dir: str | os.PathLike) -> bool:

@@ -17,6 +17,7 @@ Shapes are [M, R, T]: M micro-batches (only the first `num_micro` hold anything 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -75,22 +76,63 @@ class PackSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
-    """Where the responses went.
+class Sizes:
+    """What a plan is made of, one number a response: the same on every host, whoever holds the tokens.
 
-    shape: (M, R, T). index: int64 [total], the position of each response token among the M x R x T. offsets: int64
-    [N + 1], of the responses in it. waste: share of the computed positions that hold padding. waste_to_longest: what it
-    would be with one sequence per row, padded to the longest.
+    group: equal for the responses to one prompt. prompt, response: tokens. trained: response tokens that are trained
+    on. All int64 [N].
+    """
+
+    group: np.ndarray
+    prompt: np.ndarray
+    response: np.ndarray
+    trained: np.ndarray
+
+    def take(self, index) -> Sizes:
+        """Those of the responses `index`."""
+        return Sizes(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
+
+def sizes(rollouts: Rollouts) -> Sizes:
+    """Trained on are the tokens that the policy drew (`sampled`) of valid responses."""
+    r = rollouts
+    prompt = r.per_response([len(p.tokens) for p in r.prompts], np.int64)
+    return Sizes(r.group, prompt, r.lengths, r.token_count(r.sampled) * r.valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Where the responses of a mini-batch go, and what of them lies in this host's own rows (on one host: all).
+
+    shape: (M, R, T), R the own rows of a micro-batch. responses: int64 [n], the responses in them, ascending; first,
+    segment, shared: int64 [n], where each begins among the M x R x T tokens, the id of its segment, and how many tokens
+    of its prompt stand before it in a segment of their own, whose id is `parent` (0: none). index: int64 [total], the
+    position of each token of those responses; offsets: int64 [n + 1], of the responses in it.
+
+    Of the whole mini-batch: num_micro, num_tokens, num_sequences, capacity (see PackedBatch). tokens: of prompts and
+    responses. context: how many tokens one of them sees, on average. waste: share of the computed positions that hold
+    padding. waste_to_longest: what it would be with one sequence per row, padded to the longest.
     """
 
     shape: tuple[int, int, int]
+    responses: np.ndarray
+    first: np.ndarray
+    segment: np.ndarray
+    shared: np.ndarray
+    parent: np.ndarray
     index: np.ndarray
     offsets: np.ndarray
+    num_micro: int
+    num_tokens: int
+    num_sequences: int
+    capacity: int
+    tokens: int
+    context: float
     waste: float
     waste_to_longest: float
 
     def spread(self, values, dtype=np.float32) -> np.ndarray:
-        """[M, R, T] with values ([N], one a response, or [total], one a token) at the responses, 0 elsewhere."""
+        """[M, R, T] with values ([n], one a response, or [total], one a token) at the responses, 0 elsewhere."""
         values = np.asarray(values)
         if len(values) != len(self.index):
             values = np.repeat(values, np.diff(self.offsets))
@@ -106,77 +148,101 @@ class Packing:
 def pack(
     rollouts: Rollouts, advantages, settings: PackSettings, step: int | None = None
 ) -> tuple[PackedBatch, Packing]:
-    """Pack the N responses of `rollouts`, each behind its prompt, into a mini-batch. Deterministic.
+    """Pack the N responses of `rollouts`, each behind its prompt, into a mini-batch: `plan` and `fill` for all rows.
 
-    advantages: [N], one a response, or [total], one a token. step: tokens drawn before this training step are stale;
-    None: none is. Trained on (`response_mask`) are the tokens that the policy drew (`sampled`) of valid responses.
     Leave out responses that carry no gradient (ungraded ones): they would only cost time.
+    """
+    packing = plan(sizes(rollouts), settings)
+    return fill(packing, rollouts, advantages, settings, step), packing
 
+
+def plan(of: Sizes, settings: PackSettings, own: Sequence[int] | None = None) -> Packing:
+    """A row and a column for every response. Deterministic, and a function of sizes alone: all hosts agree.
+
+    own: the batch shards (0 to settings.shards - 1, ascending) whose rows this host holds; None: all.
     Raises UserError: no response, an empty prompt or response, or a sequence longer than a row.
     """
-    r = rollouts
-    if not len(r):
+    if not len(of.group):
         raise UserError("packing: the mini-batch holds no sequences")
-    prompt_lengths = r.per_response([len(p.tokens) for p in r.prompts], np.int64)
-    if min(prompt_lengths.min(), r.lengths.min()) == 0:
-        empty = int(np.argmin(np.minimum(prompt_lengths, r.lengths)))
+    if min(of.prompt.min(), of.response.min()) == 0:
+        empty = int(np.argmin(np.minimum(of.prompt, of.response)))
         raise UserError(f"packing: sequence {empty} has an empty prompt or response")
-    lengths, T = prompt_lengths + r.lengths, int(settings.row_tokens)
+    lengths, T = of.prompt + of.response, int(settings.row_tokens)
     longest = int(lengths.max())
     if longest > T:
         raise UserError(f"config.batch.row_tokens: rows of {T} tokens cannot hold a sequence of {longest} (prompt "
-                        f"{prompt_lengths[lengths.argmax()]}); use at least that")
+                        f"{of.prompt[lengths.argmax()]}); use at least that")
 
     # ---- a row and a column for every bundle: a prompt and the responses behind it
-    trained = r.sampled & r.per_token(r.valid)
-    bundle, start, bundle_lengths = _bundles(r, prompt_lengths, T, settings.share_prompts)
+    bundle, start, bundle_lengths = _bundles(of, T, settings.share_prompts)
     row_of_bundle, column = _first_fit_decreasing(bundle_lengths, T)
     R, num_micro = _row_count(int(row_of_bundle.max()) + 1, T, settings.micro_tokens, settings.shards)
-    row_of, most = _deal(row_of_bundle[bundle], r.token_sum(trained), num_micro, R, settings.shards)
+    bin_of, turn, most = _deal(row_of_bundle[bundle], of.trained, num_micro, settings.shards)
     M = max(num_micro, -(-settings.most_rows // R)) if settings.most_rows else 1 << (num_micro - 1).bit_length()
 
-    # ---- the arrays
-    tokens, positions, segments, parents = np.zeros((4, M * R, T), np.int32)
-    first = column[bundle] + start  # where each response begins in its row
-    for members in _left_to_right(bundle, row_of, first):
-        i, row = members[0], row_of[members[0]]
-        prompt, begin = r.prompts[r.group[i]].tokens, column[bundle[i]]
-        segment = segments[row].max() + 1  # ids count up within a row
-        shared = len(prompt) - 1 if len(members) > 1 else 0  # prompt tokens in a segment of their own
-        tokens[row, begin : begin + shared] = prompt[:shared]
-        positions[row, begin : begin + shared] = np.arange(shared)
-        segments[row, begin : begin + shared] = segment
-        for number, j in enumerate(members, int(shared > 0)):
-            own = slice(first[j] - len(prompt) + shared, first[j] + r.lengths[j])
-            tokens[row, own.start : first[j]] = prompt[shared:]
-            positions[row, own] = np.arange(shared, len(prompt) + r.lengths[j])
-            segments[row, own] = segment + number
-            parents[row, own] = segment if shared else 0
-    packing = Packing(
-        shape=(M, R, T),
-        index=np.repeat(row_of * T + first - r.offsets[:-1], r.lengths) + np.arange(len(r.tokens)),
-        offsets=r.offsets,
-        waste=1 - bundle_lengths.sum() / (num_micro * R * T),
-        waste_to_longest=1 - lengths.mean() / longest,
-    )
-    zeros = np.zeros((M, R, T), np.float32)
-    batch = PackedBatch(
-        tokens=tokens.reshape(M, R, T) + packing.spread(r.tokens, np.int32),
-        positions=positions.reshape(M, R, T),
-        segment_ids=segments.reshape(M, R, T),
-        response_mask=packing.spread(trained),
+    # ---- what of it lies in the own rows
+    own = np.arange(settings.shards) if own is None else np.asarray(own, np.int64)
+    micro, shard = np.divmod(bin_of, settings.shards)
+    here, depth = np.isin(shard, own), R // settings.shards
+    row = (micro * len(own) + np.searchsorted(own, shard)) * depth + turn
+    begin, shared = column[bundle] + start, np.where(np.bincount(bundle)[bundle] > 1, of.prompt - 1, 0)
+    segment, parent = _segments(bundle, row_of_bundle[bundle], begin, shared)
+    first, count = (row * T + begin)[here], of.response[here]
+    offsets = np.concatenate([[0], np.cumsum(count)])
+    tokens, seen = int(bundle_lengths.sum()), _triangle(lengths) - _triangle(shared)
+    heads = np.unique(bundle, return_index=True)[1]
+    return Packing(
+        shape=(M, len(own) * depth, T), responses=np.flatnonzero(here), first=first, segment=segment[here],
+        shared=shared[here], parent=parent[here],
+        index=np.repeat(first - offsets[:-1], count) + np.arange(offsets[-1]), offsets=offsets,
+        num_micro=num_micro, num_tokens=int(of.trained.sum()), num_sequences=int((of.trained > 0).sum()),
+        capacity=capacity_bucket(most, depth * T), tokens=tokens,
+        context=float(seen.sum() + _triangle(shared)[heads].sum()) / tokens,
+        waste=1 - tokens / (num_micro * R * T), waste_to_longest=1 - lengths.mean() / longest,
+    )  # fmt: skip
+
+
+def fill(packing: Packing, mine: Rollouts, advantages, settings: PackSettings, step: int | None = None) -> PackedBatch:
+    """The mini-batch's arrays, of the own rows of `packing`.
+
+    mine: its responses (`packing.responses`), in that order. advantages: [n], one a response, or [total], one a token.
+    step: tokens drawn before this training step are stale; None: none is.
+    """
+    r, shape = mine, packing.shape
+    tokens, positions, segments, parents = np.zeros((4, np.prod(shape)), np.int32)
+    where = (packing.first, packing.segment, packing.shared, packing.parent, r.lengths)
+    for i, (first, segment, shared, parent, length) in enumerate(zip(*(x.tolist() for x in where), strict=True)):
+        prompt = r.prompts[r.group[i]].tokens
+        own = slice(first - len(prompt) + shared, first + length)
+        tokens[own.start : first] = prompt[shared:]
+        positions[own] = np.arange(shared, len(prompt) + length)
+        segments[own], parents[own] = segment, parent
+        if shared and segment == parent + 1:  # the first of its bundle: the prompt goes before it
+            before = slice(own.start - shared, own.start)
+            tokens[before], positions[before], segments[before] = prompt[:shared], np.arange(shared), parent
+    tokens[packing.index] = r.tokens
+    zeros = np.zeros(shape, np.float32)
+    return PackedBatch(
+        tokens=tokens.reshape(shape),
+        positions=positions.reshape(shape),
+        segment_ids=segments.reshape(shape),
+        response_mask=packing.spread(r.sampled & r.per_token(r.valid)),
         advantages=packing.spread(advantages),
         old_logprobs=zeros,
         sampler_logprobs=packing.spread(r.logprobs),
         ref_logprobs=zeros,
         stale=zeros if step is None else packing.spread(r.version < step),
-        num_micro=np.int32(num_micro),
-        num_tokens=np.float32(trained.sum()),
-        num_sequences=np.float32((r.token_sum(trained) > 0).sum()),
-        capacity=capacity_bucket(most, R // settings.shards * T),
-        parents=parents.reshape(M, R, T) if settings.share_prompts else None,
+        num_micro=np.int32(packing.num_micro),
+        num_tokens=np.float32(packing.num_tokens),
+        num_sequences=np.float32(packing.num_sequences),
+        capacity=packing.capacity,
+        parents=parents.reshape(shape) if settings.share_prompts else None,
     )
-    return batch, packing
+
+
+def _triangle(n):
+    """1 + 2 + ... + n: what n tokens of a segment see together."""
+    return n * (n + 1) // 2
 
 
 def capacity_bucket(tokens: int, positions: int) -> int:
@@ -185,31 +251,41 @@ def capacity_bucket(tokens: int, positions: int) -> int:
     return int(min(positions, max(step, -(-tokens // step) * step)))
 
 
-def _bundles(r: Rollouts, prompt_lengths, T: int, share: bool):
+def _bundles(of: Sizes, T: int, share: bool):
     """(bundle of each response, columns from its start to the response's first token, tokens of each bundle).
 
     A bundle is a prompt with one response, or, if shared, with as many of its responses as a row of T tokens holds;
     each further response brings the prompt's last token along.
     """
     if not share:
-        return np.arange(len(r)), prompt_lengths, prompt_lengths + r.lengths
-    bundle, start, sizes, latest = np.zeros(len(r), np.int64), prompt_lengths.copy(), [], {}
-    for i, (group, length) in enumerate(zip(r.group.tolist(), r.lengths.tolist(), strict=True)):
+        return np.arange(len(of.group)), of.prompt, of.prompt + of.response
+    bundle, start, found, latest = np.zeros(len(of.group), np.int64), of.prompt.copy(), [], {}
+    for i, (group, length) in enumerate(zip(of.group.tolist(), of.response.tolist(), strict=True)):
         number = latest.get(group)
-        if number is None or sizes[number] + 1 + length > T:
-            number = latest[group] = len(sizes)
-            sizes.append(int(prompt_lengths[i]) + length)
+        if number is None or found[number] + 1 + length > T:
+            number = latest[group] = len(found)
+            found.append(int(of.prompt[i]) + length)
         else:
-            start[i] = sizes[number] + 1
-            sizes[number] += 1 + length
+            start[i] = found[number] + 1
+            found[number] += 1 + length
         bundle[i] = number
-    return bundle, start, np.array(sizes, np.int64)
+    return bundle, start, np.array(found, np.int64)
 
 
-def _left_to_right(bundle, row_of, first) -> list[np.ndarray]:
-    """The responses of each bundle, bundles by row and from left to right."""
-    order = np.lexsort((first, row_of))
-    return np.split(order, np.flatnonzero(np.diff(bundle[order])) + 1)
+def _segments(bundle, row_of, begin, shared):
+    """(id of each response's segment, that of its prompt's, 0 if they are one): ids count up from 1 within a row, from
+    left to right, a shared prompt before the responses behind it."""
+    order = np.lexsort((begin, row_of))
+    head = np.diff(bundle[order], prepend=-1) != 0  # of its bundle
+    id_ = np.cumsum(1 + (head & (shared[order] > 0)))
+    new_row = np.diff(row_of[order], prepend=-1) != 0
+    before = np.where(new_row, np.concatenate([[0], id_[:-1]]), 0)
+    id_ -= np.maximum.accumulate(before)  # ids of the rows before
+    of_prompt = np.maximum.accumulate(np.where(head, np.arange(len(order)), 0))
+    parent = np.where(shared[order] > 0, id_[of_prompt] - 1, 0)
+    segment, parents = np.empty_like(id_), np.empty_like(id_)
+    segment[order], parents[order] = id_, parent
+    return segment, parents
 
 
 def _first_fit_decreasing(lengths, T: int):
@@ -233,17 +309,16 @@ def _row_count(rows: int, T: int, micro_tokens: int, shards: int) -> tuple[int, 
     return R, -(-rows // R)
 
 
-def _deal(row_of, response_lengths, num_micro: int, R: int, shards: int):
+def _deal(row_of, response_lengths, num_micro: int, shards: int):
     """Deals the rows to num_micro x shards bins, so that each gets about the same number of response tokens: sorted by
     them, the rows go to the bins from the first to the last, then back, and so on.
 
-    Returns (new row of each sequence, the largest number of response tokens in one bin).
+    Returns (bin of each sequence, its row there, the largest number of response tokens in one bin).
     """
     load = np.bincount(row_of, weights=response_lengths)  # response tokens of each row
     fullest_first = np.argsort(-load, kind="stable")
-    bins, rows_per_bin = num_micro * shards, R // shards
+    bins = num_micro * shards
     turn, place = np.divmod(np.arange(len(load)), bins)
     bin_of = np.where(turn % 2 == 0, place, bins - 1 - place)
-    new_row = np.empty(len(load), np.int64)
-    new_row[fullest_first] = bin_of * rows_per_bin + turn
-    return new_row[row_of], int(np.bincount(bin_of, weights=load[fullest_first]).max())
+    rank = np.argsort(fullest_first)[row_of]
+    return bin_of[rank], turn[rank], int(np.bincount(bin_of, weights=load[fullest_first]).max())

@@ -51,7 +51,7 @@ from jaxrl.learner.state import (
     on_host,
     sharding_of,
 )
-from jaxrl.runtime.mesh import BATCH, logical_rules, replicated, use
+from jaxrl.runtime.mesh import BATCH, logical_rules, num_batch_shards, own_shards, replicated, use
 from models.attention import default_implementation
 from models.config import DecoderConfig
 from models.decoder import AUXILIARY, Decoder
@@ -376,14 +376,30 @@ def _metrics(loss, grad_norm, sums, maxima, num_tokens, lr, ok):
 
 
 def place_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
-    """The host batch (the same on every process) on the mesh, rows split over data and fsdp."""
+    """The batch on the mesh, rows split over data and fsdp. Every process gives the rows of its own shards
+    (`runtime.mesh.own_shards`), one process all."""
+    own, shards = own_shards(mesh), num_batch_shards(mesh)
 
     def put(x):
         x = np.asarray(x)
-        sharding = NamedSharding(mesh, P(None, BATCH) if x.ndim == 3 else P())
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        if x.ndim != 3:
+            return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+        depth = x.shape[1] // len(own)  # rows of a shard
+
+        def part(index):
+            place = np.searchsorted(own, (index[1].start or 0) // depth) * depth
+            return x[:, place : place + depth]
+
+        whole = (x.shape[0], depth * shards, x.shape[2])
+        return jax.make_array_from_callback(whole, NamedSharding(mesh, P(None, BATCH)), part)
 
     return jax.tree.map(put, batch)
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+    """The inverse for one array [M, R, T] that lies so: this process's rows of it."""
+    parts = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=1)
 
 
 def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share_prompts: bool = False) -> PackedBatch:

@@ -140,6 +140,12 @@ def num_batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def own_shards(mesh: Mesh) -> np.ndarray:
+    """int64, ascending: which of those parts lie on this process's devices."""
+    mine = np.vectorize(lambda d: d.process_index == jax.process_index(), otypes=[bool])(mesh.devices)
+    return np.flatnonzero(mine.reshape(num_batch_shards(mesh), -1).any(1))
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: dict):
     """Inside it, the model's logical activation constraints mean `rules` on `mesh`. Used while tracing a program."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxrl.batch import most_rows
 from jaxrl.errors import UserError
-from jaxrl.learner.packing import PackSettings, capacity_bucket, pack
+from jaxrl.learner.packing import PackSettings, capacity_bucket, fill, pack, plan, sizes
 from jaxrl.rollouts import from_sequences
 from jaxrl.runtime.config import base_config
 
@@ -68,6 +68,39 @@ def test_forced_tokens_and_ungraded_responses_are_read_but_not_trained_on():
     assert trained.tolist() == [1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0]
     assert batch.num_tokens == 8 == batch.response_mask.sum() and batch.num_sequences == 2
     assert (packing.collect(batch.tokens) == rollouts.tokens).all()  # the policy conditions on all of them
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs, st.sampled_from([(1, [0]), (4, [2]), (4, [0, 3]), (8, [1, 2, 5])]), st.booleans(), st.integers(0, 9))
+def test_a_host_that_packs_its_own_rows_has_what_one_that_packs_all_has_there(lengths, shards, share, seed):
+    """Hosts agree without looking at each other's tokens: a plan is made of one number a response."""
+    (shards, own), rng = shards, np.random.default_rng(seed)
+    r, advantages = sequences(lengths, seed)
+    r = r.replace(group=np.sort(rng.integers(0, len(r), len(r))), valid=rng.random(len(r)) < 0.8,
+                  sampled=rng.random(len(r.tokens)) < 0.8)  # fmt: skip
+    how = PackSettings(96, 400, shards, share_prompts=share)
+    whole, everything = pack(r, advantages, how)
+    packing = plan(sizes(r), how, own)
+    mine = r.take(packing.responses)
+    part = fill(packing, mine, advantages[packing.responses], how)
+    depth = whole.tokens.shape[1] // shards
+    rows = np.concatenate([np.arange(depth * s, depth * (s + 1)) for s in own])
+    for name, value in vars(whole).items():
+        if np.ndim(value) == 3:
+            np.testing.assert_array_equal(value[:, rows], getattr(part, name), name)
+        else:
+            assert value == getattr(part, name), name
+    assert (packing.collect(part.tokens) == mine.tokens).all()
+    for name in ("num_micro", "num_tokens", "capacity", "tokens", "context", "waste", "waste_to_longest"):
+        assert getattr(packing, name) == getattr(everything, name)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_plan_counts_tokens_and_what_they_see(share):
+    r = from_sequences([np.ones(5), np.ones(3)], [np.ones(n) for n in (4, 7, 2, 6, 9)], group=np.array([0, 0, 0, 1, 1]))
+    batch, packing = pack(r, np.ones(5), PackSettings(48, 96, share_prompts=share))
+    live = batch.segment_ids > 0
+    assert packing.tokens == live.sum() and packing.context == pytest.approx((batch.positions[live] + 1).mean())
 
 
 def test_stale_is_what_an_older_version_drew():

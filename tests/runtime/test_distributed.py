@@ -80,6 +80,18 @@ def test_one_process_needs_no_partner(monkeypatch):
         distributed.initialize()
 
 
+def test_arrays_go_through_bytes_and_back():
+    arrays = {"f": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([True, False, True]),
+              "none": np.zeros(0), "w": np.array(["a", "bcd"]), "n": np.array(7), "t": np.arange(6).reshape(2, 3).T}
+    for data in (distributed.bytes_of(arrays), memoryview(distributed.bytes_of(arrays))):
+        back = distributed.arrays_of(data)
+        assert list(back) == list(arrays)
+        for name, want in arrays.items():
+            assert (back[name].dtype, back[name].shape) == (want.dtype, want.shape), name
+            assert (back[name] == want).all()
+    assert distributed.arrays_of(distributed.bytes_of({})) == {}
+
+
 def test_the_heartbeat_of_the_config_reaches_jax(monkeypatch):
     """The tests below wait longer than it takes: with jax's own 100 s the other process ends after about 70."""
     seen = []
