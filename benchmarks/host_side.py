@@ -9,7 +9,6 @@ times (its bytes are printed). Medians of --rounds.
 from __future__ import annotations
 
 import contextlib
-import io
 import statistics
 import time
 from unittest import mock
@@ -21,8 +20,9 @@ from jaxrl import collect
 from jaxrl import rollouts as records
 from jaxrl.algorithms.selection import select
 from jaxrl.batch import fill_in, make_batches, with_advantages
-from jaxrl.runtime import cli
+from jaxrl.runtime import cli, distributed
 from jaxrl.runtime.config import parse_config
+from jaxrl.runtime.distributed import bytes_of
 from jaxrl.shaping import shape_rewards
 from jaxrl.types import Problem
 
@@ -46,32 +46,25 @@ def made_up(config, tokens: int) -> records.Rollouts:
     )  # fmt: skip
 
 
-def packed(arrays: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
 def rounds(config, whole: records.Rollouts, hosts: int, repeat: int):
-    """Yields {part: seconds} of one round after the other, the bytes sent and received with it."""
+    """Yields {part: (seconds, seconds of CPU)} of one round after the other, the bytes sent and received with it."""
     # fmt: off
     shares = [whole.take_groups(list(range(h, whole.num_groups, hosts))) for h in range(hosts)]
-    sent = [packed(s.to_arrays(prompts=False)) for s in shares]
+    sent = [bytes_of(s.to_arrays(prompts=False)) for s in shares]
     for _ in range(repeat):
         seconds = {}
 
         @contextlib.contextmanager
         def timed(part, seconds=seconds):
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), time.process_time()
             yield
-            seconds[part] = time.perf_counter() - begin
+            seconds[part] = time.perf_counter() - begin, time.process_time() - cpu
 
-        def everybody(arrays, sent=sent):
-            packed(arrays)
-            return [dict(np.load(io.BytesIO(data))) for data in sent]
+        def everybody(data, sent=sent):
+            return [data, *sent[1:]]
 
         with timed("gather"), mock.patch.object(jax, "process_count", lambda: hosts), \
-                mock.patch.object(collect.distributed, "allgather_arrays", everybody):
+                mock.patch.object(distributed, "allgather_bytes", everybody):
             found = collect.gather(shares[0], whole)
         with timed("rewards, selection"):
             found = shape_rewards(found, config)
@@ -80,13 +73,12 @@ def rounds(config, whole: records.Rollouts, hosts: int, repeat: int):
             chosen, _ = found.where(select(found, a.selection, hyper)[0]).split_groups(config.batch.prompts)
         with timed("advantages, packing"):
             shards = hosts  # as in the config: data x fsdp is the number of hosts, tensor inside of one
-            batches = fill_in(make_batches(chosen, config, 1, shards), with_advantages(chosen, config))
+            batches = fill_in(make_batches(chosen, config, 1, shards, [0]), with_advantages(chosen, config))
         with timed("placement of its own rows"):
             moved = 0
             for data, *_ in batches:
                 for x in jax.tree.leaves(data):
                     own = np.asarray(x)
-                    own = own[:, : own.shape[1] // shards] if own.ndim == 3 else own
                     for _device in range(4):  # a host's chips hold the same rows: tensor
                         moved += own.nbytes
                         jax.device_put(own).block_until_ready()
@@ -104,11 +96,19 @@ def main(argv):
     whole = made_up(config, flags["tokens"])
     print(f"{len(whole):,} responses, {len(whole.tokens):,} tokens, {flags['hosts']} hosts")
     found = list(rounds(config, whole, flags["hosts"], flags["rounds"]))
+    print(f"{'':28} {'seconds':>8} {'of CPU':>8}")
     for part in found[0][0]:
-        print(f"{part:28} {statistics.median(f[0][part] for f in found):8.3f} s")
-    print(f"{'together':28} {statistics.median(sum(f[0].values()) for f in found):8.3f} s")
+        show(part, [f[0][part] for f in found])
+    show("together", [np.sum(list(f[0].values()), axis=0) for f in found])
     _, sent, received, moved = found[0]
-    print(f"a host sends {sent / 2**20:.1f} MiB, receives {received / 2**20:.1f} MiB, places {moved / 2**20:.1f} MiB")
+    print(f"a host sends {sent / 2**20:.1f} MiB, receives {received / 2**20:.1f} MiB "
+          f"({received / len(whole.tokens):.2f} bytes a token), places {moved / 2**20:.1f} MiB")
+
+
+def show(part: str, times) -> None:
+    """Medians of the rounds."""
+    wall, cpu = (statistics.median(x) for x in zip(*times, strict=True))
+    print(f"{part:28} {wall:8.3f} {cpu:8.3f}")
 
 
 if __name__ == "__main__":

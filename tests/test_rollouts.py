@@ -178,7 +178,8 @@ def test_kl_in_the_reward_is_that_of_each_response_and_packs_nothing_more():
 def test_hosts_add_up_the_kl_of_their_own_rows(monkeypatch):
     """Two hosts that hold one of two shards each come to what one host comes to, bit for bit."""
     r, c = make([[3, 1, 2], [4, 2], [1, 1]]), settings_of(updates=2, epochs=1)
-    r = r.replace(sampled=np.ones(14, bool))
+    r = r.replace(sampled=np.ones(14, bool), valid=np.ones(7, bool))
+    c.sampling.max_prompt, c.sampling.max_tokens, c.batch.row_tokens = 3, 4, 8  # rows enough for both shards
     models = np.float32(-1.0), np.float32(-1.5)
     alone = with_kl_penalty(r, make_batches(r, c, 0, 2), c, Scores(), *models)
     sent = []
@@ -186,8 +187,8 @@ def test_hosts_add_up_the_kl_of_their_own_rows(monkeypatch):
     batches = [make_batches(r, c, 0, 2, [shard]) for shard in range(2)]
     for mine in batches:
         with_kl_penalty(r, mine, c, Scores(), *models)
-    assert sorted(np.concatenate([x["index"] for x in sent])) == np.flatnonzero(r.valid).tolist()
-    assert all(len(x["index"]) == len(x["kl"]) < r.valid.sum() for x in sent)
+    assert sorted(np.concatenate([x["index"] for x in sent])) == list(range(7))
+    assert all(len(x["index"]) == len(x["kl"]) < 7 for x in sent)
     monkeypatch.setattr(distributed, "allgather_arrays", lambda mine: sent)
     for mine in batches:
         np.testing.assert_array_equal(with_kl_penalty(r, mine, c, Scores(), *models).reward, alone.reward)
