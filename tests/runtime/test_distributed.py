@@ -223,6 +223,42 @@ def test_gather_save_and_restore_together(tmp_path):
     assert np.array_equal(back["w"], w) and np.array_equal(back["b"], w.astype(jnp.bfloat16))
 
 
+OWN_ROWS = """
+from jaxrl.learner.nonfinite import whole_batch
+from jaxrl.learner.packing import PackSettings, fill, pack, plan, sizes
+from jaxrl.learner.update import own_rows, place_batch
+from jaxrl.rollouts import from_sequences
+from jaxrl.runtime.mesh import make_mesh, num_batch_shards, own_shards
+rng = np.random.default_rng(0)
+r = from_sequences(*([rng.integers(1, 99, n) for n in rng.integers(1, 20, 60)] for _ in range(2)))
+for sizes_of_mesh in ((2, 2, 2), (1, 8, 1), (1, 2, 4), (1, 1, 8)):  # in the last, both hold the same rows
+    mesh = make_mesh(*sizes_of_mesh)
+    how, own = PackSettings(48, 400, num_batch_shards(mesh)), own_shards(mesh)
+    assert len(own) == max(1, num_batch_shards(mesh) // 2)
+    whole, _ = pack(r, np.arange(60.0), how)
+    packing = plan(sizes(r), how, own)
+    mine = fill(packing, r.take(packing.responses), packing.responses, how)
+    placed = place_batch(mine, mesh)
+    assert placed.tokens.shape == whole.tokens.shape
+    for name, value in vars(whole).items():
+        if np.ndim(value) == 3:
+            for shard in getattr(placed, name).addressable_shards:
+                assert np.array_equal(shard.data, value[shard.index]), name
+    assert np.array_equal(own_rows(placed.advantages), mine.advantages)
+    assert np.array_equal(whole_batch(mine, mesh).tokens, whole.tokens)
+[a, b] = distributed.allgather_arrays({"x": np.arange(me + 2), "y": np.zeros((0, 3))})
+assert a["x"].tolist() == [0, 1] and b["x"].tolist() == [0, 1, 2] and a["y"].shape == (0, 3)
+distributed.barrier("end")
+show("done")
+"""
+
+
+@pytest.mark.slow
+def test_each_process_packs_and_places_the_rows_of_its_own_devices():
+    for child, (out, err) in zip(children := two(OWN_ROWS, "-"), finish(children, 400), strict=True):
+        assert child.returncode == 0 and out.endswith("done\n"), err[-3000:]
+
+
 STOP = """
 with StopRequest() as stop:
     show("ready")
