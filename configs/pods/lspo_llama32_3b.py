@@ -15,5 +15,5 @@ def get_config():
     c = lspo(pod("lspo_llama32_3b", "Llama-3.2-3B-Instruct", LLAMA_3_2_3B, 1024, 3072), "dapo")
     c.task.data, c.task.template = "math", "chat"
     c.topology = "v5e:2x4"
-    c.sampling.slots, c.sampling.tensor = 96, 4
+    c.sampling.slots, c.sampling.tensor = 384, 4
     return c

@@ -14,5 +14,5 @@ from configs.pods.shapes import QWEN3_4B
 def get_config():
     c = lspo(pod("lspo_qwen3_4b", "Qwen3-4B-Base", QWEN3_4B, 1024, 3072), "dapo")
     c.topology = "v5e:2x4"
-    c.sampling.slots, c.sampling.tensor = 64, 4
+    c.sampling.slots, c.sampling.tensor = 224, 4
     return c

@@ -14,5 +14,5 @@ from configs.pods.shapes import QWEN3_4B
 def get_config():
     c = maspo(pod("maspo_qwen3_4b", "Qwen3-4B", QWEN3_4B, 1024, 7168), 0.3)
     c.topology = "v6e:2x2"
-    c.sampling.slots, c.sampling.tensor = 32, 4
+    c.sampling.slots, c.sampling.tensor = 128, 4
     return c

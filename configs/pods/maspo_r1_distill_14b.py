@@ -14,5 +14,5 @@ from configs.pods.shapes import R1_DISTILL_QWEN_14B
 def get_config():
     c = maspo(pod("maspo_r1_distill_14b", "DeepSeek-R1-Distill-Qwen-14B", R1_DISTILL_QWEN_14B, 1024, 7168), 0.3)
     c.topology = "v5p:2x2x1"
-    c.sampling.slots, c.sampling.tensor = 64, 4
+    c.sampling.slots, c.sampling.tensor = 256, 4
     return c

@@ -14,5 +14,5 @@ from configs.pods.shapes import R1_DISTILL_QWEN_7B
 def get_config():
     c = maspo(pod("maspo_r1_distill_7b", "DeepSeek-R1-Distill-Qwen-7B", R1_DISTILL_QWEN_7B, 1024, 7168), 0.3)
     c.topology = "v5p:2x2x1"
-    c.sampling.slots, c.sampling.tensor = 256, 1
+    c.sampling.slots, c.sampling.tensor = 1024, 1
     return c
