@@ -330,7 +330,7 @@ LATER = [pytest.param(name, marks=pytest.mark.last) for name in ONE_OF_EACH if n
 @libtpu
 def test_pod_config_fits_in_what_its_docstring_says(name):
     """One to four minutes each."""
-    fits_as_documented(name, "pods", 0.4, 1.1)  # the rollout's seconds are arithmetic there, which is optimistic
+    fits_as_documented(name, "pods", 0.4, 6)  # documented with a dense cache and answers all alike
 
 
 def fits_as_documented(name, folder, least, most):

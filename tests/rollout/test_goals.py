@@ -41,3 +41,17 @@ def test_the_dense_cache_has_full_slots_of_mean_length():
     )
     steps = 16 / 2 * 4 * 200 / 8  # a host of two, eight slots
     assert goals.dense(config, HOST, 2, 8) == pytest.approx(steps * HOST.step(8, 8 * 512) + HOST.prefill(8 * 100))
+
+
+def test_the_published_work_is_counted_from_the_published_shape():
+    import published
+
+    one = published.host()
+    assert one.weights * 4 == pytest.approx(2 * (8.19e9 - 151936 * 4096), rel=0.01)  # 8.2 B, less the embedding
+    rate, prefill, decode = published.expected(256, 1024, 1024)
+    bandwidth = 0.9 * one.chip.bandwidth
+    least = 1024 * (one.weights + 256 * (1024 + 512) * 36864) / bandwidth  # every context, to the token
+    assert least < decode < 1.1 * least and rate == pytest.approx(256 * 1024 / (prefill + decode))
+    assert prefill == pytest.approx(256 * 1024 * 2 * 7.6e9 / (4 * 0.5 * 918e12), rel=0.05)
+    with pytest.raises(ValueError, match="GiB a chip of 31.2"):
+        published.expected(4096, 1024, 1024)
