@@ -440,7 +440,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         hf |= {"rope_local_base_freq": next((k.rope_theta for k in kinds if k.window), 10000.0)}
         scalar = round((c.query_scale or c.head_dim**-0.5) ** -2, 6)
         hf |= {"query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar}
-    c = dataclasses.replace(c, lora_scale=1.0)  # adapters are not part of the model's directory
+    c = dataclasses.replace(c, lora_scale=1.0, narrow=False)  # adapters and rounding are not part of a directory
     if (same := from_hf(hf)) != c:
         field = next(f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(same, f.name))
         value, read = getattr(c, field), getattr(same, field)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl.learner.logprobs import HeadSettings, response_logprobs
 from models import cpu
-from models.config import DecoderConfig
+from models.config import DecoderConfig, to_hf
 from models.decoder import Decoder, init_params, logits
 from models.layout import sampling_layout
 
@@ -54,3 +54,7 @@ def test_sampler_and_learner_compute_the_same():
     plain = dataclasses.replace(CONFIG, narrow=False)
     h_p = Decoder(plain).apply({"params": params}, tokens, at, jnp.ones((2, 16), jnp.int32))[0]
     assert 1e-5 < float(jnp.abs(h_p - h_l).max()) < 0.1  # it does round, and no more than that
+
+
+def test_export_does_not_hold_it():
+    assert "narrow" not in to_hf(CONFIG)
