@@ -35,7 +35,7 @@ def get_config(recipe: str = "grpo"):
     c.sft.steps = c.sft.full_steps = 24 if recipe == "warm" else 0
     c.batch.prompts, c.batch.group_size = 8, 8
     c.batch.share_prompts = True  # prompts are as long as answers: the update computes half of the tokens
-    c.batch.row_tokens, c.batch.micro_tokens = 512, 8192
+    c.batch.row_tokens, c.batch.micro_tokens = 256, 4096
     c.model.products = "bfloat16"  # on a CPU with AMX a product is three times as fast
     c.sampling.max_prompt, c.sampling.max_tokens, c.sampling.slots, c.sampling.chunk = 128, 96, 64, 16
     c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.b2 = 2e-5, 3, 0.95

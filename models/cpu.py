@@ -59,8 +59,9 @@ def _wide(a, b):
 def _narrow_gradient(saved, g):
     x, w = saved
     rows, g_rows = (a.reshape(-1, a.shape[-1]).astype(jnp.bfloat16) for a in (x, g))
-    d_x = _wide(g_rows, w.T).reshape(x.shape)
-    return d_x.astype(x.dtype), _wide(_turned(rows), g_rows).astype(w.dtype)
+    # contracted over its second axis, not turned: that takes 0.4 of the time
+    d_x = lax.dot_general(g_rows, w.astype(jnp.bfloat16), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return d_x.reshape(x.shape).astype(x.dtype), _wide(_turned(rows), g_rows).astype(w.dtype)
 
 
 narrow_product.defvjp(lambda x, w: (narrow_product(x, w), (x, w)), _narrow_gradient)
