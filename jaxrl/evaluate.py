@@ -252,7 +252,7 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
     longest = max((len(p) for job in jobs for p in job.prompts if len(p) < config.max_position_embeddings), default=1)
     replicas = placement.row_multiple if placement else 1
     sampler = Engine(
-        config,
+        dataclasses.replace(config, narrow=flags["products"] == "bfloat16"),
         tokenizer.eos_ids,
         max_prompt=max(longest, 1),
         max_tokens=max(job.limit for job in jobs),

@@ -11,6 +11,7 @@ switch) are as a run was trained, unless given. Text goes to stdout, the rest to
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
     limit = min(flags["max_new_tokens"], room)
     sizes = dict(max_prompt=len(prompt), max_tokens=limit, slots=1, chunk=8)
     sizes |= dict(dtype=flags["dtype"], allowed=decodable(tokenizer, config.vocab_size))
+    config = dataclasses.replace(config, narrow=flags["products"] == "bfloat16")
     sampler = Engine(config, tokenizer.eos_ids, **sizes)
     params = sampler.layout(params)
     if flags["prompt_logprobs"]:

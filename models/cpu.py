@@ -42,10 +42,10 @@ _written_out.defvjp(lambda y: (y, None), _write_out)
 def narrow_product(x, w):
     """x [..., D] @ w [D, F] with both rounded to bfloat16, summed and returned in float32.
 
-    XLA hands a bfloat16 product to the AMX or AVX512-BF16 kernels of a CPU, three to four times as fast as float32, only
-    if its result is asked for in float32 and its left side is not transposed; else it widens both sides first. What
-    lies between products stays in float32: XLA's CPU compiler has no bfloat16 updates in place, and would widen all
-    layers' activations at each layer. The gradients are written in the same form.
+    XLA hands a bfloat16 product to the AMX or AVX512-BF16 kernels of a CPU, three to four times as fast as float32,
+    only if its result is asked for in float32 and its left side is not transposed; else it widens both sides first.
+    What lies between products stays in float32: XLA's CPU compiler has no bfloat16 updates in place, and would widen
+    all layers' activations at each layer. The gradients are written in the same form.
     """
     rows = x.reshape(-1, x.shape[-1])
     return _wide(rows, w).reshape(*x.shape[:-1], w.shape[1])

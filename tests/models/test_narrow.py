@@ -1,4 +1,4 @@
-"""Products of bfloat16 inside float32 arithmetic (`model.products`): against float64, and the sampler against the learner."""
+"""Products of bfloat16 inside float32 arithmetic (`model.products`): against float64, and sampler against learner."""
 
 import dataclasses
 
