@@ -25,7 +25,7 @@ def get_config(recipe: str = "grpo"):
         raise ValueError(f"configs/smollm2.py:{recipe}: choose one of {', '.join(RECIPES)}, perhaps with ,gpu")
     c = base_config()
     c.run_dir = f"runs/smollm2_{recipe}"
-    c.steps = 36 if recipe.startswith("l1") else 24
+    c.steps = 24 if recipe.startswith("l1") else 16
     c.task.name, c.task.template, c.task.long_prompts = "math", "chat", "drop"
     c.task.data, c.task.eval_data = "words", "words:split=test:count=512"
     # Few demonstrations on purpose: they teach the form of an answer, and leave the arithmetic to RL. Half of them are
@@ -40,15 +40,15 @@ def get_config(recipe: str = "grpo"):
     if recipe != "warm":
         c.model.lora.rank = 32  # half the time of an update, and checkpoints of 40 MB instead of 1.6 GB
     c.sampling.max_prompt, c.sampling.max_tokens, c.sampling.slots, c.sampling.chunk = 128, 96, 64, 16
-    c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.b2 = 3e-4, 3, 0.95
-    c.eval.every, c.eval.problems, c.checkpoint.every = c.steps, 32, 5
+    c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.b2 = 1e-3, 3, 0.95
+    c.eval.every, c.eval.problems, c.checkpoint.every = c.steps, 32, 4
     a = c.algorithm
     a.loss = recipe if recipe in ("grpo", "maspo") else "dapo"
     if recipe == "maspo":
         c.batch.updates = 2  # with one update per batch its gate and limiter have nothing to do
-    if recipe in ("dapo", "lspo"):
-        a.selection = "accuracy" if recipe == "dapo" else "lspo"
-        c.batch.generation_prompts, c.batch.max_generation_batches = 16, 2
+    if not recipe.startswith("l1"):  # about half of the groups are all wrong: twice as many are drawn
+        a.selection = "lspo" if recipe == "lspo" else "accuracy"
+        c.batch.generation_prompts, c.batch.max_generation_batches = 16, 1
     if recipe.startswith("l1"):
         c.sampling.max_prompt, c.sampling.max_tokens = 104, 144
         c.length.mode = "exact" if recipe == "l1_exact" else "both"
@@ -62,5 +62,6 @@ def get_config(recipe: str = "grpo"):
         c.optimizer.learning_rate = 2e-5
         c.batch.prompts, c.batch.group_size, c.batch.micro_tokens = 64, 16, 32768
         c.batch.share_prompts = False  # the GPU's attention kernel has no form for it
+        c.batch.generation_prompts *= 8
         c.sampling.slots, c.eval.problems = 512, 512
     return c
