@@ -267,16 +267,21 @@ def decide(gold: Answer, answer: Answer) -> bool | None:
     (g_bound, g), (a_bound, a) = bound(g), bound(a)
     if g_bound != a_bound:  # unless the other one says it as a relation or an interval
         return None if re.search(r"[<>\[]|\\[lg]eq?(?![a-z])|\\in", a if g_bound else g) else False
+    g_number, a_number = _number(gold, g), _number(answer, a)
+    if g_number and a_number:
+        return numbers_equal(g_number, a_number)
     g_words, a_words = as_words(g), as_words(a)
     if g_words and g_words == a_words:
         return True
-    said, g, a = g, in_digits(g), in_digits(a)
-    g_number, a_number = _number(gold, g), _number(answer, a)
-    if g != said and g_number and g_number.unit and not units.parse(g_number.unit):  # "two lines": no bare 2
-        same = a_number and a_number.unit.casefold().removesuffix("s") == g_number.unit.removesuffix("s")
-        return bool(same) and numbers_equal(g_number, a_number)
-    if g_number and a_number:
-        return numbers_equal(g_number, a_number)
+    said = g, a
+    if said != (spelled := (in_digits(g), in_digits(a))):
+        g, a = spelled
+        g_number, a_number = _number(gold, g), _number(answer, a)
+        if g != said[0] and g_number and g_number.unit and not units.parse(g_number.unit):  # "two lines": no bare 2
+            same = a_number and a_number.unit.casefold().removesuffix("s") == g_number.unit.removesuffix("s")
+            return bool(same) and numbers_equal(g_number, a_number)
+        if g_number and a_number:
+            return numbers_equal(g_number, a_number)
     if g_words and a_words:
         return False
     choice = re.match(r"\(([A-J])\)|([A-J])[.):] ", re.sub(WRAPPER + r"|[{}]", "", a))

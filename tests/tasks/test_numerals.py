@@ -1,13 +1,18 @@
 """Numbers in words: every whole number and fraction comes back, and what is no amount stays as it is."""
 
+import gzip
+import json
 from fractions import Fraction
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.tasks.answers import Answer
 from jaxrl.tasks.equality import normal_form, plain_number
+from jaxrl.tasks.notation import clean
 from jaxrl.tasks.numerals import MOST, in_digits
+from tests.shared import shared_path
 
 SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -65,3 +70,11 @@ def test_what_is_read_is_a_number_and_reading_again_changes_nothing(words, space
 def test_votes_for_a_number_count_together_however_it_is_written():
     forms = {normal_form(Answer(text, True)) for text in ("24", "two dozen", "twenty-four eggs", r"\text{Twenty four}")}
     assert forms == {"24"}
+
+
+@pytest.mark.parametrize("name", ["math_train.jsonl.gz", "deepscaler.jsonl.gz"])
+def test_few_references_of_data_sets_are_numbers_in_words(name):
+    with gzip.open(shared_path("data", name), "rt", encoding="utf-8") as lines:
+        golds = {clean(str(json.loads(line)["answer"])) for line in lines}
+    read = {in_digits(gold) for gold in golds if in_digits(gold) != gold}
+    assert read <= {"2 lines", "4"} and len(golds) > 2000
