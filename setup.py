@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxrl", "jaxrl.*", "models", "models.*", "configs", "configs.*"]),
+    package_data={"jaxrl.reporting": ["*.js", "*.css"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -1,10 +1,12 @@
 """One self-contained HTML page about a run, or comparing several, and its figures as PNG.
 
-    python -m jaxrl.report RUN [RUN ...] [--out=FILE.html]
+    python -m jaxrl.report RUN [RUN ...] [--out=FILE.html] [--max_mb=50]
 
 Runs that differ only by seed are drawn as one line with a band over the seeds. The page needs no network and
 follows the light or dark theme of its reader; it is written to RUN/report.html, or for several runs to
-./report.html, the PNGs beside it in report_png/.
+./report.html, the PNGs beside it in report_png/. At its end one can browse the completions that training stored
+(config.log.samples says how many a step), by problem, step, outcome, length and fate. --max_mb: of the page at most;
+completions of steps in between are left out where all do not fit.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
+from jaxrl.algorithms.hyper import Integer
 from jaxrl.errors import UserError
 from jaxrl.reporting.page import Figure, beside, render
 from jaxrl.reporting.panels import PANELS
@@ -21,28 +24,30 @@ from jaxrl.reporting.style import SERIES, drawing, save_png, to_svg
 from jaxrl.runtime import cli, storage
 from jaxrl.runtime.storage import atomic_write
 
+FLAGS = dict(out="", max_mb=Integer(50, 1))
 WIDE = (10.6, 4.0)  # inches, across the page
 SMALL = (3.9, 2.6)  # three beside each other
 
 
 def main(argv: list[str]) -> None:
     """The command line above; writes the page and its pictures. Raises UserError for a path that is no run."""
-    flags = cli.parse_flags(argv, dict(out=""), __doc__)
+    flags = cli.parse_flags(argv, FLAGS, __doc__)
     paths = flags["positional"]
     if not paths:
         raise UserError("name at least one run directory: python -m jaxrl.report RUN [RUN ...]")
     out = flags["out"] or (f"{paths[0]}/report.html" if len(paths) == 1 else "report.html")
-    print(write_report(paths, out))
+    print(write_report(paths, out, flags["max_mb"]))
 
 
-def write_report(paths: Sequence[str], out: str) -> str:
-    """Writes the page and its PNGs; returns the page's path. Raises UserError for what is not a run."""
-    settings = group_runs([read_run(path) for path in paths])
+def write_report(paths: Sequence[str], out: str, max_mb: int = 50) -> str:
+    """Writes the page, of at most about max_mb megabytes, and its PNGs; returns the page's path. Raises UserError for
+    what is not a run."""
+    settings = group_runs([read_run(path, samples=True) for path in paths])
     folder, name = os.path.split(out)
     where = storage.Mirror(storage.as_path(folder or ".", "--out"), kind=f"results-{os.getpid()}")
     pngs = where.local / f"{pathlib.Path(name).stem}_png"
     pngs.mkdir(parents=True, exist_ok=True)
-    atomic_write(where.local / name, render(settings, draw_all(settings, pngs)))
+    atomic_write(where.local / name, render(settings, draw_all(settings, pngs), max_mb * 10**6))
     with storage.user_errors("--out"):
         where.close()
     return out

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrl.algorithms.selection import dropped, group_reasons, mean_accuracy, mean_length
 from jaxrl.rollouts import Rollouts
+from models.tokenizers import token_texts
 
 
 class Collected(NamedTuple):
@@ -94,12 +95,14 @@ def sample_rows(collected: Collected, trained: Rollouts, tokenizer, most: int) -
     ones, with their tokens, log-probs, rewards and advantages. "reason" says why selection dropped the response
     ("lspo/middle"), or is empty.
 
-    trained: the step's rollouts with their advantages (the mean over the tokens is shown where there is one a token);
-    "advantage" is None for responses that are not trained on.
+    trained: the step's rollouts with their advantages. "advantage" is None for responses that are not trained on, and
+    the mean over the tokens where there is one a token, which are "advantages" then. versions: [step whose parameters
+    drew them, tokens] of each run of tokens.
     """
     _, sampled, reason, step, _ = collected
-    values = trained.column("advantage")
+    values, each = trained.column("advantage"), {}
     if len(values) != len(trained):
+        each = dict(zip(trained.identity, trained.split_tokens(values), strict=True))
         values = trained.token_sum(values) / trained.lengths
     shown = zip(trained.identity, trained.valid, values, strict=True)
     advantage = {who: round(float(a), 4) for who, valid, a in shown if valid}
@@ -107,29 +110,37 @@ def sample_rows(collected: Collected, trained: Rollouts, tokenizer, most: int) -
     groups = [*np.flatnonzero(kept)[:most], *np.flatnonzero(~kept)[:most]]
     r = sampled.replace(columns=sampled.columns | {"reason": reason}).take_groups(groups)
     named = {k.removeprefix("reward/"): v for k, v in r.columns.items() if k.startswith("reward/")}
-    per_response = (r.split_tokens(), r.split_tokens(r.logprobs), r.split_tokens(r.version < step))
+    per_response = (r.split_tokens(), r.split_tokens(r.logprobs), r.split_tokens(r.version))
     rows = []
-    for i, (who, tokens, logprobs, stale) in enumerate(zip(r.identity, *per_response, strict=True)):
+    for i, (who, tokens, logprobs, versions) in enumerate(zip(r.identity, *per_response, strict=True)):
         prompt = r.prompts[r.group[i]]
-        rows.append(
-            {
-                "id": prompt.problem.id,
-                "prompt": tokenizer.decode(prompt.tokens),
-                "answer": prompt.problem.answer,
-                "budget": prompt.problem.budget,
-                "text": tokenizer.decode(tokens),
-                "tokens": [tokenizer.decode([t], False) for t in tokens.tolist()],
-                "logprobs": [round(float(x), 4) for x in logprobs],
-                "advantage": advantage.get(who),
-                "reward": float(r.reward[i]),
-                "rewards": {k: float(v[i]) for k, v in named.items()},
-                "correct": float(r.correct[i]),
-                "outcome": r.outcome[i],
-                "length": len(tokens),
-                "finish": r.finish[i],
-                "stale": int(stale.sum()),
-                "selected": not r.columns["reason"][i],
-                "reason": r.columns["reason"][i],
-            }
-        )
+        row = {
+            "id": prompt.problem.id,
+            "prompt": tokenizer.decode(prompt.tokens),
+            "answer": prompt.problem.answer,
+            "budget": prompt.problem.budget,
+            "text": tokenizer.decode(tokens),
+            "tokens": token_texts(tokenizer, tokens.tolist()),
+            "logprobs": [round(float(x), 4) for x in logprobs],
+            "advantage": advantage.get(who),
+            "reward": float(r.reward[i]),
+            "rewards": {k: float(v[i]) for k, v in named.items()},
+            "correct": float(r.correct[i]),
+            "outcome": r.outcome[i],
+            "length": len(tokens),
+            "finish": r.finish[i],
+            "stale": int((versions < step).sum()),
+            "versions": _runs(versions),
+            "selected": not r.columns["reason"][i],
+            "reason": r.columns["reason"][i],
+        }
+        if who in each and who in advantage:
+            row["advantages"] = [round(float(a), 4) for a in each[who]]
+        rows.append(row)
     return rows
+
+
+def _runs(values: np.ndarray) -> list[list[int]]:
+    """[value, how often in a row] of each run of equal values."""
+    parts = np.split(values, np.flatnonzero(np.diff(values)) + 1) if len(values) else []
+    return [[int(part[0]), len(part)] for part in parts]

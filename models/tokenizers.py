@@ -423,7 +423,19 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they arrive; a character split over several tokens is held back until it is whole.
+    """The text of ids as they arrive; a character split over several tokens is held back until it is whole."""
+    return (text for text in _texts(tokenizer, ids, True) if text)
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each token, special ones spelled out; joined they are the text of all. A character split over several
+    tokens is the last one's, the others are empty."""
+    *texts, rest = _texts(tokenizer, ids, False)
+    return [*texts[:-1], texts[-1] + rest] if texts else []
+
+
+def _texts(tokenizer: Tokenizer, ids: Iterable[int], skip_special: bool) -> Iterator[str]:
+    """The text of each token, "" where it is held back, and at the end what never became whole.
 
     Decodes a short window twice per token (without and with the newest) because a token's text, its leading
     space above all, depends on the one before it.
@@ -431,10 +443,9 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     window, shown = [], 0
     for i in ids:
         window.append(i)
-        text, before = tokenizer.decode(window), tokenizer.decode(window[:shown])
-        if len(text) > len(before) and not text.endswith("\ufffd"):
-            yield text[len(before) :]
+        text, before = tokenizer.decode(window, skip_special), tokenizer.decode(window[:shown], skip_special)
+        whole = len(text) > len(before) and not text.endswith("\ufffd")
+        yield text[len(before) :] if whole else ""
+        if whole:
             window, shown = window[shown:], len(window) - shown
-    rest = tokenizer.decode(window)[len(tokenizer.decode(window[:shown])) :]
-    if rest:
-        yield rest
+    yield tokenizer.decode(window, skip_special)[len(tokenizer.decode(window[:shown], skip_special)) :]

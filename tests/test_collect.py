@@ -134,6 +134,19 @@ def test_samples_show_the_advantages_that_are_trained_on(advantage):
     assert not rows[-1]["selected"] and {r["advantage"] for r in rows[G:]} == {None}
 
 
+def test_samples_show_advantages_of_tokens_where_there_is_one_a_token():
+    collector, _ = make(even_mixed)
+    got = collector.collect(None, 0)
+    assert "advantages" not in sample_rows(got, with_advantages(got.chosen, collector.config), Tokenizer(), 1)[0]
+    values = np.arange(len(got.chosen.tokens), dtype=np.float32) / 8
+    rows = sample_rows(got, got.chosen.replace(token_columns={"advantage": values}), Tokenizer(), 1)
+    kept = [row for row in rows if row["selected"]]
+    assert [a for row in kept for a in row["advantages"]] == values[: sum(row["length"] for row in kept)].tolist()
+    assert [row["advantage"] for row in kept] == pytest.approx([np.mean(row["advantages"]) for row in kept], abs=1e-4)
+    assert all("advantages" not in row and row["advantage"] is None for row in rows if not row["selected"])
+    assert all("".join(row["tokens"]) == row["text"] for row in rows)
+
+
 def named_task():
     """Right answers earn `user` rewards brief (by length) and tone; some responses lack the latter."""
     plain = task_of(50)
@@ -488,6 +501,10 @@ def test_stale_tokens_are_those_of_earlier_steps():
     assert stale(steps[3], 3) == [2, 3, 7, 9] and steps[3].chosen.lengths.tolist() == [2, 3, 7, 12]
     assert steps[3].chosen.version.tolist() == [0, 0] + [0] * 3 + [0] * 3 + [1] * 3 + [2] + [n // 3 for n in range(12)]
     assert steps[3].metrics["selection/stale_tokens"] == 21 / 24
+    rows = sample_rows(steps[3], with_advantages(steps[3].chosen, collector.config), Tokenizer(), 1)
+    assert [row["versions"] for row in rows] == [
+        [[0, 2]], [[0, 3]], [[0, 3], [1, 3], [2, 1]], [[0, 3], [1, 3], [2, 3], [3, 3]]]  # fmt: skip
+    assert [row["stale"] for row in rows] == [2, 3, 7, 9]
     assert [[(r.key, r.step, r.first_sample, r.done, r.max_tokens) for r in rs if r.key == 0]
             for rs in sampler.requests[:4]] == [
         [(0, 0, 0, 0, 3)], [(0, 0, 2, 3, 3), (0, 0, 3, 3, 3)], [(0, 0, 2, 6, 3), (0, 0, 3, 6, 3)], [(0, 0, 3, 9, 3)],

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import html.parser
 import json
 import pathlib
 import re
@@ -13,40 +12,12 @@ import pytest
 from jaxrl import report
 from jaxrl.errors import UserError
 from jaxrl.reporting import figures
-from jaxrl.reporting.page import Figure, _grid, shade
+from jaxrl.reporting.page import Figure, _grid
 from jaxrl.reporting.panels import PANELS
 from jaxrl.reporting.runs import Run, group_runs, read_run, t_half_width
 from jaxrl.reporting.style import COLOURS, SERIES, drawing, line_style, smooth, to_svg
+from tests.reporting.page_parser import Page
 from tests.reporting.toy import write_run
-
-
-class Page(html.parser.HTMLParser):
-    """Checks that tags are closed in order and collects text and ids."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.text, self.ids, self.tags = [], [], [], []
-        self.feed(text)
-        assert self.open == [], f"unclosed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.ids += [v for k, v in attributes if k == "id"]
-        if tag not in ("meta", "br", "use", "path", "rect", "image"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag in ("path", "use", "rect", "image"):
-            return
-        assert self.open.pop() == tag, f"</{tag}> closes {self.open}"
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +34,8 @@ def pages(tmp_path_factory):
         for b in (8, 16)
     ]
     plain = {"name": "dial:n_max=9", "budget": None, "accuracy": 0.625, "accuracy_low": 0.5, "accuracy_high": 0.75}
+    plain |= {"samples": 4, "maj@2": 0.63, "maj@4": 0.6875, "tokens_correct": 7.25, "tokens_wrong": None}
+    plain |= {"by_length": [dict(up_to=n, accuracy=a, samples=9) for n, a in ((4, 0.75), (9, 0.5))]}
     (paths[0] / "eval" / "result.json").write_text(json.dumps({"results": [*rows, plain]}))
     report.main(["report", str(paths[0])])
     report.main(["report", *map(str, paths), f"--out={root}/both.html"])
@@ -73,9 +46,11 @@ def test_pages_are_well_formed_and_need_no_network(pages):
     for text in pages[2:]:
         page = Page(text)
         for tag, attributes in page.tags:
-            assert tag not in ("script", "link", "iframe")
-            for key in ("src", "href", "xlink:href"):
+            assert tag not in ("link", "iframe", "img")
+            assert "src" not in attributes
+            for key in ("href", "xlink:href"):
                 assert attributes.get(key, "#")[0] == "#"
+        assert set(page.scripts) >= {"", "r0", "r0-0", "r0-1"}  # the browser's script and the samples of two steps
         assert not re.search(r"url\((?!#)|@import", text)
 
 
@@ -112,16 +87,26 @@ def test_the_numbers_are_the_runs(pages):
         assert f"{100 * mean:.1f} ± {100 * half:.1f} %" in both
 
 
-def test_completions_are_escaped_and_shaded(pages):
-    single = pages[2]
-    assert "&lt;b&gt;" in single and "<b>no</b>" not in single
-    assert (
-        "is 1 &lt; 2 &amp; 3 &gt; 2?" in single
-        and "dropped: middle" in single
-        and "cut at the limit" in single
-    )
-    assert re.search(r"--s:44' title='p = 0.0821'>3<", single)  # log-probability -2.5
-    assert [shade(x) for x in (0.0, -2.0, -4.0, -9.0, None, float("nan"))] == [0, 35, 70, 70, 0, 0]
+def test_completions_can_be_browsed(pages):
+    for text, runs in zip(pages[2:], (1, 2), strict=True):
+        scripts = Page(text).scripts
+        assert set(scripts) == {"", *(f"r{i}{part}" for i in range(runs) for part in ("", "-0", "-1"))}
+        assert "fetch(" not in scripts[""] and "XMLHttpRequest" not in scripts[""] and "import(" not in scripts[""]
+    assert "<b>no</b>" not in pages[2]
+
+
+def test_a_page_is_as_large_as_is_asked_at_most(pages, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PANELS", PANELS[:1])
+    run = write_run(tmp_path / "run", steps=2)
+    row = json.loads((run / "samples" / "step_00000001.jsonl").read_text().splitlines()[0])
+    noise = np.random.default_rng(0)
+    for step in range(1, 41):
+        rows = [row | {"logprobs": (-noise.exponential(1, 900)).tolist(), "tokens": ["x"] * 900} for _ in range(64)]
+        (run / "samples" / f"step_{step:08d}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sizes = [len(open(report.write_report([str(run)], str(tmp_path / "x.html"), mb), "rb").read()) for mb in (1, 50)]
+    assert 0.8e6 < sizes[0] <= 1e6 and sizes[1] > 2e6
+    with pytest.raises(UserError, match="--max_mb='0': must be an integer"):
+        report.main(["report", str(run), "--max_mb=0"])
 
 
 def test_seeds_are_grouped_and_settings_named_by_what_differs(pages):
@@ -179,11 +164,45 @@ def test_sweeps_of_several_data_sets_are_lines_of_their_own(pages):
 
 def test_evaluations_found_in_a_run_are_a_table(pages, tmp_path):
     single = pages[2]
-    assert "<td>dial:n_max=9</td>" in single and "<td>62.5</td><td>50.0 – 75.0</td>" in single
+    assert "<td>dial:n_max=9</td>" in single and "<td>62.5</td><td>50.0 – 75.0</td><td>68.8</td>" in single
+    assert "<td>7.2</td><td>-</td>" in single  # tokens of correct answers; no wrong ones
     (write_run(tmp_path / "run") / "eval").mkdir()
     (tmp_path / "run" / "eval" / "result.json").write_text("[]")
     with pytest.raises(UserError, match="not a result file"):
         read_run(tmp_path / "run")
+
+
+def test_accuracy_by_length_is_that_of_the_newest_checkpoint_without_a_budget(pages):
+    parts = lambda *right: [dict(up_to=5 * (i + 1), accuracy=a, samples=3) for i, a in enumerate(right)]  # noqa: E731
+    rows = [dict(data="x", step=s, budget=b, by_length=parts(*right)) for s, b, right in
+            ((3, None, (0.1, 0.2)), (9, None, (0.75, 0.5)), (9, 8, (0.3, 0.4)), (9, None, (0.6,)))]  # fmt: skip
+    settings = group_runs([dataclasses.replace(read_run(pages[1][0]), evaluations=rows)])
+    with drawing() as (_, ax):
+        assert figures.accuracy_by_length(ax, settings)
+        assert [line.get_xydata().tolist() for line in ax.lines] == [[[5, 75], [10, 50]]]
+    settings = group_runs([dataclasses.replace(read_run(pages[1][0]), evaluations=rows[2:3])])
+    with drawing() as (_, ax):
+        assert figures.accuracy_by_length(ax, settings)
+        assert ax.lines[0].get_ydata().tolist() == [30, 40]
+
+
+def test_the_majority_stands_beside_the_mean(pages):
+    rows = [dict(budget=b, mean_tokens=b, accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6) for b in (8, 16, 32)]
+    rows[1] |= {"samples": 4, "maj@2": 0.55, "maj@4": 0.7}
+    with drawing() as (_, ax):
+        found = dataclasses.replace(read_run(pages[1][0]), evaluations=rows)
+        assert figures.accuracy_by_tokens(ax, group_runs([found]))
+        assert ax.lines[1].get_xydata().tolist() == [[16, 70]]
+
+
+def test_rewards_by_name_are_lines_where_there_is_more_than_one(pages):
+    run = read_run(pages[1][0])
+    with drawing() as (_, ax):
+        assert figures.named_rewards(ax, run)
+        assert [text.get_text() for text in ax.texts] == ["length", "correct"]  # by height
+    with drawing() as (_, ax):
+        only = [{k: v for k, v in r.items() if k != "reward/length/mean"} for r in run.records]
+        assert not figures.named_rewards(ax, dataclasses.replace(run, records=only))
 
 
 def test_many_settings_have_line_styles_of_their_own_and_a_key(tmp_path, monkeypatch):

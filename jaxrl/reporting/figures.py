@@ -6,12 +6,13 @@ metric are drawn thin behind their running mean.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxrl.reporting.runs import Run, Setting, t_half_width
+from jaxrl.reporting.runs import Run, Setting, majority, t_half_width
 from jaxrl.reporting.style import MUTED, PAPER, SERIES, label_ends, line_style, smooth
 
 # A fate or a part of a step has one colour in every figure and every run; others follow in turn.
@@ -332,7 +333,8 @@ def budgets(ax, settings: Sequence[Setting]) -> bool:
 
 
 def accuracy_by_tokens(ax, settings: Sequence[Setting]) -> bool:
-    """Accuracy against the tokens really spent, one point per budget, with 95 % intervals."""
+    """Accuracy against the tokens really spent, one point per budget, with 95 % intervals; dotted and hollow, where
+    every problem was answered several times, the accuracy of the majority."""
     ends = []
     for i, (label, rows) in enumerate(_sweeps(settings)):
         rows = sorted(rows, key=lambda r: r["mean_tokens"])
@@ -342,6 +344,10 @@ def accuracy_by_tokens(ax, settings: Sequence[Setting]) -> bool:
         y, low, high = (100 * np.array([r[k] for r in rows]) for k in keys)
         ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
         ax.plot(x, y, **line_style(i), marker="o", markersize=4)
+        voted = [(r["mean_tokens"], 100 * majority(r)) for r in rows if majority(r) is not None]
+        if voted:
+            hollow = dict(color=colour, linewidth=1, linestyle=(0, (1, 1.5)), markerfacecolor=PAPER)
+            ax.plot(*zip(*voted, strict=True), marker="o", markersize=4, **hollow)
         ends.append((x[-1], y[-1], label, colour))
     if not ends:
         return False
@@ -351,6 +357,46 @@ def accuracy_by_tokens(ax, settings: Sequence[Setting]) -> bool:
     if len(ends) > 1:
         label_ends(ax, ends)
     return True
+
+
+def accuracy_by_length(ax, settings: Sequence[Setting]) -> bool:
+    """Accuracy in each part of the answers, from the shortest to the longest quarter, of the newest checkpoint; the
+    first seed's, and at budgets only where nothing else was evaluated."""
+    found: dict[str, list[dict]] = {}
+    for setting in settings:
+        rows = [r for r in setting.runs[0].evaluations if len(r.get("by_length") or ()) > 1]
+        rows = [r for r in rows if not r.get("budget")] or rows
+        newest = max((r.get("step") or 0 for r in rows), default=0)
+        several = len(rows) > 1
+        for row in rows:
+            if (row.get("step") or 0) == newest:
+                what = [row.get("data", ""), f"{row['budget']} tokens" if row.get("budget") else ""] if several else []
+                name = [setting.label] if len(settings) > 1 else []
+                found[" ".join(part for part in (*name, *what) if part)] = row["by_length"]
+    ends = []
+    for i, (label, parts) in enumerate(found.items()):
+        x, y = np.array([(part["up_to"], 100 * part["accuracy"]) for part in parts]).T
+        ax.plot(x, y, **line_style(i), marker="o", markersize=4)
+        ends.append((x[-1], y[-1], label, SERIES[i % len(SERIES)]))
+    if not ends:
+        return False
+    _finish(ax)
+    ax.set_xlabel("tokens of the longest answer of each quarter")
+    ax.set_ylabel("correct, %")
+    if len(ends) > 1:
+        label_ends(ax, ends)
+    return True
+
+
+def named_rewards(ax, run: Run, colour: str = "") -> bool:
+    """The mean of every named reward, without its weight; nothing where correctness is all there is."""
+    names = sorted({k for r in run.records for k in r if re.fullmatch("reward/.+/mean", k)})
+    series = [(name, name.removeprefix("reward/").removesuffix("/mean")) for name in names]
+    if len([1 for name, _ in series if len(run.series(name)[0])]) < 2:
+        return False
+    found = lines(ax, [Setting("", [run])], series)
+    ax.set_ylabel("reward")
+    return found
 
 
 def metric(*series: tuple[str, str], unit: str = "", **options) -> Callable:

@@ -1,16 +1,15 @@
-"""The HTML page around the figures: self-contained, light and dark, no script needed to read it."""
+"""The HTML page around the figures: self-contained, light and dark; only the completions need a script, its own."""
 
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxrl.reporting.runs import Run, Setting
+from jaxrl.evaluation.tables import percent
+from jaxrl.reporting import browser
+from jaxrl.reporting.runs import Run, Setting, majority
 from jaxrl.reporting.style import SERIES, css_variables
-
-PROMPTS_SHOWN = 4
 
 _STYLE = """
 :root{color-scheme:light dark;%LIGHT%--page:#f6f4ef;--rule:#dedad2;--hot:#d97a2b;--good:#2a66b1;--bad:#c4561b}
@@ -58,21 +57,6 @@ th{font-weight:500;color:var(--muted);font-size:13px}
 .scroll{overflow-x:auto;background:var(--paper);border:1px solid var(--rule);border-radius:10px;
 padding:6px 10px}
 .scroll tr:last-child td{border-bottom:0}
-.sample{background:var(--paper);border:1px solid var(--rule);border-radius:10px;padding:16px 20px;
-margin:0 0 14px}
-.meta{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--muted);
-margin-bottom:10px}
-.meta b{color:var(--ink);font-weight:600}
-.mark{font-weight:600}.right{color:var(--good)}.wrong{color:var(--bad)}
-.prompt{white-space:pre-wrap;overflow-wrap:anywhere;font-size:15px;margin:0 0 6px}
-.text{font:14.5px/1.95 ui-monospace,"SF Mono","JetBrains Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
-white-space:pre-wrap;overflow-wrap:anywhere;max-height:22em;overflow-y:auto}
-.completion{border-left:4px solid var(--edge);padding-left:16px;margin:16px 0 4px}
-.completion .meta{margin:2px 0 0}
-.text span{border-radius:3px;padding:2px 0;
-background:color-mix(in srgb,var(--hot) calc(var(--s)*1%),transparent)}
-.scale{display:inline-block;width:120px;height:10px;border-radius:3px;vertical-align:middle;margin:0 8px;
-background:linear-gradient(90deg,transparent,var(--hot));border:1px solid var(--rule)}
 details{margin-top:18px}summary{cursor:pointer;color:var(--muted);font-size:14.5px}
 pre{font:13px/1.6 ui-monospace,Menlo,Consolas,monospace;overflow-x:auto}
 footer{margin-top:72px;font-size:13px;color:var(--muted)}
@@ -80,16 +64,9 @@ footer{margin-top:72px;font-size:13px;color:var(--muted)}
 .grid{grid-template-columns:minmax(0,1fr);gap:14px}figure{padding:16px 12px 14px}.lone{display:flex}
 .drawn{grid-template-columns:minmax(0,1fr)}.broad{display:none}.narrow{display:block}
 .tile b{font-size:24px}.tiles{grid-template-columns:1fr 1fr}
-th,td{padding:7px 8px}.sample{padding:14px}.completion{padding-left:11px}}
-@media print{body{background:#fff}.grid{grid-template-columns:1fr 1fr}figure,.sample{break-inside:avoid}}
+th,td{padding:7px 8px}}
+@media print{body{background:#fff}.grid{grid-template-columns:1fr 1fr}figure,.answer{break-inside:avoid}}
 """
-_SAMPLES = (
-    "<h2>Completions</h2><p class=lead>Tokens the policy found unlikely are shaded:<span class=scale></span>from "
-    "probability 1 to e<sup>−4</sup>; point at one for its probability. The bar on the left is the advantage: "
-    "<span class='mark right'>encouraged</span> or <span class='mark wrong'>discouraged</span>; without colour it is "
-    "zero.</p>"
-)
-
 
 class Figure(NamedTuple):
     """A drawn panel. drawn: (label, SVG) of each of its drawings. wide: takes the whole width of the page."""
@@ -100,11 +77,11 @@ class Figure(NamedTuple):
     wide: bool
 
 
-def render(settings: Sequence[Setting], figures: dict[str, list[Figure]]) -> str:
-    """The page. figures: by section, in order."""
+def render(settings: Sequence[Setting], figures: dict[str, list[Figure]], most: int) -> str:
+    """The page. figures: by section, in order. most: bytes of the page; completions that do not fit are left out."""
     runs = [run for s in settings for run in s.runs]
     title = runs[0].path.resolve().name if len(runs) == 1 else f"{len(settings)} settings, {len(runs)} runs"
-    style = _STYLE.replace("%LIGHT%", css_variables(False)).replace("%DARK%", css_variables(True))
+    style = _STYLE.replace("%LIGHT%", css_variables(False)).replace("%DARK%", css_variables(True)) + browser.style()
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width,initial-scale=1'>",
@@ -120,16 +97,10 @@ def render(settings: Sequence[Setting], figures: dict[str, list[Figure]]) -> str
     for section, panels in figures.items():
         parts.append(f"<h2>{_text(section)}</h2>{_grid(panels)}")
     parts.append(_evaluations(settings))
-    if any(s.runs[0].samples for s in settings):
-        parts.append(_SAMPLES)
-        for i, setting in enumerate(settings):
-            shown = _samples(setting.runs[0])
-            open_ = "" if i else " open"
-            several = f"<details{open_}><summary>{_text(setting.label)}</summary>{shown}</details>"
-            parts.append(several if len(settings) > 1 else shown)
-    parts += [_config(s) for s in settings]
-    parts.append("<footer>Made by python -m jaxrl.report from metrics.jsonl and samples/.</footer>")
-    return "".join(parts) + "</main></body></html>\n"
+    rest = [*map(_config, settings), "<footer>Made by python -m jaxrl.report from metrics.jsonl and samples/.</footer>"]
+    rest.append("</main></body></html>\n")
+    room = most - sum(len(part.encode()) for part in [*parts, *rest])
+    return "".join([*parts, browser.section([(s.label, s.runs[0]) for s in settings], room), *rest])
 
 
 def _text(value: object) -> str:
@@ -242,16 +213,19 @@ def _summary(settings: Sequence[Setting]) -> str:
 
 def _evaluations(settings: Sequence[Setting]) -> str:
     """What jaxrl.evaluate measured of the runs, where its results lie in the run directories."""
-    head = ["evaluation", "problems", "samples each", "accuracy, %", "95 % interval", "mean tokens", "mean error, %"]
+    head = ["evaluation", "problems", "samples each", "accuracy, %", "95 % interval", "majority, %", "mean tokens"]
+    head += ["tokens, correct", "tokens, wrong", "mean error, %"]
     rows = []
     for setting in settings:
         for run in setting.runs:
             who = "" if sum(len(s.runs) for s in settings) == 1 else f"{setting.label}, seed {run.seed}: "
             for r in run.evaluations:
-                numbers = [r.get(k) for k in ("accuracy", "accuracy_low", "accuracy_high", "mean_error")]
-                at, low, high, error = ("-" if v is None else f"{100 * v:.1f}" for v in numbers)
+                shares = [r.get("accuracy"), r.get("accuracy_low"), r.get("accuracy_high"), majority(r)]
+                at, low, high, voted = map(percent, shares)
+                tokens = [r.get(k) for k in ("mean_tokens", "tokens_correct", "tokens_wrong")]
                 cells = [who + str(r.get("name", r.get("data", ""))), r.get("problems", "-"), r.get("samples", "-")]
-                rows.append([*cells, at, f"{low} – {high}", f"{r.get('mean_tokens', math.nan):.1f}", error])
+                cells += [at, f"{low} – {high}", voted, *("-" if n is None else f"{n:.1f}" for n in tokens)]
+                rows.append([*cells, percent(r.get("mean_error"))])
     return f"<h2>Evaluations</h2>{_table(head, rows)}" if rows else ""
 
 
@@ -259,76 +233,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
     header = "".join(f"<th>{_text(c)}</th>" for c in head)
     return f"<div class=scroll><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _samples(run: Run) -> str:
-    parts = []
-    for step, rows in run.samples.items():
-        parts.append(f"<h3 style='margin:32px 0 12px'>Step {step}</h3>")
-        prompts: dict[tuple, list[dict]] = {}
-        for row in rows:
-            prompts.setdefault((row.get("selected"), row.get("id")), []).append(row)
-        parts += [_prompt(group) for group in list(prompts.values())[:PROMPTS_SHOWN]]
-    return "".join(parts)
-
-
-def _prompt(rows: list[dict]) -> str:
-    """A prompt and its most telling completions: most and least encouraged, longest."""
-    telling = [
-        max(rows, key=lambda r: r.get("advantage") or 0),
-        min(rows, key=lambda r: r.get("advantage") or 0),
-        max(rows, key=lambda r: r.get("length") or 0),
-    ]
-    shown = list({id(row): row for row in telling}.values())
-    selected = rows[0].get("selected")
-    reason = str(rows[0].get("reason") or "").replace("_", " ")
-    fate = "" if selected is None else "kept" if selected else f"dropped: {reason}" if reason else "dropped"
-    right = sum(bool(row.get("correct")) for row in rows)
-    facts = [
-        fate,
-        f"budget {rows[0]['budget']} tokens" if rows[0].get("budget") else "",
-        f"{right} of {len(rows)} correct",
-        f"answer {rows[0]['answer']}" if rows[0].get("answer") else "",
-    ]
-    head = "".join(f"<span>{_text(fact)}</span>" for fact in facts if fact)
-    body = "".join(_completion(row) for row in shown)
-    return (
-        f"<div class=sample><p class=prompt>{_text(rows[0].get('prompt', ''))}</p><div class=meta>{head}</div>"
-        f"{body}</div>"
-    )
-
-
-def _completion(row: dict) -> str:
-    advantage = row.get("advantage") or 0.0
-    strength = min(100, round(60 * abs(advantage) + 20)) if advantage else 0
-    edge = f"color-mix(in srgb,var(--{'good' if advantage > 0 else 'bad'}) {strength}%,var(--rule))"
-    right = bool(row.get("correct"))
-    verdict = f"<span class='mark {'right' if right else 'wrong'}'>{'correct' if right else 'wrong'}</span>"
-    reward = row.get("reward")
-    facts = [("reward", "" if reward is None else f"{reward:.3g}")]
-    facts += [("advantage", "" if row.get("advantage") is None else f"{advantage:+.2f}")]
-    facts += [("tokens", row.get("length") or "")]
-    meta = "".join(f"<span>{k} <b>{v}</b></span>" for k, v in facts if v != "")
-    meta += "<span>cut at the limit</span>" if row.get("finish") == "length" else ""
-    tokens, logprobs = row.get("tokens") or [row.get("text", "")], row.get("logprobs") or []
-    padded = [*logprobs, *[None] * (len(tokens) - len(logprobs))]
-    spans = "".join(
-        f"<span style='--s:{shade(logp)}' title='{_title(logp)}'>{_text(token)}</span>"
-        for token, logp in zip(tokens, padded, strict=True)
-    )
-    return (
-        f"<div class=completion style='--edge:{edge}'><div class=text>{spans}</div>"
-        f"<div class=meta>{verdict}{meta}</div></div>"
-    )
-
-
-def shade(logp: float | None) -> int:
-    """Strength of a token's shading in percent: 0 at log-probability 0, full (70) at -4 and below."""
-    return 0 if logp is None or not math.isfinite(logp) else round(70 * min(max(-logp, 0.0), 4.0) / 4)
-
-
-def _title(logp: float | None) -> str:
-    return "" if logp is None else f"p = {math.exp(min(logp, 0.0)):.3g}"
 
 
 def _config(setting: Setting) -> str:

@@ -47,6 +47,11 @@ PANELS: tuple[Panel, ...] = (
         unseen="Below, its standard deviation.",
     ),
     Panel(
+        "rewards", LEARNING, "Named rewards",
+        "Means of the rewards that the reward is the weighted sum of, before their weights.",
+        f.named_rewards, single=True,
+    ),
+    Panel(
         "zero_std", LEARNING, "Groups without a signal",
         "Share of prompts whose completions all earned the same reward: their advantages are zero.",
         f.metric(("zero_std_fraction", ""), unit="sampled prompts, %", **SHARE),
@@ -79,8 +84,14 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "accuracy_budget", LENGTH, "Accuracy by length",
-        "Evaluation at fixed budgets, one point each, at the tokens really spent. Band: 95 % interval over problems.",
+        "Evaluation at fixed budgets, one point each, at the tokens really spent. Band: 95 % interval over problems. "
+        "Dotted, where problems were answered several times: the most frequent answer.",
         f.accuracy_by_tokens,
+    ),
+    Panel(
+        "accuracy_parts", LENGTH, "Accuracy of short and of long answers",
+        "Evaluation: the answers in four parts of equal number by their length, each at its longest.",
+        f.accuracy_by_length,
     ),
     Panel(
         "entropy", POLICY, "Entropy",

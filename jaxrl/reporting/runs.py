@@ -28,14 +28,14 @@ class Run:
     """One run directory.
 
     config: flat {dotted key: value}. records: of metrics.jsonl. evaluations: results of jaxrl.evaluate found in
-    it, one row per data set and budget. samples: {step: rows} of the first and the last sampled step.
+    it, one row per data set and budget. samples: its files samples/step_*.jsonl in order, if they were asked for.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
     records: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-    samples: dict[int, list[dict[str, Any]]]
+    samples: list[pathlib.Path] = dataclasses.field(default_factory=list)
 
     @property
     def seed(self) -> Any:
@@ -73,9 +73,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_run(path: str | os.PathLike) -> Run:
-    """Reads a run directory. Raises UserError if it has no metrics.jsonl or that is damaged."""
-    root = storage.local_copy(os.fspath(path), "RUN", _shown)
+def majority(result: dict) -> float | None:
+    """maj@k of a result of jaxrl.evaluate, k being all its samples of a problem; None where it was not measured."""
+    return result.get(f"maj@{result.get('samples')}")
+
+
+def read_run(path: str | os.PathLike, samples: bool = False) -> Run:
+    """Reads a run directory, and lists its samples. Raises UserError if it has no metrics.jsonl or that is damaged."""
+    root = storage.local_copy(os.fspath(path), "RUN", lambda names: [n for n in names if _is_read(n, samples)])
     if not (root / "metrics.jsonl").is_file():
         raise UserError(f"{path}: no metrics.jsonl; need a run directory of jaxrl.train")
     config = root / "config.json"
@@ -85,22 +90,15 @@ def read_run(path: str | os.PathLike) -> Run:
             evaluations += json.loads(result.read_text())["results"]
         except (ValueError, LookupError, TypeError):
             raise UserError(f"{result}: not a result file of jaxrl.evaluate; move it out of the run") from None
-    sampled = sorted((root / "samples").glob("step_*.jsonl"))
-    picked = dict.fromkeys([*sampled[:1], *sampled[-1:]])
-    samples = {}
-    for file in picked:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if rows:
-            samples[int(file.stem.rpartition("_")[2])] = rows
+    sampled = sorted((root / "samples").glob("step_*.jsonl")) if samples else []
     flat = flatten(json.loads(config.read_text())) if config.exists() else {}
-    return Run(root, flat, read_metrics(root / "metrics.jsonl"), evaluations, samples)
+    return Run(root, flat, read_metrics(root / "metrics.jsonl"), evaluations, sampled)
 
 
-def _shown(names: list[str]) -> list[str]:
-    """Of all files of a run, those that a report reads."""
-    sampled = [n for n in names if n.startswith("samples/step_")]
-    return [n for n in names if n in ("config.json", "metrics.jsonl") or n.endswith("/result.json")
-            or n in sampled[:1] + sampled[-1:]]  # fmt: skip
+def _is_read(name: str, samples: bool) -> bool:
+    """Whether a report reads this file of a run."""
+    known = name in ("config.json", "metrics.jsonl") or name.endswith("/result.json")
+    return known or samples and name.startswith("samples/step_")
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import models.tokenizers
-from models.tokenizers import ChatTemplateError, VocabTokenizer, load_tokenizer, stream_text, vocab_tokenizer
+from models.tokenizers import (
+    ChatTemplateError,
+    VocabTokenizer,
+    load_tokenizer,
+    stream_text,
+    token_texts,
+    vocab_tokenizer,
+)
 from tests.shared import shared_path
 
 CHAT = [{"role": "user", "content": "What is 2+2?"}]
@@ -310,6 +317,17 @@ def test_stream_holds_back_partial_characters():
     assert "".join(parts) == "a 🙂!" and not any("\ufffd" in p for p in parts)
     cut = tokenizer.encode("a 🙂")[:-1]
     assert "".join(stream_text(tokenizer, cut)) == tokenizer.decode(cut)
+
+
+@pytest.mark.parametrize("name", ["stories260K", "llama2", "qwen3"])
+def test_texts_of_tokens_are_one_each_and_joined_the_text_of_all(name):
+    tokenizer = load(name)
+    eos = min(tokenizer.eos_ids)
+    for text in ("one two three", "a 🙂! b", "", "é\n\n x"):
+        ids = [*tokenizer.encode(text), eos]
+        for part in (ids, ids[:-2], ids[:3], ids[:1], []):
+            texts = token_texts(tokenizer, part)
+            assert len(texts) == len(part) and "".join(texts) == tokenizer.decode(part, False)
 
 
 def test_stream_gives_text_as_it_comes():

@@ -32,6 +32,8 @@ def write_run(
             record |= {
                 "reward/mean": 0.4 + gain * rise + rng.normal(0, 0.03),
                 "reward/std": 0.5 - 0.1 * rise,
+                "reward/correct/mean": 0.4 + gain * rise,
+                "reward/length/mean": -0.1 * rise,
                 "accuracy": 0.4 + gain * rise + rng.normal(0, 0.03),
                 "zero_std_fraction": 0.2 + 0.4 * rise,
                 "entropy": 0.5 - 0.4 * rise + rng.normal(0, 0.01),
