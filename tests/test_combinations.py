@@ -45,13 +45,6 @@ def config_for(loss="grpo", advantage="grpo", selection="none", length="none"):
     return c
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)  # a third off fourteen compilations
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def graded_groups(mode):
     """Groups with every accuracy from none to all correct, ungraded and truncated completions, lengths 1 to 12."""

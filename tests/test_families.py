@@ -11,8 +11,6 @@ from models.config import from_hf
 from models.decoder import Decoder, init_params
 from tests.models.hf_cases import CASES
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 @pytest.fixture(scope="module", params=["gemma3", "qwen3_moe"])
 def model(request):

@@ -17,8 +17,6 @@ from jaxrl.runtime.mesh import make_mesh
 from models.config import DecoderConfig
 from models.decoder import abstract_params, init_params
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 CONFIG = DecoderConfig(11, 8, 12, 2, 2, 1, 4, qkv_bias=True, model_type="qwen2")
 
 

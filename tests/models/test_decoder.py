@@ -31,8 +31,6 @@ from tests.models import make_fixtures
 from tests.models.hf_cases import CASES, hf_tensors, write_model
 from tests.shared import shared_path
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 TOLERANCE = 1e-4
 ROWS, WIDTH = 3, 24
 FORMS = {

@@ -13,6 +13,8 @@ from models import attention
 from models.config import DecoderConfig
 from models.decoder import Decoder, empty_cache, init_params
 
+pytestmark = pytest.mark.optimized
+
 B, T, N, K, H = 4, 128, 4, 2, 128
 
 
