@@ -132,6 +132,7 @@ def compiled(tokens, width, vocabulary, dtype, chunk):
     return jax.jit(gradient).lower(*arguments).compile()
 
 
+@pytest.mark.optimized
 def test_memory_goal_at_qwen_vocabulary():
     """16 384 tokens, width 1024, vocabulary 151 936, bf16, gradient to hidden and head: below 1.5 GiB."""
     program = compiled(16384, 1024, 151936, jnp.bfloat16, 2048)
