@@ -51,7 +51,7 @@ def graded_groups(mode):
     rng = np.random.default_rng(11)
     tokenizer = build.tokenizer(config_for())
     parts = []
-    for i, problem in enumerate(dial.problems("train", 0, GROUPS, 2, 3, mode)):
+    for i, problem in enumerate(dial.problems("train", 0, GROUPS, 2, 3, mode=mode)):
         lengths = rng.integers(1, LONGEST + 1, G)
         lengths[0] = LONGEST if i % 2 else 1
         correct = (np.arange(G) < [0, G, 1, 2, 3, 4, 5, 3][i]).astype(np.float32)

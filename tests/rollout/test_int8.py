@@ -40,7 +40,8 @@ def test_what_is_quantised():
 def test_every_leaf_has_a_place_on_a_mesh():
     for fuse in (True, False):
         layout = jax.eval_shape(
-            lambda p, fuse=fuse: sampling_layout(p, tiny.CONFIG, jnp.bfloat16, fuse, True, True), tiny.params()
+            lambda p, fuse=fuse: sampling_layout(p, tiny.CONFIG, jnp.bfloat16, fuse, untie=True, int8=True),
+            tiny.params(),
         )
         specs = layout_specs(tiny.CONFIG, fuse, True, True)
         jax.tree.map(lambda a, s: None if len(s) <= a.ndim else 1 / 0, layout, specs)
