@@ -60,6 +60,7 @@ def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
     """The decoder of config.model: of its directory, or of its shape (vocab_size 0 means the tokenizer's)."""
     decoder = _model_config(config.model.path) if config.model.path else _shape_config(config, tokenizer)
     lora = lora_of(config, decoder)
+    decoder = dataclasses.replace(decoder, narrow=config.model.products == "bfloat16")
     return dataclasses.replace(decoder, lora_scale=lora.scale) if lora else decoder
 
 

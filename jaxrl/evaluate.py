@@ -259,7 +259,7 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, *, plac
     sizes |= memory.cache_sizes(config, dtype, placement, jax.local_devices()[0], **sizes, pages=pages,
                                 lives=lambda: memory.bytes_of(params))
     sampler = Engine(
-        config,
+        dataclasses.replace(config, narrow=flags["products"] == "bfloat16"),
         tokenizer.eos_ids,
         **sizes,
         dtype=dtype,

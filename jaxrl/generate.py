@@ -12,6 +12,7 @@ switch) are as a run was trained, unless given. Text goes to stdout, the rest to
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> int:
     sizes |= memory.cache_sizes(config, dtype, None, jax.local_devices()[0], **sizes, pages=memory.pages_of(flags, run),
                                 lives=lambda: memory.bytes_of(params))
     sizes |= dict(chunk=8, dtype=dtype, allowed=decodable(tokenizer, config.vocab_size))
+    config = dataclasses.replace(config, narrow=flags["products"] == "bfloat16")
     sampler = Engine(config, tokenizer.eos_ids, **sizes)
     params = sampler.layout(params)
     if flags["prompt_logprobs"]:

@@ -101,6 +101,10 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         "empty: the one beside the model; dial: the embedded vocabulary",
     ),
     "model.dtype": (Choice("float32", _DTYPES), "compute dtype of the learner"),
+    "model.products": (
+        Choice("", ("", "bfloat16")),
+        "dtype that the factors of a matrix product are rounded to; empty: model.dtype",
+    ),
     "model.param_dtype": (
         Choice("float32", _DTYPES),
         "bfloat16 halves the memory; updates are then rounded stochastically",
