@@ -71,7 +71,7 @@ class HeadSettings:
         return P(vocab, "fsdp") if self.tied else P("fsdp", vocab)
 
 
-def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, settings: HeadSettings = HeadSettings()):
+def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, *, settings: HeadSettings = HeadSettings()):
     """Log-probability of targets[i] given hidden[i], and the entropy there, where mask is set.
 
     Args:
@@ -87,7 +87,7 @@ def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, settings: H
     return _fused(settings, capacity, hidden, head, targets, mask != 0)
 
 
-def response_logprobs(hidden, head, tokens, response_mask, capacity: int, settings: HeadSettings = HeadSettings()):
+def response_logprobs(hidden, head, tokens, response_mask, capacity: int, *, settings: HeadSettings = HeadSettings()):
     """`logprobs_and_entropy` of packed rows: entry [r, t] is about token t, predicted from hidden[r, t - 1].
 
     Args:
@@ -100,7 +100,7 @@ def response_logprobs(hidden, head, tokens, response_mask, capacity: int, settin
     """
     R, T, D = hidden.shape
     shifted = [jnp.roll(a, -1, axis=1).reshape(R * T) for a in (tokens, response_mask)]
-    out = logprobs_and_entropy(hidden.reshape(R * T, D), head, *shifted, capacity, settings)
+    out = logprobs_and_entropy(hidden.reshape(R * T, D), head, *shifted, capacity, settings=settings)
     return tuple(jnp.roll(a.reshape(R, T), 1, axis=1) for a in out)
 
 
