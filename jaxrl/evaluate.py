@@ -10,6 +10,8 @@ or max), enforced from outside by s1's budget forcing (forced), or only compared
 are as a run was trained, unless given; so are --unfinished_thinking=wrong|graded and --need_marker, which say what
 counts as an answer. --reward=module:function grades with a function of yours. --distributed joins
 the processes of several hosts.
+--pages says how many tokens a page of the cache holds, 0 for a dense one; not given, it is as a run was trained, and
+pages of 64 where the chip has a kernel for them.
 --server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
 time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
 grader or the reward function's file are others by then, it says so instead.
@@ -33,7 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl import build
+from jaxrl import build, memory
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
@@ -92,7 +94,7 @@ def evaluate_task(config, sampler: Engine, params: Any, tokenizer, task: Task) -
         tokenizer,
         problems,
         [task.encode(p) for p in problems],
-        task.grade,
+        grade=task.grade,
         samples=e.samples,
         sampling=SamplingParams(e.temperature),
         seed=config.seed,
@@ -148,7 +150,7 @@ def evaluate_checkpoints(flags: dict, out: pathlib.Path, grader: Grader, reward:
         identity = model_identity(flags["model"], step)
         info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name, **identity}
         placement = place(config, mesh, flags["tensor"]) if mesh else None
-        answer = sampled(config, params, tokenizer, jobs, flags, placement)
+        answer = sampled(config, params, tokenizer, jobs, flags, placement=placement)
         results += [run(job, answer, identity, flags, out) for job in jobs]
     return results, info
 
@@ -244,20 +246,23 @@ def plan(sets: Sequence[EvalSet], flags: dict, context: int, step: int | None, p
     return jobs
 
 
-def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placement=None) -> Callable:
+def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, *, placement=None) -> Callable:
     """answer(job, indices of its problems) -> records, drawn by a sampler that fits all jobs.
 
     params: as load_model returns them.
     """
     longest = max((len(p) for job in jobs for p in job.prompts if len(p) < config.max_position_embeddings), default=1)
     replicas = placement.row_multiple if placement else 1
+    sizes = dict(max_prompt=max(longest, 1), max_tokens=max(job.limit for job in jobs))
+    sizes |= dict(slots=-(-flags["slots"] // replicas) * replicas)
+    dtype, pages = jnp.dtype(flags["dtype"]), memory.pages_of(flags, run_settings(flags["model"]))
+    sizes |= memory.cache_sizes(config, dtype, placement, jax.local_devices()[0], **sizes, pages=pages,
+                                lives=lambda: memory.bytes_of(params))
     sampler = Engine(
-        config,
+        dataclasses.replace(config, narrow=flags["products"] == "bfloat16"),
         tokenizer.eos_ids,
-        max_prompt=max(longest, 1),
-        max_tokens=max(job.limit for job in jobs),
-        slots=-(-flags["slots"] // replicas) * replicas,
-        dtype=jnp.dtype(flags["dtype"]),
+        **sizes,
+        dtype=dtype,
         placement=placement,
         allowed=decodable(tokenizer, config.vocab_size),
     )
@@ -274,7 +279,7 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
             tokenizer,
             [job.problems[i] for i in part],
             [job.prompts[i] for i in part],
-            job.data.grade,
+            grade=job.data.grade,
             samples=flags["samples"],
             sampling=_sampling(flags),
             seed=flags["seed"] % 2**32,
@@ -373,7 +378,7 @@ class Store:
 def _settings(job: Job, identity: dict, flags: dict) -> dict:
     """Everything that a completion or its grade depends on, beside the problem's own text and answer."""
     keys = ("waits", "answer_tokens", "end_thinking") if job.mode == "forced" and job.budget else ()
-    keys += ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype")
+    keys += ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype", "products")
     data = job.data
     own = dict(data=data.spec, template=data.template, grader=data.grader_version, limit=job.limit)
     return {**identity, **own, "mode": job.mode if job.budget else None, **{k: flags[k] for k in keys}}

@@ -22,7 +22,7 @@ def quantise(x, axis: int = -2):
 
 
 def sampling_layout(
-    params, config: DecoderConfig, dtype, fuse: bool = True, untie: bool = False, int8: bool = False
+    params, config: DecoderConfig, dtype, fuse: bool = True, *, untie: bool = False, int8: bool = False
 ):
     """The same weights, unrolled by layer, cast once, with those of one `fused` name in the table side by side.
 
@@ -39,7 +39,8 @@ def sampling_layout(
     out: dict = {}
     for path, rows, layer, small in _entries(config, fuse, untie, int8):
         arrays = [dense(params, row, config, layer) for row in rows]
-        arrays = arrays if small else [a.astype(dtype) for a in arrays]
+        kept = jnp.bfloat16 if config.narrow and (rows[0].kind == MATRIX or path == HEAD) else dtype
+        arrays = arrays if small else [a.astype(kept) for a in arrays]
         w = jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
         w = w.T if path == HEAD and rows[0].path != HEAD else w
         if small:

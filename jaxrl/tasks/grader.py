@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from jaxrl.tasks import answers, equality
 from jaxrl.tasks.workers import Pool
 
-GRADER_VERSION = "3"  # raise it with every change of a verdict: results of different versions do not compare
+GRADER_VERSION = "4"  # raise it with every change of a verdict: results of different versions do not compare
 OUTCOMES = ("correct", "wrong", "unparsed", "timeout", "crashed")
 
 _reference = functools.lru_cache(4096)(answers.reference)
@@ -35,6 +35,7 @@ class Grader:
         self,
         workers: int = 2,
         timeout: float = 5.0,
+        *,
         memory_mb: int = 1024,
         batch_timeout: float = 300.0,
         need_marker: bool = False,
