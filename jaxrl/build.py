@@ -155,6 +155,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         pages=s.pages,
         cache_tokens=s.cache_tokens,
         allowed=decodable(tok, decoder.vocab_size),
+        record=("kept",) if s.replay else (),
     )
 
 

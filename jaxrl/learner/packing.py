@@ -38,6 +38,8 @@ class PackedBatch:
     of the mini-batch, the denominators of every aggregation.
     capacity: static; most response tokens that one micro-batch has on one batch shard, rounded up.
     parents: int32 [M, R, T], the id of one more segment that a token sees, 0 for none; None if prompts are not shared.
+    least: float32 [M, R, T], what tells the set that a token was drawn from (jaxrl.rollout.sampling.kept_set); None if
+    that is not replayed.
     """
 
     tokens: Any
@@ -54,6 +56,7 @@ class PackedBatch:
     num_sequences: Any
     capacity: int = flax.struct.field(pytree_node=False)
     parents: Any = None
+    least: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,8 @@ class PackSettings:
     least one row a shard is used however small it is. shards: data x fsdp of the mesh; R is a multiple of it, and
     response tokens are dealt evenly. most_rows: how many rows the mini-batches of a run can fill
     (`jaxrl.batch.most_rows`): all of them get an M for that many; 0: M is the next power of two. share_prompts: the
-    responses to one prompt stand behind one copy of it.
+    responses to one prompt stand behind one copy of it. replay: log-probs are those of the truncated distributions
+    that the tokens were drawn from, by the rollouts' token columns "kept" and "least".
     """
 
     row_tokens: int
@@ -72,6 +76,7 @@ class PackSettings:
     shards: int = 1
     most_rows: int = 0
     share_prompts: bool = False
+    replay: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +165,7 @@ def pack(
         waste_to_longest=1 - lengths.mean() / longest,
     )
     zeros = np.zeros((M, R, T), np.float32)
+    kept, least = (r.token_columns.get(name, np.zeros(len(r.tokens), np.float32)) for name in ("kept", "least"))
     batch = PackedBatch(
         tokens=tokens.reshape(M, R, T) + packing.spread(r.tokens, np.int32),
         positions=positions.reshape(M, R, T),
@@ -167,7 +173,7 @@ def pack(
         response_mask=packing.spread(trained),
         advantages=packing.spread(advantages),
         old_logprobs=zeros,
-        sampler_logprobs=packing.spread(r.logprobs),
+        sampler_logprobs=packing.spread(r.logprobs - kept if settings.replay else r.logprobs),
         ref_logprobs=zeros,
         stale=zeros if step is None else packing.spread(r.version < step),
         num_micro=np.int32(num_micro),
@@ -175,6 +181,7 @@ def pack(
         num_sequences=np.float32((r.token_sum(trained) > 0).sum()),
         capacity=capacity_bucket(most, R // settings.shards * T),
         parents=parents.reshape(M, R, T) if settings.share_prompts else None,
+        least=packing.spread(least) if settings.replay else None,
     )
     return batch, packing
 
