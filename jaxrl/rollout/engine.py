@@ -193,7 +193,7 @@ class Engine:
         if not self._jobs:
             self._rows = Slots(0)
             self.cache.clear()
-        nothing = {"tokens": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32)}
+        nothing = dict(tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32))
         columns = concat_columns([(piece, len(piece["tokens"])) for piece in (nothing, *pieces)])
         return Completion(columns.pop("tokens"), columns.pop("logprobs"), finish, columns=columns)
 
@@ -318,7 +318,7 @@ class Engine:
         """One decode call, and what it did to each running sample."""
         rows, begin = self._rows, time.perf_counter()
         refill_at = max(1, round(REFILL * self.slots)) if self._waiting else self._shrink_at()
-        tokens, logps, emitted, columns = self.cache.decode(params, rows.arguments(), settings, kind, refill_at)
+        tokens, logprobs, emitted, columns = self.cache.decode(params, rows.arguments(), settings, kind, refill_at)
         steps = int(emitted.max(initial=0))
         self.stats.decode_calls += 1
         self.stats.steps += steps
@@ -329,17 +329,15 @@ class Engine:
         ended = np.isin(rows.token[running], self.eos)
         full = rows.count[running] >= rows.limit[running]
         finishes = np.where(ended, "eos", np.where(full, "length", ""))
-        drawn = {"tokens": tokens, "logprobs": logps, **columns}
+        drawn = dict(tokens=tokens, logprobs=logprobs, **columns)
         return [
             self._record(slot, {name: values[: emitted[slot], slot] for name, values in drawn.items()}, str(finish))
             for slot, finish in zip(running, finishes, strict=True)
         ]
 
     def _record(self, slot: int, piece: dict[str, np.ndarray], finish: str) -> Event:
-        """Keep what was drawn in a slot, up to a stop sequence; free the slot if the sample has ended.
-
-        piece: "tokens", "logprobs" and the columns, [n, ...] each.
-        """
+        """Keep what was drawn in a slot ("tokens", "logprobs" and columns, [n, ...] each), up to a stop sequence; free
+        the slot if the sample has ended."""
         ticket, sample = int(self._rows.ticket[slot]), int(self._rows.sample[slot])
         job = self._jobs[ticket]
         pieces = job.drawn[sample]
