@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrl import memory
 from jaxrl.errors import UserError
-from jaxrl.learner.learner import lora_of, needs_reference
+from jaxrl.learner.learner import Learner, lora_of, needs_reference
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.placement import place
 from jaxrl.rollout.requests import decodable
@@ -59,6 +60,7 @@ def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
     """The decoder of config.model: of its directory, or of its shape (vocab_size 0 means the tokenizer's)."""
     decoder = _model_config(config.model.path) if config.model.path else _shape_config(config, tokenizer)
     lora = lora_of(config, decoder)
+    decoder = dataclasses.replace(decoder, narrow=config.model.products == "bfloat16")
     return dataclasses.replace(decoder, lora_scale=lora.scale) if lora else decoder
 
 
@@ -124,12 +126,35 @@ def attention(config, on) -> str:
     return default_implementation(on.devices.flat[0].platform) if name == "auto" else name
 
 
+def _placement(config, decoder: DecoderConfig, on):
+    elsewhere = on.devices.flat[0].platform != jax.default_backend()  # preflight: one chip that is not here
+    int8 = config.sampling.weights == "int8"
+    return place(decoder, on, config.sampling.tensor, int8=int8) if on.size > 1 or elsewhere else None
+
+
+def _sampler_dtype(config):
+    return jnp.dtype(config.model.sampler_dtype or config.model.dtype)
+
+
+def _sampler_sizes(config) -> dict[str, int]:
+    s = config.sampling
+    return dict(max_prompt=s.max_prompt, max_tokens=max(s.max_tokens, config.eval.max_tokens), slots=s.slots)
+
+
+def cache_sizes(config, decoder: DecoderConfig, on) -> dict[str, int]:
+    """What config.sampling.pages and cache_tokens come to on the chips of the mesh `on`; see memory.cache_sizes."""
+    s, placement = config.sampling, _placement(config, decoder, on)
+    device = (placement.mesh if placement else on).devices.flat[0]
+    return memory.cache_sizes(
+        decoder, _sampler_dtype(config), placement, device, **_sampler_sizes(config), pages=s.pages,
+        tokens=s.cache_tokens, int8_weights=s.weights == "int8", int8_cache=s.cache == "int8",
+        lives=lambda: memory.of_learner(config, Learner(config, decoder, on)),
+    )
+
+
 def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
     """The sampler of config.sampling, on the devices of this host that belong to the mesh `on`."""
-    s = config.sampling
-    elsewhere = on.devices.flat[0].platform != jax.default_backend()  # preflight: one chip that is not here
-    int8 = s.weights == "int8"
-    placement = place(decoder, on, s.tensor, int8=int8) if on.size > 1 or elsewhere else None
+    s, placement = config.sampling, _placement(config, decoder, on)
     if placement and s.slots % placement.row_multiple:
         raise UserError(
             f"config.sampling.slots={s.slots} must be a multiple of {placement.row_multiple}, this host's copies of "
@@ -143,17 +168,14 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
     return Engine(
         decoder,
         tok.eos_ids,
-        max_prompt=s.max_prompt,
-        max_tokens=max(s.max_tokens, config.eval.max_tokens),
-        slots=s.slots,
+        **_sampler_sizes(config),
+        **cache_sizes(config, decoder, on),
         chunk=s.chunk,
         window=s.window,
-        dtype=jnp.dtype(config.model.sampler_dtype or config.model.dtype),
+        dtype=_sampler_dtype(config),
         placement=placement,
         weights=s.weights,
         cache=s.cache,
-        pages=s.pages,
-        cache_tokens=s.cache_tokens,
         allowed=decodable(tok, decoder.vocab_size),
         record=("kept",) if s.replay else (),
     )

@@ -10,6 +10,8 @@ or max), enforced from outside by s1's budget forcing (forced), or only compared
 are as a run was trained, unless given; so are --unfinished_thinking=wrong|graded and --need_marker, which say what
 counts as an answer. --reward=module:function grades with a function of yours. --distributed joins
 the processes of several hosts.
+--pages says how many tokens a page of the cache holds, 0 for a dense one; not given, it is as a run was trained, and
+pages of 64 where the chip has a kernel for them.
 --server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
 time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
 grader or the reward function's file are others by then, it says so instead.
@@ -33,7 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl import build
+from jaxrl import build, memory
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import EvalSet, load_sets
@@ -251,13 +253,16 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
     """
     longest = max((len(p) for job in jobs for p in job.prompts if len(p) < config.max_position_embeddings), default=1)
     replicas = placement.row_multiple if placement else 1
+    sizes = dict(max_prompt=max(longest, 1), max_tokens=max(job.limit for job in jobs))
+    sizes |= dict(slots=-(-flags["slots"] // replicas) * replicas)
+    dtype, pages = jnp.dtype(flags["dtype"]), memory.pages_of(flags, run_settings(flags["model"]))
+    sizes |= memory.cache_sizes(config, dtype, placement, jax.local_devices()[0], **sizes, pages=pages,
+                                lives=lambda: memory.bytes_of(params))
     sampler = Engine(
-        config,
+        dataclasses.replace(config, narrow=flags["products"] == "bfloat16"),
         tokenizer.eos_ids,
-        max_prompt=max(longest, 1),
-        max_tokens=max(job.limit for job in jobs),
-        slots=-(-flags["slots"] // replicas) * replicas,
-        dtype=jnp.dtype(flags["dtype"]),
+        **sizes,
+        dtype=dtype,
         placement=placement,
         allowed=decodable(tokenizer, config.vocab_size),
     )

@@ -4,13 +4,15 @@
 
 DIR is a Hugging Face directory or a run directory. The prompt goes through the tokenizer's chat template if it has
 one and --chat is not false. Flags and their defaults: --max_new_tokens=256 --temperature=1.0 --top_k=0 --top_p=1.0
---min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32 --prompt_logprobs=false (true: the log-probability of
-each token of the prompt but the first). --system_prompt=TEXT and --enable_thinking=on|off (of templates that have the
+--min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32 --pages=-1 (tokens of a page
+of the cache, 0 for a dense one; -1: as a run was trained) --prompt_logprobs=false (true: the log-probability of each
+token of the prompt but the first). --system_prompt=TEXT and --enable_thinking=on|off (of templates that have the
 switch) are as a run was trained, unless given. Text goes to stdout, the rest to stderr.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -30,8 +32,10 @@ def main(argv: list[str]) -> int:
     flags = cli.parse_flags(argv, DEFAULTS, __doc__)
     if len(flags["positional"]) != 1:
         raise UserError('need one prompt: python -m jaxrl.generate --model=DIR "prompt"')
+    import jax
     import jax.numpy as jnp
 
+    from jaxrl import memory
     from jaxrl.rollout.engine import Engine, SamplingParams
     from jaxrl.rollout.requests import decodable
     from jaxrl.runtime.model_source import load_model, run_settings
@@ -41,14 +45,18 @@ def main(argv: list[str]) -> int:
     cli.use_compilation_cache()
     config, params, tokenizer = load_model(flags["model"], jnp.dtype(flags["dtype"]))
     given = {key: flags[key] for key in cli.CHAT_FLAGS if flags[key]}
-    trained = run_settings(flags["model"]).get("task", {}) if flags["chat"] else {}
+    run = run_settings(flags["model"])
+    trained = run.get("task", {}) if flags["chat"] else {}
     prompt = encode(tokenizer, flags["positional"][0], flags["chat"], **prompt_options(trained | given))
     room = config.max_position_embeddings - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model a context of {config.max_position_embeddings}")
     limit = min(flags["max_new_tokens"], room)
-    sizes = dict(max_prompt=len(prompt), max_tokens=limit, slots=1, chunk=8)
-    sizes |= dict(dtype=flags["dtype"], allowed=decodable(tokenizer, config.vocab_size))
+    sizes, dtype = dict(max_prompt=len(prompt), max_tokens=limit, slots=1), jnp.dtype(flags["dtype"])
+    sizes |= memory.cache_sizes(config, dtype, None, jax.local_devices()[0], **sizes, pages=memory.pages_of(flags, run),
+                                lives=lambda: memory.bytes_of(params))
+    sizes |= dict(chunk=8, dtype=dtype, allowed=decodable(tokenizer, config.vocab_size))
+    config = dataclasses.replace(config, narrow=flags["products"] == "bfloat16")
     sampler = Engine(config, tokenizer.eos_ids, **sizes)
     params = sampler.layout(params)
     if flags["prompt_logprobs"]:

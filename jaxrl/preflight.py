@@ -33,11 +33,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl import build
+from jaxrl import build, memory
 from jaxrl.batch import most_rows, row_length
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner, needs_reference
-from jaxrl.learner.state import HOST
 from jaxrl.learner.update import abstract_batch
 from jaxrl.rollout import replay
 from jaxrl.rollout.cache import bucket
@@ -88,11 +87,9 @@ def programs(config, decoder, mesh) -> list[Program]:
     """The programs of a run on `mesh`, as training would build them."""
     learner = Learner(config, decoder, mesh)
     state, base = learner.abstract_state(), learner.abstract_base()
-    reference = _bytes(state.params) if needs_reference(config) and not base else 0  # a base is its own
-    lives = _bytes(state) + _bytes(base) + reference
     return [
-        *_sampler_programs(config, decoder, mesh, join(base, state.params), lives),
-        *_learner_programs(config, learner, mesh, state, base, reference),
+        *_sampler_programs(config, decoder, mesh, join(base, state.params), memory.of_learner(config, learner)),
+        *_learner_programs(config, learner, mesh, state, base, memory.of_reference(config, learner)),
     ]
 
 
@@ -108,7 +105,7 @@ def _learner_programs(config, learner: Learner, mesh, state, base, reference: fl
     scores = updates * ((not learner.objective.on_policy) + needs_reference(config))
     if scores:
         lower = lambda: learner.programs.score.lower(join(base, state.params), batch)  # noqa: E731
-        resident = _bytes(state) - _bytes(state.params) + reference
+        resident = memory.bytes_of(state) - memory.bytes_of(state.params) + reference
         yield Program("score", lower, resident, micro, work, scores)
     yield Program("update", lambda: learner.programs.update.lower(state, batch, base), reference, micro, work, updates)
 
@@ -125,11 +122,11 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
         with placement.use():
             return program.lower(*args, **kwargs)
 
-    weights = _placed(jax.eval_shape(sampler._layout, params), placement.params(decoder))
+    weights = memory.placed(jax.eval_shape(sampler._layout, params), placement.params(decoder))
     group, longest, sizes = config.batch.group_size, bucket(sampler.max_prompt - 1, 32), sampler.cache.prefill_sizes
     prompts = next((n for n in sizes if n >= -(-slots // group)), sizes[-1])  # those that fill the slots
     cache, prefilled, moved, move = _cache(sampler, decoder, prompts, longest, array)
-    waiting, i32 = _bytes(prefilled), jnp.int32
+    waiting, i32 = memory.bytes_of(prefilled), jnp.int32
     rows = Rows(*(array(i32, slots) for _ in range(4)), array(bool, slots), array(jnp.uint32, slots, 2),
                 array(i32, slots))
     settings = SamplingArrays(array(jnp.float32), array(i32, 2))
@@ -137,21 +134,23 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
     hosts = mesh.size // placement.mesh.size
     total = (config.batch.generation_prompts or config.batch.prompts) / hosts  # prompts of one host
     calls = total * group * config.sampling.max_tokens / 2 / slots / chunk
+    paged = isinstance(sampler.cache, PagedCache)
     yield Program(
-        "layout", lambda: sampler._layout.lower(params), lives - _bytes(params) + _bytes(weights), 1, 0, 1,
+        "layout", lambda: sampler._layout.lower(params),
+        lives - memory.bytes_of(params) + memory.bytes_of(weights), 1, 0, 1,
     )
     yield Program(
         "prefill", lambda: lower(run.prefill, weights, array(i32, prompts, longest), array(i32, prompts)),
-        lives + _bytes(cache), 1, prompts * longest * hosts, total / prompts,
+        lives + memory.bytes_of(cache), 1, prompts * longest * hosts, total / prompts,
     )
     yield Program(
-        "write pages" if config.sampling.pages else "move layer", lambda: lower(*move[0], **move[1]),
-        lives + _bytes(weights) + (0 if config.sampling.pages else waiting) + _bytes(cache) - _bytes(moved), 1, 0,
-        total / prompts if config.sampling.pages else calls * 2 * decoder.num_layers,
+        "write pages" if paged else "move layer", lambda: lower(*move[0], **move[1]),
+        lives + memory.bytes_of(weights) + (0 if paged else waiting) + memory.bytes_of(cache) - memory.bytes_of(moved),
+        1, 0, total / prompts if paged else calls * 2 * decoder.num_layers,
     )
     yield Program(
         "decode", lambda: lower(run.decode, weights, cache, rows, settings, array(i32), array(i32)),
-        lives + waiting, chunk, chunk * slots * hosts, calls, passes=chunk, cache=_bytes(cache),
+        lives + waiting, chunk, chunk * slots * hosts, calls, passes=chunk, cache=memory.bytes_of(cache),
     )
 
 
@@ -163,11 +162,12 @@ def _cache(sampler, decoder, prompts: int, longest: int, array) -> tuple:
     def dense(rows, window):
         blocks = spec.platform == "cpu"
         cache = jax.eval_shape(lambda: empty_cache(decoder, rows, window, spec.cache_dtype, key_blocks=blocks))
-        return cache.with_arrays(_placed(cache.arrays, placement.cache()), start=array(i32, rows), end=array(i32))
+        return cache.with_arrays(memory.placed(cache.arrays, placement.cache()), start=array(i32, rows), end=array(i32))
 
     prefilled = dense(prompts, longest).arrays
     if isinstance(paged := sampler.cache, PagedCache):
-        arrays = _placed(jax.eval_shape(lambda: run.new_pages(paged.pages * paged.replicas)), placement.cache(True))
+        arrays = jax.eval_shape(lambda: run.new_pages(paged.pages * paged.replicas))
+        arrays = memory.placed(arrays, placement.cache(True))
         writes = array(i32, paged.replicas * WRITES)
         cache = paged.view(arrays, array(i32, sampler.slots, paged.widths[-1]))
         return cache, prefilled, arrays, ((run.write_pages, arrays, prefilled, writes, writes, writes), {})
@@ -193,19 +193,6 @@ def sampling_refused(mesh, chip: hardware.Chip) -> str:
 def mean_tokens(config) -> float:
     """What is assumed where it matters: prompts of a quarter of the limit, answers of half of it."""
     return config.sampling.max_prompt / 4 + config.sampling.max_tokens / 2
-
-
-def _placed(tree, shardings):
-    """Shapes with shardings: a tree of them, or one for all."""
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _bytes(tree) -> float:
-    """Bytes of a tree of placed shapes on one chip; what is offloaded to the host takes none."""
-    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 # ---------------------------------------------------------------------------------------------------- the answer
@@ -272,18 +259,19 @@ def summary(rows: list[Row], config, mesh) -> str:
     )
 
 
-def rollout_seconds(rows: list[Row], config, layers: int, mesh) -> tuple[float, list[replay.Rollout]]:
+def rollout_seconds(rows: list[Row], config, layers: int, mesh, pages: int = 0,
+                    tokens: int = 0) -> tuple[float, list[replay.Rollout]]:
     """Seconds until every host has its answers, whose lengths differ, and what the scheduler did on some hosts.
 
     A decode step takes the compiled one's time in proportion to what it reads: weights, and the cache of its slots
-    and window. Other programs: in proportion to their tokens.
+    and window. Other programs: in proportion to their tokens. pages, tokens: of the cache as the engine has it.
     """
     s, b, by = config.sampling, config.batch, {r.program.name: r for r in rows}
     hosts = len({d.process_index for d in mesh.devices.flat})
     problems = math.ceil((b.generation_prompts or b.prompts) / hosts)
     sizes = {key: s[key] for key in ("slots", "chunk", "window", "max_prompt")}
     sizes |= dict(max_tokens=max(s.max_tokens, config.eval.max_tokens), multiple=mesh.size // hosts // s.tensor,
-                  page=s.pages, tokens=s.cache_tokens)
+                  page=pages, tokens=tokens)
     prompts, shape = [s.max_prompt // 4] * problems, (problems, b.group_size)
     lengths = [replay.log_normal(shape, s.max_tokens, MEDIAN, SIGMA, seed) for seed in range(min(hosts, 4))]
     found = [replay.replay(drawn, prompts, **sizes) for drawn in lengths]
@@ -307,9 +295,10 @@ def rollout_seconds(rows: list[Row], config, layers: int, mesh) -> tuple[float, 
     return by["layout"].seconds + max(map(seconds, found)), found
 
 
-def with_lengths(rows: list[Row], config, layers: int, mesh) -> str:
+def with_lengths(rows: list[Row], config, decoder, mesh) -> str:
     """What a step takes when the answers are not all of the same length: one wave lasts as long as its longest."""
-    rollout, found = rollout_seconds(rows, config, layers, mesh)
+    cache = build.cache_sizes(config, decoder, mesh)
+    rollout, found = rollout_seconds(rows, config, decoder.num_layers, mesh, cache["pages"], cache["cache_tokens"])
     total = rollout + sum(r.seconds * r.program.calls for r in rows if r.program.name not in SAMPLING)
     answers = (config.batch.generation_prompts or config.batch.prompts) * config.batch.group_size
     answers *= config.sampling.max_tokens / 2
@@ -421,7 +410,7 @@ def preflight(config, topology: str, out=print) -> bool:
         out(refused)
     elif not failed:
         out(summary(rows, config, mesh))
-        out(with_lengths(rows, config, decoder.num_layers, mesh))
+        out(with_lengths(rows, config, decoder, mesh))
     for row in failed:
         name = row.program.name
         out(f"{name} does not fit: {row.needed / GIB:.2f} GiB of {chip.hbm / GIB:.2f}; {row.program.resident / GIB:.2f}"

@@ -95,7 +95,8 @@ class DecoderConfig:
     query_scale: of the scores; 0 means head_dim ** -0.5. norm_offset: norms multiply by 1 + scale. scale_embeddings:
     looked-up rows are multiplied by sqrt(hidden_size). num_experts: 0 means one dense MLP; else each token goes to
     experts_per_token of them, whose MLPs are expert_size wide; normalise_experts: their weights sum to 1.
-    lora_scale: factor of the adapters' product, if the parameters have adapters (models/lora.py).
+    lora_scale: factor of the adapters' product, if the parameters have adapters (models/lora.py). narrow: matrices are
+    multiplied in bfloat16 and summed in float32, whatever the compute dtype is (models/cpu.py).
     """
 
     vocab_size: int
@@ -126,6 +127,7 @@ class DecoderConfig:
     norm_offset: bool = False
     scale_embeddings: bool = False
     lora_scale: float = 1.0
+    narrow: bool = False
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -438,7 +440,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         hf |= {"rope_local_base_freq": next((k.rope_theta for k in kinds if k.window), 10000.0)}
         scalar = round((c.query_scale or c.head_dim**-0.5) ** -2, 6)
         hf |= {"query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar}
-    c = dataclasses.replace(c, lora_scale=1.0)  # adapters are not part of the model's directory
+    c = dataclasses.replace(c, lora_scale=1.0, narrow=False)  # adapters and rounding are not part of a directory
     if (same := from_hf(hf)) != c:
         field = next(f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(same, f.name))
         value, read = getattr(c, field), getattr(same, field)

@@ -6,6 +6,8 @@ Keys in blocks, for the same reason, are in models/attention.py beside the cache
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,42 @@ def _write_out(_, g):
 
 
 _written_out.defvjp(lambda y: (y, None), _write_out)
+
+
+@jax.custom_vjp
+def narrow_product(x, w):
+    """x [..., D] @ w [D, F] with both rounded to bfloat16, summed and returned in float32.
+
+    XLA hands a bfloat16 product to the AMX or AVX512-BF16 kernels of a CPU, three to four times as fast as float32,
+    only if its result is asked for in float32 and its left side is not transposed; else it widens both sides first.
+    What lies between products stays in float32: XLA's CPU compiler has no bfloat16 updates in place, and would widen
+    all layers' activations at each layer. The gradients are written in the same form.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return _wide(rows, w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def _wide(a, b):
+    a, b = (x.astype(jnp.bfloat16) for x in (a, b))
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _narrow_gradient(saved, g):
+    x, w = saved
+    rows, g_rows = (a.reshape(-1, a.shape[-1]).astype(jnp.bfloat16) for a in (x, g))
+    # contracted over its second axis, not turned: that takes 0.4 of the time
+    d_x = lax.dot_general(g_rows, w.astype(jnp.bfloat16), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return d_x.reshape(x.shape).astype(x.dtype), _wide(_turned(rows), g_rows).astype(w.dtype)
+
+
+narrow_product.defvjp(lambda x, w: (narrow_product(x, w), (x, w)), _narrow_gradient)
+
+
+def _turned(x):
+    """x [M, D] -> [D, M], by way of tiles where they divide: a plain transpose becomes part of the product."""
+    tile = math.gcd(32, *x.shape)
+    tiles = x.reshape(x.shape[0] // tile, tile, x.shape[1] // tile, tile)
+    return tiles.transpose(2, 3, 0, 1).reshape(x.shape[::-1])
 
 
 def apply_rope(x, sin, cos):

@@ -111,8 +111,11 @@ def rms_norm(x, scale, config: DecoderConfig):
     return (y * (1 + scale if config.norm_offset else scale)).astype(x.dtype)
 
 
-def linear(x, w):
-    """x [..., D] times w [D, F], or times an int8 w with its float32 scales [F] (see models.layout)."""
+def linear(x, w, narrow: bool = False):
+    """x [..., D] times w [D, F], or times an int8 w with its float32 scales [F] (see models.layout). narrow: both are
+    rounded to bfloat16 first."""
+    if narrow and not isinstance(w, tuple):
+        return cpu.narrow_product(x, w).astype(x.dtype)
     if isinstance(w, tuple):
         y = cpu.product(x, w[0].astype(x.dtype))
         return (y.astype(jnp.float32) * w[1]).astype(x.dtype)
@@ -144,6 +147,8 @@ class Part(nn.Module):
     def weight(self, name: str):
         """Parameter `name` in the compute dtype; of an int8 matrix the pair (int8, float32 scales)."""
         w = self.raw(name)
+        if self.config.narrow and w.ndim == 2 and w.dtype != jnp.int8:
+            return w  # `linear` rounds it
         return (w, self.get_variable("params", name + SCALE)) if w.dtype == jnp.int8 else w.astype(self.dtype)
 
     def has(self, name: str) -> bool:
@@ -155,7 +160,7 @@ class Part(nn.Module):
         rows = [find(self.config, self.name, name) for name in names]
         fused = rows[0].fused
         if fused and self.has_variable("params", fused):
-            y = linear(x, self.weight(fused))
+            y = linear(x, self.weight(fused), self.config.narrow)
             if self.has(f"{names[0]}_bias"):
                 y += self.weight(f"{fused}_bias")
             return jnp.split(y, np.cumsum([row.shape[-1] for row in rows])[:-1], axis=-1)
@@ -166,11 +171,11 @@ class Part(nn.Module):
 
     def adapted(self, x, name: str):
         """x times matrix `name`, and its adapters if there are any (models/lora.py)."""
-        y = linear(x, self.weight(name))
+        y = linear(x, self.weight(name), self.config.narrow)
         if not self.has_variable("params", name + LORA_A):
             return y
         a, b = (self.get_variable("params", name + half).astype(self.dtype) for half in (LORA_A, LORA_B))
-        return y + self.config.lora_scale * linear(linear(x, a), b)
+        return y + self.config.lora_scale * linear(linear(x, a, self.config.narrow), b, self.config.narrow)
 
 
 class RMSNorm(Part):
@@ -388,7 +393,10 @@ def head_matrix(params):
 
 def logits(params, hidden):
     """float32 [..., V] next-token logits of hidden [..., D]."""
-    head = head_matrix(params).astype(hidden.dtype)
+    head = head_matrix(params)
+    if head.dtype == jnp.bfloat16:  # of the sampling layout, whatever is computed in
+        hidden = hidden.astype(head.dtype)
+    head = head.astype(hidden.dtype)
     z = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     scale = params.get("lm_head", {}).get("kernel_scale")
     return z if scale is None else z * scale

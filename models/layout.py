@@ -39,7 +39,8 @@ def sampling_layout(
     out: dict = {}
     for path, rows, layer, small in _entries(config, fuse, untie, int8):
         arrays = [dense(params, row, config, layer) for row in rows]
-        arrays = arrays if small else [a.astype(dtype) for a in arrays]
+        kept = jnp.bfloat16 if config.narrow and (rows[0].kind == MATRIX or path == HEAD) else dtype
+        arrays = arrays if small else [a.astype(kept) for a in arrays]
         w = jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
         w = w.T if path == HEAD and rows[0].path != HEAD else w
         if small:

@@ -26,6 +26,7 @@ from models.attention import attend
 from models.config import DecoderConfig
 from models.layout import quantise
 
+PAGE = 64  # tokens of a page, where nobody says
 BLOCK = 256  # tokens that the TPU's kernel reads at once; of a row's last block it reads all
 
 log = logging.getLogger(__name__)
@@ -78,19 +79,28 @@ class Pages:
         return Place(self.table, positions[:, 0], window, self.implementation)
 
 
+def default_page(platform: str, config: DecoderConfig, int8: bool, tensor: int = 1) -> int:
+    """Tokens of a page where the platform has a kernel for pages of this model; else 0, a dense cache."""
+    return PAGE if _kernel(platform, config, PAGE, int8, tensor) else 0
+
+
 def implementation(platform: str, config: DecoderConfig, page: int, int8: bool, tensor: int = 1) -> str:
     """The implementation to use on `platform` ("cpu", "gpu" or "tpu") for pages of `page` tokens, with heads split over
     `tensor` devices: the platform's kernel where it takes these sizes, else "xla"."""
+    if kernel := _kernel(platform, config, page, int8, tensor):
+        return kernel
+    if platform != "cpu":
+        log.warning("sampler: no kernel for pages of %d%s tokens, heads of %d, on %s: they are gathered in every step, "
+                    "which a dense cache (pages=0) is not", page, " int8" * int8, config.head_dim, platform)
+    return "xla"
+
+
+def _kernel(platform: str, config: DecoderConfig, page: int, int8: bool, tensor: int) -> str:
     H, divides = config.head_dim, config.num_kv_heads % tensor == 0
     if platform == "tpu" and H % 128 == 0 and divides and not int8:
         return "ragged"
     powers = all(n >= 16 and n & (n - 1) == 0 for n in (page, H))
-    if platform == "gpu" and powers:
-        return "triton"
-    if platform != "cpu":
-        log.warning("sampler: no kernel for pages of %d%s tokens, heads of %d, on %s: they are gathered in every step, "
-                    "which a dense cache (pages=0) is not", page, " int8" * int8, H, platform)
-    return "xla"
+    return "triton" if platform == "gpu" and powers else ""
 
 
 def empty_pages(config: DecoderConfig, count: int, size: int, dtype) -> tuple:

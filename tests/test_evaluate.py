@@ -14,6 +14,7 @@ from jaxrl import evaluate
 from jaxrl.errors import UserError
 from jaxrl.evaluation.benchmarks import asked_as, grade_text
 from jaxrl.rollout.engine import Engine
+from jaxrl.rollout.paged import PagedCache
 from jaxrl.runtime.checkpoint import Checkpointer
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.model_source import load_model
@@ -102,6 +103,22 @@ def test_other_settings_do_not_share_completions(model, tmp_path):
     run(model, tmp_path, "--data=dial:n_max=3", "--limit=2")
     with pytest.raises(UserError, match="temperature=1.0, now 0.5; choose another --out"):
         run(model, tmp_path, "--data=dial:n_max=3", "--limit=2", "--temperature=0.5")
+
+
+def test_pages_are_a_runs_unless_given_and_give_the_same_completions(model, tmp_path, monkeypatch):
+    made, begin = [], PagedCache.__init__
+    monkeypatch.setattr(PagedCache, "__init__", lambda self, *a, **k: made.append(k) or begin(self, *a, **k))
+    flags = ("--data=dial:n_max=3", "--limit=6", "--samples=2")
+    dense = run(model, tmp_path / "a", *flags)[1]
+    paged = run(model, tmp_path / "b", *flags, "--pages=8")[1]
+    monkeypatch.setattr(evaluate, "run_settings", lambda path: {"sampling": {"pages": 4}})
+    as_the_run = run(model, tmp_path / "c", *flags)[1]
+    assert [sizes["page"] for sizes in made] == [8, 4]
+
+    def texts(files):
+        return [[s["text"] for s in json.loads(line)["samples"]] for line in files["dial_n_max_3.jsonl"][1:]]
+
+    assert texts(dense) == texts(paged) == texts(as_the_run)
 
 
 def test_budget_sweep(model, tmp_path):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl import build, preflight
+from jaxrl import build, memory, preflight
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
 from jaxrl.rollout import replay
@@ -211,8 +211,8 @@ def test_offloaded_moments_take_no_memory_of_the_chip():
     resident = []
     for config.optimizer.offload in (False, True):
         learner = Learner(config, decoder, mesh)
-        resident.append(preflight._bytes(learner.abstract_state()))
-        parameters = preflight._bytes(learner.abstract_state().params)
+        resident.append(memory.bytes_of(learner.abstract_state()))
+        parameters = memory.bytes_of(learner.abstract_state().params)
     assert resident[0] - resident[1] == 2 * parameters
 
 
@@ -277,7 +277,7 @@ def test_pod_config_places_on_its_slice(name):
     mesh = slice_mesh(config, config.topology)
     chip = hardware.chip(mesh.devices.flat[0].device_kind)
     found = preflight.programs(config, build.decoder_config(config), mesh)
-    assert [p.name for p in found] == ["layout", "prefill", "move layer", "decode", "score", "update"]
+    assert [p.name for p in found] == ["layout", "prefill", "write pages", "decode", "score", "update"]
     assert all(p.resident < chip.hbm for p in found)
 
 
@@ -434,7 +434,7 @@ def test_two_slices_send_only_gradients_to_each_other():
 
 def only_gradients_cross(update, learner):
     """Of the layers in bfloat16 and once a micro-batch; the vocabulary's in float32, on TPU once an update."""
-    parameters = preflight._bytes(learner.abstract_state().params)
+    parameters = memory.bytes_of(learner.abstract_state().params)
     return 0.3 * parameters < update.compiled.counts.far < 1.3 * update.program.trips * parameters
 
 
@@ -447,7 +447,7 @@ def test_offloaded_update_compiles_with_moments_outside_the_chips_memory():
     chip = hardware.chip(mesh.devices.flat[0].device_kind)
     for config.optimizer.offload in (False, True):
         rows.append(preflight.check(preflight.programs(config, decoder, mesh)[-1], chip).compiled)
-    parameters = preflight._bytes(Learner(config, decoder, mesh).abstract_state().params)
+    parameters = memory.bytes_of(Learner(config, decoder, mesh).abstract_state().params)
     assert rows[0].arguments - rows[1].arguments == pytest.approx(2 * parameters, rel=0.05)
     assert rows[1].needed <= rows[0].needed
 

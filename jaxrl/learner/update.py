@@ -170,6 +170,7 @@ def build_programs(
         mesh=mesh,
         shard_vocab=rules["vocab"] is not None,
         frozen=lora is not None,
+        narrow=config.narrow,
     )
     # Results lie exactly as the inputs do, so that no second call compiles again.
     resting = sharding_of(abstract_state(config, optimizer, mesh, rules, lora=lora))

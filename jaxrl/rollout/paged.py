@@ -19,6 +19,8 @@ from jaxrl.rollout.programs import Runner
 from models.pages import Pages
 
 WRITES = 64  # pages that one call fills, on each replica
+PREFILL = 8192  # tokens that one call prefills on each replica, at most: enough for its matrix products, and what it
+# works in is not there for pages
 
 
 @dataclasses.dataclass
@@ -82,7 +84,8 @@ class PagedCache:
         self.longest = max_prompt + max_tokens if count < most * (slots // multiple) else 0
         # rows cannot move to another replica's pool
         self.row_sizes = row_sizes(slots, multiple) if multiple == 1 else [slots]
-        self.prefill_sizes = prefill_sizes(slots, multiple)
+        least, *others = prefill_sizes(slots, multiple)
+        self.prefill_sizes = [least, *(n for n in others if n * max_prompt <= PREFILL * multiple)]
         self.widths = [most]
         if implementation == "xla":
             self.widths = sorted({min(bucket(n, max(1, window // page)), most) for n in range(1, most + 1)})

@@ -32,6 +32,8 @@ SAMPLING_FLAGS = dict(
     top_p=Number(1.0, 0, 1, above=True),
     min_p=Number(0.0, 0, 1),
     dtype=Choice("float32", ("float32", "bfloat16")),
+    products=Choice("", ("", "bfloat16")),  # as model.products
+    pages=Integer(-1, -1),  # as sampling.pages; -1: as a run was trained
 )
 # How a chat template is used; empty: as a run was trained, or as the template does it.
 CHAT_FLAGS = dict(system_prompt="", enable_thinking=Choice("", ("", "default", "on", "off")))

@@ -102,6 +102,10 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         "empty: the one beside the model; dial: the embedded vocabulary",
     ),
     "model.dtype": (Choice("float32", _DTYPES), "compute dtype of the learner"),
+    "model.products": (
+        Choice("", ("", "bfloat16")),
+        "dtype that the factors of a matrix product are rounded to; empty: model.dtype",
+    ),
     "model.param_dtype": (
         Choice("float32", _DTYPES),
         "bfloat16 halves the memory; updates are then rounded stochastically",
@@ -190,12 +194,14 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sampling.chunk": (Integer(64, 1), "decode steps per call"),
     "sampling.window": (Integer(64, 1), "the cache grows in multiples of so many positions"),
     "sampling.pages": (
-        Integer(0),
-        "tokens of a page of the cache, which rows then take as they grow; 0: dense, all rows as long as the longest",
+        Integer(-1, -1),
+        "tokens of a page of the cache, which rows then take as they grow; 0: dense, all rows as long as the longest; "
+        "-1: 64 where the chip has a kernel for pages, else 0",
     ),
     "sampling.cache_tokens": (
         Integer(0),
-        "tokens that the pages hold, on all chips of a host together; 0: as many as all slots of full length take",
+        "tokens that the pages hold, on all chips of a host together; 0: what its memory has room for, at most as many "
+        "as all slots of full length take",
     ),
     "sampling.carry_over": (
         Integer(0),

@@ -63,6 +63,17 @@ def chip(device_kind: str) -> Chip | None:
     return next((c for key, c in CHIPS.items() if key in kind), None)
 
 
+def memory(device) -> float | None:
+    """Bytes that a run may use of a device's memory, None where nobody knows: of a GPU what it takes at its start, of a
+    chip that the table lacks what the device says of itself."""
+    if known := chip(device.device_kind):
+        return known.hbm * (GPU_MEMORY if device.platform in ("gpu", "cuda") else 1)
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # one that is compiled for and is not here
+        return None
+
+
 def peak_memory(devices) -> dict[str, float]:
     """perf/hbm_peak_gib of the fullest of this process's devices and perf/hbm_peak_share of what it may use; for
     devices that keep no account (a CPU), perf/host_peak_gib of the process."""

@@ -7,7 +7,7 @@ Thinking between <think> and </think> (and its relatives) is left out. The last 
    was cut off. A later "the answer is x", "Final answer: ..." or "#### x" overrides it.
 2. "#### x", then "the answer is x" / "Answer: x".
 3. otherwise the last formula, or the last number (or list of numbers: "41 or 42" is two values) of the last
-   line, with the scale word, unit or bound that belongs to it.
+   line, with the scale word, unit or bound that belongs to it. Numbers in words count in 1 and 2 only.
 
 A text that ends inside its thinking has no answer (unfinished="wrong"), or is read as if it were none ("graded").
 """
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from jaxrl.tasks import units
 from jaxrl.tasks.notation import SPACING, WRAPPER, closing_brace
+from jaxrl.tasks.numerals import AND_A_PART, BEGINS, in_digits
 
 MAX_ANSWER = 2000  # characters of an answer; longer ones are not parsed
 TAIL = 4000  # characters at the end of a text that are searched when it has no box
@@ -47,6 +48,7 @@ _VALUE = (
 _NUMBERS = re.compile(rf"(?:(?<=[\s=$€£¥:(*])|^){_VALUE}(?:{_JOIN}{_VALUE}){{0,9}}(?:\s*(?:\\?%|percent\b|pct\b))?")
 # What belongs to a number in prose: 12 million, 12 km, 12 or more, 12 squared; at least 12.
 _BEHIND = re.compile(
+    rf"{AND_A_PART}?"
     rf"(?:[ -]?(?:{'|'.join(units.SCALE_WORDS)})s?\b)*(?:(?<=\d)(?:[kKMB]|[mb]n)\b)?(?:\s*{units.IN_PROSE})?"
     r"(?:\s+(?:(?:or|and)\s+(?:more|less|fewer|greater|above|below|higher|lower|over|under|larger|smaller|longer|"
     r"shorter|up)|squared|cubed|factorial)\b)?"
@@ -59,8 +61,9 @@ _MARKER = re.compile(
     r"(?i)\banswers?\b\**\s*(?:(?:is|are|equals?|(?:should|would|must|will) be|comes? (?:out )?to)\b\s*:?|:|=)\s*"
 )
 _FINAL = re.compile(r"(?i)\bfinal answer\b\**\s*(?:is\b\s*:?|:)\s*")
-_DIRECT = re.compile(r"[\s*:]*(?:\$|\\[(\[]|[-+]?\.?\d)")  # a value comes next, not a word about it
+_DIRECT = re.compile(rf"[\s*:]*(?:\$|\\[(\[]|[-+]?\.?\d|{BEGINS})")  # a value comes next, not a word about it
 _CUT = re.compile(r"\s*[,;(–—-]?\s*(?:and |but )?(?:not|because|since|as|which|so|rather|instead|where)\b")
+_ASIDE = re.compile(r"\s*[,;:(–—]|\s+(?:because|since|as|so|which|where|not|but)\b")
 _THINK = re.compile(
     r"(?i)<(/?)(?:think|thinking|thoughts?|reason|reasoning)>|\[(/?)think\]|<\|(begin|end)_of_thought\|>"
 )
@@ -209,10 +212,21 @@ def _from_marker(rest: str) -> Answer | None:
     sentence = re.split(r"\.(?=\s|$|\*)", line, maxsplit=1)[0].strip().strip("*").strip()
     if not sentence:
         return None
+    if in_words := _in_words(sentence):
+        return Answer(in_words, True)
     leading = _NUMBERS.match(sentence)
     if leading and _CUT.match(sentence, leading.end()):  # "12, not 13"
         return Answer(leading[0].strip(), True)
     return _from_plain(sentence, sentence) or Answer(sentence, True)
+
+
+def _in_words(sentence: str) -> str:
+    """The number in words ("twelve apples") that a sentence is, or is up to the first aside; "" if it is none."""
+    plain = sentence.replace("*", "").strip()
+    for amount in (plain, _ASIDE.split(plain, maxsplit=1)[0]):
+        if in_digits(amount) != amount:
+            return amount
+    return ""
 
 
 def spoken(text: str, unfinished: str = "wrong") -> str | None:
@@ -292,7 +306,7 @@ def _later(after: str) -> Answer | None:
         return Answer(line.strip().split("\n", 1)[0].strip(), True)
     marker = _last(m for m in _MARKER.finditer(after) if _DIRECT.match(after, m.end())) or _last(_FINAL.finditer(after))
     answer = _from_marker(after[marker.end() :]) if marker else None
-    return answer if answer and re.search(r"\d|\\|[=<>]", answer.latex) else None
+    return answer if answer and re.search(r"\d|\\|[=<>]", in_digits(answer.latex)) else None
 
 
 def _from_tag(content: str) -> Answer | None:

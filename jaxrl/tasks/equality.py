@@ -14,6 +14,8 @@ else is math-verify's business (grader_worker). Policies:
 - A percent sign may be missing, or the value given instead: 28\% is matched by 28, 28\%, 0.28; but 0.28 not
   by 28.
 - Scale words count: 12 million is 12000000 and not 12; a dozen is 12.
+- Numbers in words are numbers (numerals.py): twelve, half a million, two dozen, a quarter. A reference that counts
+  something in words ("two lines") asks for what it counts, too.
 - Units and currency may be missing; where both are there, amounts convert (60 minutes for 1 hour), and an amount of
   another scale or kind (5 m for 5 cm, 5 kg for 5 m) is wrong. Degrees count as a unit.
 - Bounds are no values: "12 or more", "at least 12", \ge 12 only equal each other. "About 12" is 12.
@@ -34,6 +36,7 @@ from typing import NamedTuple
 from jaxrl.tasks import units
 from jaxrl.tasks.answers import MAX_ANSWER, Answer, words
 from jaxrl.tasks.notation import DEGREE, WRAPPER, clean, closing_brace
+from jaxrl.tasks.numerals import BEGINS, in_digits
 
 MAX_DIGITS = 400
 _DECIMALS = Fraction(1, 2_000_000)  # half a unit of the sixth decimal
@@ -218,7 +221,9 @@ _AFTER = re.compile(
     "|".join(f"(?P<_{i}>\\b{p}\\b)" for i, p in enumerate(_BOUND_AFTER.values())) + r"|(?P<_2>(?<=\d)\s*\+$)"
 )
 _BEFORE = re.compile("|".join(f"(?P<_{i}>{p})" for i, p in enumerate(_BOUND_BEFORE.values())))
-_ABOUT = re.compile(r"(?i)(?:about|approximately|approx\.?|around|roughly|exactly|just|only)\s+(?=[-+\d\\.$])")
+_ABOUT = re.compile(
+    rf"(?i)(?:about|approximately|approx\.?|around|roughly|exactly|just|only)\s+(?=[-+\d\\.$]|{BEGINS})"
+)
 
 
 def bound(latex: str) -> tuple[str, str]:
@@ -228,7 +233,7 @@ def bound(latex: str) -> tuple[str, str]:
     plain = re.sub(r"\s+", " ", re.sub(rf"{WRAPPER}(?=\{{)|[{{}}]", " ", latex)).strip()
     if before := _BEFORE.match(plain):
         return list(_BOUND_BEFORE)[int(before.lastgroup[1:])], plain[before.end() :].strip()
-    if (after := _AFTER.search(plain)) and re.search(r"\d", plain[: after.start()]):
+    if (after := _AFTER.search(plain)) and re.search(r"\d", in_digits(plain[: after.start()])):
         relation = ">=" if after.lastgroup == "_2" else list(_BOUND_AFTER)[int(after.lastgroup[1:])]
         return relation, (plain[: after.start()] + plain[after.end() :]).strip()
     about = _ABOUT.match(plain)
@@ -245,7 +250,7 @@ def _number(answer: Answer, text: str) -> Number | None:
 
 def normal_form(answer: Answer) -> str:
     """A text that answers of one value share, where it can be told without algebra: what votes are counted by."""
-    text = clean(answer.latex)
+    text = in_digits(clean(answer.latex))
     number = plain_number(text, answer.bare) if len(text) <= MAX_ANSWER else None
     return str(number.true_value) if number else text[:200]
 
@@ -266,8 +271,19 @@ def decide(gold: Answer, answer: Answer) -> bool | None:
     if g_number and a_number:
         return numbers_equal(g_number, a_number)
     g_words, a_words = as_words(g), as_words(a)
+    if g_words and g_words == a_words:
+        return True
+    said = g, a
+    if said != (spelled := (in_digits(g), in_digits(a))):
+        g, a = spelled
+        g_number, a_number = _number(gold, g), _number(answer, a)
+        if g != said[0] and g_number and g_number.unit and not units.parse(g_number.unit):  # "two lines": no bare 2
+            same = a_number and a_number.unit.casefold().removesuffix("s") == g_number.unit.removesuffix("s")
+            return bool(same) and numbers_equal(g_number, a_number)
+        if g_number and a_number:
+            return numbers_equal(g_number, a_number)
     if g_words and a_words:
-        return g_words == a_words
+        return False
     choice = re.match(r"\(([A-J])\)|([A-J])[.):] ", re.sub(WRAPPER + r"|[{}]", "", a))
     if choice and g_words and re.fullmatch("[A-J]", g_words[0]):
         return g_words == [choice[1] or choice[2]]

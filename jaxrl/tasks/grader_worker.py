@@ -25,6 +25,7 @@ from jaxrl.tasks import units, workers
 from jaxrl.tasks.answers import is_word
 from jaxrl.tasks.equality import plain_number
 from jaxrl.tasks.notation import DEGREE, WRAPPER, clean
+from jaxrl.tasks.numerals import in_digits
 
 logging.disable(logging.CRITICAL)  # math-verify warns about every formula it cannot read
 
@@ -147,7 +148,7 @@ def _same_variable(gold: str, answer: str) -> str:
 
 def prepare(latex: str) -> str:
     """Cleaned LaTeX in the form that math-verify reads as meant, its unit still there."""
-    latex = clean(latex)
+    latex = in_digits(clean(latex))
     latex = re.sub(r"\\[lc]?dots(?![A-Za-z])", r"\\text{dots}", latex)
     latex = re.sub(r"\{\d{1,3}(?:,\d{3})+\}", lambda m: m[0].replace(",", ""), latex)
     latex = re.sub(r"(?<=[\d\w)}])\s*\^\s*\(([^()]*)\)", r"^{\1}", latex)

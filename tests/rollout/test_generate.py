@@ -6,6 +6,7 @@ import pytest
 
 from jaxrl import generate
 from jaxrl.errors import UserError
+from jaxrl.rollout.paged import PagedCache
 from tests.shared import shared_path
 
 
@@ -24,6 +25,17 @@ def test_streams_the_published_text(capsys, cache_left_alone):
     first, second = out.out.split("\n" + "-" * 40 + "\n")
     assert text.startswith(start + first) and len(first) > 100 and first == second
     assert "60 tokens, length" in out.err
+
+
+def test_pages_are_honoured_and_give_the_same_text(capsys, cache_left_alone, monkeypatch):
+    model, made = f"--model={shared_path('data', 'models', 'stories260K')}", []
+    begin = PagedCache.__init__
+    monkeypatch.setattr(PagedCache, "__init__", lambda self, *a, **k: made.append(k) or begin(self, *a, **k))
+    texts = []
+    for pages in ("--pages=-1", "--pages=16"):
+        assert generate.main(["generate", model, pages, "--max_new_tokens=40", "Once upon a time"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and [sizes["page"] for sizes in made] == [16]
 
 
 def test_log_probs_of_the_prompt(capsys, cache_left_alone):

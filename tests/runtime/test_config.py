@@ -193,6 +193,7 @@ TAKES_TOO |= {key: {"another word", "empty"} for key in (
 TAKES_TOO |= {key: {"empty"} for key in (
     "model.sampler_dtype", "algorithm.aggregation", "checkpoint.keep_best", "task.reward",
 )}  # fmt: skip
+TAKES_TOO |= {"sampling.pages": {"negative"}}
 
 
 NEEDS_MORE = {"algorithm.kl_in_reward", "algorithm.kl_unbiased", "task.system_prompt"}  # refused without more
