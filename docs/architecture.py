@@ -25,7 +25,7 @@ BOXES = {
     "algorithms": ("losses, advantages, selection, length rewards: pure functions", 4, 2, 2),
 }
 GROUPS = {name: "commands" for name in "train sft evaluate generate export study report preflight".split()}
-GROUPS |= dict.fromkeys("build collect shaping batch rollout_metrics".split(), "step")
+GROUPS |= dict.fromkeys("build collect shaping batch memory rollout_metrics".split(), "step")
 GROUPS |= dict.fromkeys("errors types rollouts".split(), "")  # records that all speak
 
 

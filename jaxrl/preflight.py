@@ -242,23 +242,6 @@ ASSUMED = (
 )
 
 
-def summary(rows: list[Row], config, mesh) -> str:
-    """What a whole training step adds up to."""
-    parts = {"rollout": SAMPLING, "score": ("score",), "update": ("update",)}
-    spent = {
-        part: sum(r.seconds * r.program.calls for r in rows if r.program.name in names)
-        for part, names in parts.items()
-    }
-    prompts = config.batch.generation_prompts or config.batch.prompts
-    answers = prompts * config.batch.group_size * config.sampling.max_tokens / 2
-    total = sum(spent.values())
-    split = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in spent.items() if seconds)
-    return (
-        f"one step, one generation batch, answers of half the limit: {split}; {answers:,.0f} response tokens in "
-        f"{total:.0f} s, {answers / total:,.0f} tokens/s, {answers / total / mesh.size:,.0f} per chip"
-    )
-
-
 def rollout_seconds(rows: list[Row], config, layers: int, mesh, pages: int = 0,
                     tokens: int = 0) -> tuple[float, list[replay.Rollout]]:
     """Seconds until every host has its answers, whose lengths differ, and what the scheduler did on some hosts.
@@ -295,20 +278,26 @@ def rollout_seconds(rows: list[Row], config, layers: int, mesh, pages: int = 0,
     return by["layout"].seconds + max(map(seconds, found)), found
 
 
-def with_lengths(rows: list[Row], config, decoder, mesh) -> str:
-    """What a step takes when the answers are not all of the same length: one wave lasts as long as its longest."""
+def summary(rows: list[Row], config, decoder, mesh) -> str:
+    """What a whole training step adds up to, with answers that are not all of the same length: a wave of them lasts as
+    long as its longest."""
     cache = build.cache_sizes(config, decoder, mesh)
     rollout, found = rollout_seconds(rows, config, decoder.num_layers, mesh, cache["pages"], cache["cache_tokens"])
-    total = rollout + sum(r.seconds * r.program.calls for r in rows if r.program.name not in SAMPLING)
-    answers = (config.batch.generation_prompts or config.batch.prompts) * config.batch.group_size
-    answers *= config.sampling.max_tokens / 2
+    spent = {name: sum(r.seconds * r.program.calls for r in rows if r.program.name == name)
+             for name in ("score", "update")}
+    total = rollout + sum(spent.values())
+    prompts = config.batch.generation_prompts or config.batch.prompts
+    answers = prompts * config.batch.group_size * config.sampling.max_tokens / 2
+    split = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in ({"rollout": rollout} | spent).items() if seconds)
     drawn, steps = (sum(getattr(f.stats, name) for f in found) for name in ("tokens", "slot_steps"))
     times = sum(f.read for f in found) / sum(f.contexts for f in found)
+    held = f"pages for {cache['cache_tokens']:,} tokens" if cache["pages"] else "a dense cache"
     return (
-        f"with lengths that differ (log-normal, half of the limit on average): rollout {rollout:.0f} s, a step "
-        f"{total:.0f} s, {answers / total:,.0f} tokens/s; {drawn / steps:.0%} of the slots' steps draw a token, "
-        f"decoding reads {times:.1f} times the contexts. Not counted: grading, weights moving between hosts, saves, "
-        "evaluation, further generation batches"
+        f"one step, one generation batch, answers log-normal and of half the limit on average: {split}; "
+        f"{answers:,.0f} response tokens in {total:.0f} s, {answers / total:,.0f} tokens/s, "
+        f"{answers / total / mesh.size:,.0f} per chip; on each host {held}, {drawn / steps:.0%} of the slots' steps "
+        f"draw a token, decoding reads {times:.1f} times the contexts. Not counted: grading, weights moving between "
+        "hosts, saves, evaluation, further generation batches"
     )
 
 
@@ -338,6 +327,8 @@ def _remedies(name: str, config) -> Iterator[tuple[str, Any]]:
             micro = max(micro // 2, least)
             yield "batch.micro_tokens", micro
     else:
+        if config.sampling.cache_tokens:
+            yield "sampling.cache_tokens", 0  # what the memory has room for
         slots = config.sampling.slots
         for _ in range(2):
             slots //= 2
@@ -409,8 +400,7 @@ def preflight(config, topology: str, out=print) -> bool:
     if refused:
         out(refused)
     elif not failed:
-        out(summary(rows, config, mesh))
-        out(with_lengths(rows, config, decoder, mesh))
+        out(summary(rows, config, decoder, mesh))
     for row in failed:
         name = row.program.name
         out(f"{name} does not fit: {row.needed / GIB:.2f} GiB of {chip.hbm / GIB:.2f}; {row.program.resident / GIB:.2f}"

@@ -330,17 +330,18 @@ LATER = [pytest.param(name, marks=pytest.mark.last) for name in ONE_OF_EACH if n
 @libtpu
 def test_pod_config_fits_in_what_its_docstring_says(name):
     """One to four minutes each."""
-    fits_as_documented(name, "pods")
+    fits_as_documented(name, "pods", 0.4, 6)  # documented with a dense cache and answers all alike
 
 
-def fits_as_documented(name, folder):
+def fits_as_documented(name, folder, least, most):
+    """least, most: of the documented tokens/s."""
     config = pod(name, folder)
     lines = []
     assert preflight.preflight(config, config.topology, lines.append), "\n".join(lines)
     found = dict(re.findall(r"^(\w[\w ]*?) +([0-9.]+) of ", "\n".join(lines), re.M))
     for program, figure in documented(name, folder)[2].items():
         assert float(found[program]) == pytest.approx(figure, rel=0.1), program
-    assert speed(lines[-2]) == pytest.approx(speed(docstring(name, folder)), rel=0.1)
+    assert least < speed(lines[-1]) / speed(docstring(name, folder)) < most
 
 
 @pytest.mark.slow
@@ -348,7 +349,7 @@ def fits_as_documented(name, folder):
 @cuda
 def test_gpu_config_fits_in_what_its_docstring_says(name):
     """One to three minutes each."""
-    fits_as_documented(name, "gpus")
+    fits_as_documented(name, "gpus", 0.9, 3)  # documented with a dense cache
 
 
 # ------------------------------------------------------------------------------------------------ a small one
@@ -371,6 +372,22 @@ def test_one_wave_of_answers_takes_as_long_as_the_longest():
     assert seconds == 3 + 512 + 0.5 * found[0].stats.prefill_calls
     lengths = replay.log_normal((100, 100), 1000, preflight.MEDIAN, preflight.SIGMA)
     assert lengths.mean() == pytest.approx(500, rel=0.02)
+
+
+def test_the_steps_time_is_that_of_lengths_that_differ_and_says_what_it_leaves_out(monkeypatch):
+    """One host, a slot an answer: the longest of 256 log-normal answers reaches the limit, the mean is half of it."""
+    monkeypatch.setattr(build, "cache_sizes", lambda *_: dict(pages=32, cache_tokens=64 * 640))
+    config = small()
+    config.batch.prompts, config.batch.group_size, config.sampling.slots, config.sampling.max_tokens = 16, 16, 256, 512
+    mesh = types.SimpleNamespace(size=1, devices=np.array([types.SimpleNamespace(process_index=0)]))
+    rows = [row("layout", 0, 0), row("prefill", 0, 0, 1), row("write pages", 0, 0), row("score", 30, 0),
+            row("update", 58, 0), row("decode", config.sampling.chunk, 100)]  # fmt: skip
+    config.sampling.slots = 256
+    text = preflight.summary(rows, config, types.SimpleNamespace(num_layers=1), mesh)
+    rollout, total = (int(re.search(rf"{name} (\d+) s", text)[1]) for name in ("rollout", "tokens in"))
+    assert rollout >= 512 and total == rollout + 88 and "score 30 s, update 58 s" in text
+    assert "pages for 40,960 tokens" in text and "Not counted: grading" in text
+    assert speed(text) == pytest.approx(16 * 16 * 256 / total, rel=0.01)
 
 
 @pytest.mark.slow
@@ -456,7 +473,7 @@ def test_offloaded_update_compiles_with_moments_outside_the_chips_memory():
 @libtpu
 def test_too_large_names_buffers_and_a_setting_that_fits():
     config = small()
-    config.sampling.slots = 40960
+    config.sampling.slots, config.sampling.pages = 40960, 0
     lines = []
     assert not preflight.preflight(config, "v5e:2x2", lines.append)
     text = "\n".join(lines)

@@ -3,9 +3,10 @@
     python -m jaxrl.train --config=configs/pods/l1_r1_distill_1_5b.py:exact
     python -m jaxrl.train --config=configs/pods/l1_r1_distill_1_5b.py:max --config.model.path=RUN_DIR_OF_EXACT
 
-Smallest slice: v5e:2x2 (v5litepod-4). Preflight on v5e:2x2, GiB of 15.75 a chip: layout 9.28, prefill 13.38, decode
-13.67, score 7.75, update 10.86; a step of 2048 answers of 2048 tokens takes 676 s by the compiler's estimate (rollout
-445, score 82, update 149), 6,209 tokens/s.
+Smallest slice: v5e:2x2 (v5litepod-4). Preflight on v5e:2x2, GiB of 15.75 a chip: layout 9.28, score 7.75, update
+10.86. That leaves room for 845,830 tokens of cache in pages on each host, by arithmetic. In a dense cache of 128
+slots a step of 2048 answers of 2048 tokens takes 676 s by the compiler's estimate (rollout 445, score 82, update
+149), 6,209 tokens/s; docs/performance.md has what is expected of pages.
 """
 
 from configs.pods.recipes import pod
@@ -24,7 +25,7 @@ def get_config(stage: str = "exact"):
     c.task.data, c.task.eval_data = "deepscaler", "aime25"
     c.batch.prompts, c.batch.group_size, c.batch.updates = 128, 16, 2
     c.sampling.temperature = 0.6
-    c.sampling.slots, c.sampling.tensor = 128, 2
+    c.sampling.slots, c.sampling.tensor = 384, 2
     c.algorithm.loss, c.algorithm.kl_coef = "grpo", 1e-3
     c.algorithm.aggregation = "token-mean"
     c.length.mode = "exact" if exact else "both"

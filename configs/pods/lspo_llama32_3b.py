@@ -2,9 +2,11 @@
 
     python -m jaxrl.train --config=configs/pods/lspo_llama32_3b.py
 
-Smallest slice: v5e:2x4 (v5litepod-8). Preflight on v5e:2x4, GiB of 15.75 a chip: layout 6.90, prefill 13.20,
-decode 13.01, score 5.52, update 8.80; a step of 12,288 answers of 1536 tokens takes 3,712 s by the compiler's estimate
-(rollout 3404, score 64, update 244), 5,084 tokens/s. --topology=v6e:2x4 is the next larger.
+Smallest slice: v5e:2x4 (v5litepod-8). Preflight on v5e:2x4, GiB of 15.75 a chip: layout 6.90, score 5.52, update
+8.80. That leaves room for 597,412 tokens of cache in pages on each host, by arithmetic. In a dense cache of 96
+slots a step of 12,288 answers of 1536 tokens takes 3,712 s by the compiler's estimate (rollout 3404, score 64,
+update 244), 5,084 tokens/s; docs/performance.md has what is expected of pages. --topology=v6e:2x4 is the next
+larger.
 """
 
 from configs.pods.recipes import lspo, pod
@@ -15,5 +17,5 @@ def get_config():
     c = lspo(pod("lspo_llama32_3b", "Llama-3.2-3B-Instruct", LLAMA_3_2_3B, 1024, 3072), "dapo")
     c.task.data, c.task.template = "math", "chat"
     c.topology = "v5e:2x4"
-    c.sampling.slots, c.sampling.tensor = 96, 4
+    c.sampling.slots, c.sampling.tensor = 384, 4
     return c

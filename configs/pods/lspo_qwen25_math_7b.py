@@ -2,9 +2,10 @@
 
     python -m jaxrl.train --config=configs/pods/lspo_qwen25_math_7b.py:gspo
 
-Smallest slice of v6e: v6e:2x4 (v6e-8). Preflight on v6e:2x4, GiB of 31.24 a chip: layout 16.85, prefill 24.26,
-decode 23.40, score 13.00, update 19.51; a step of 12,288 answers of 1024 tokens takes 702 s by the compiler's estimate
-(rollout 520, score 41, update 141), 17,922 tokens/s.
+Smallest slice of v6e: v6e:2x4 (v6e-8). Preflight on v6e:2x4, GiB of 31.24 a chip: layout 16.85, score 13.00, update
+19.51. That leaves room for 2,157,568 tokens of cache in pages on each host, by arithmetic. In a dense cache of 256
+slots a step of 12,288 answers of 1024 tokens takes 702 s by the compiler's estimate (rollout 520, score 41, update
+141), 17,922 tokens/s; docs/performance.md has what is expected of pages.
 """
 
 from configs.pods.recipes import lspo, pod
@@ -17,5 +18,5 @@ def get_config(loss: str = "gspo"):
         raise ValueError(f"configs/pods/lspo_qwen25_math_7b.py:{loss}: choose gspo, grpo or dapo")
     c = lspo(pod(f"lspo_{loss}_7b", "Qwen2.5-Math-7B", QWEN25_MATH_7B, 2048, 2048), loss)
     c.topology = "v6e:2x4"
-    c.sampling.slots, c.sampling.tensor = 256, 4
+    c.sampling.slots, c.sampling.tensor = 1024, 4
     return c

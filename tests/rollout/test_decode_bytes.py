@@ -31,6 +31,7 @@ def decoder_matrices(decoder) -> int:
 def test_a_decode_step_reads_weights_and_cache_once(name, form, cache):
     config = pod(name)
     config.sampling.weights = config.sampling.cache = form
+    config.sampling.pages, config.sampling.slots = 0, 2 * int(cache.partition("[")[2].split(",")[0])  # two replicas
     validate(config)
     try:
         devices = compilers.target(config.topology).devices
@@ -69,7 +70,8 @@ def test_a_decode_step_reads_weights_and_cache_once(name, form, cache):
 @pytest.mark.slow
 def test_a_decode_step_hands_its_pages_to_the_kernel_and_copies_none():
     config = pod("l1_r1_distill_1_5b.py:exact")
-    config.sampling.pages, config.sampling.cache_tokens = 64, 2 * 1408 * 64  # two replicas of 64 rows
+    config.sampling.slots, config.sampling.pages = 128, 64
+    config.sampling.cache_tokens = 2 * 1408 * 64  # two replicas of 64 rows
     validate(config)
     try:
         devices = compilers.target(config.topology).devices
