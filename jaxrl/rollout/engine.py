@@ -187,14 +187,13 @@ class Engine:
     def _close(self, ticket: int, sample: int, finish: str) -> Completion:
         """The completion of a sample, which is open no longer. An engine without any keeps no cache."""
         job = self._jobs[ticket]
-        pieces = job.drawn.pop(sample)
+        pieces = [dict(tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32)), *job.drawn.pop(sample)]
         if not job.drawn:
             del self._jobs[ticket]
         if not self._jobs:
             self._rows = Slots(0)
             self.cache.clear()
-        nothing = dict(tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32))
-        columns = concat_columns([(piece, len(piece["tokens"])) for piece in (nothing, *pieces)])
+        columns = concat_columns([(piece, len(piece["tokens"])) for piece in pieces])
         return Completion(columns.pop("tokens"), columns.pop("logprobs"), finish, columns=columns)
 
     def _free(self, rows: np.ndarray) -> None:
@@ -336,8 +335,7 @@ class Engine:
         ]
 
     def _record(self, slot: int, piece: dict[str, np.ndarray], finish: str) -> Event:
-        """Keep what was drawn in a slot ("tokens", "logprobs" and columns, [n, ...] each), up to a stop sequence; free
-        the slot if the sample has ended."""
+        """Keep what was drawn in a slot (names as in Completion), up to a stop sequence; free it at the sample's end."""
         ticket, sample = int(self._rows.ticket[slot]), int(self._rows.sample[slot])
         job = self._jobs[ticket]
         pieces = job.drawn[sample]
