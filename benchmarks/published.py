@@ -4,7 +4,7 @@
 
 Qwen3-8B in bfloat16 over four chips (tensor 4). Published: SGLang-JAX's figures, vLLM's beside them. Ours is an
 estimate from shapes, of nothing that was run or compiled: rollout_goals.py says what it assumes and leaves out; its
-known error is there, too: preflight's compiled estimates of dense decoding were 1.5 to 2.3 times as long.
+known error is there, too: preflight's compiled estimates of dense decoding were 1.5 to 2.4 times as long.
 """
 
 from __future__ import annotations
