@@ -335,7 +335,7 @@ class Engine:
         ]
 
     def _record(self, slot: int, piece: dict[str, np.ndarray], finish: str) -> Event:
-        """Keep what was drawn in a slot (names as in Completion), up to a stop sequence; free it at the sample's end."""
+        """Keep what was drawn in a slot (names as in Completion), to a stop sequence; free it at the sample's end."""
         ticket, sample = int(self._rows.ticket[slot]), int(self._rows.sample[slot])
         job = self._jobs[ticket]
         pieces = job.drawn[sample]
