@@ -162,7 +162,7 @@ def fused(chunk, tokens, saved_bytes=0):
     from jaxrl.learner.logprobs import HeadSettings, logprobs_and_entropy
 
     settings = HeadSettings(chunk=chunk, saved_bytes=saved_bytes)
-    return lambda h, w, y: logprobs_and_entropy(h, w, y, jnp.ones(tokens), tokens, settings)
+    return lambda h, w, y: logprobs_and_entropy(h, w, y, jnp.ones(tokens), tokens, settings=settings)
 
 
 def run_shared(flags):

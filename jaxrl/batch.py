@@ -57,7 +57,9 @@ def make_batches(rollouts: Rollouts, config, step: int, shards: int = 1) -> list
     return out
 
 
-def with_kl_penalty(rollouts: Rollouts, batches: list[MiniBatch], config, learner, params, reference) -> Rollouts:
+def with_kl_penalty(
+    rollouts: Rollouts, batches: list[MiniBatch], config, learner, *, params, reference
+) -> Rollouts:
     """Rewards less kl_coef x sum_t KL(policy || reference), if config.algorithm.kl_in_reward says so.
 
     The packed mini-batches of the first epoch, which hold every graded response once, are what is scored.

@@ -271,7 +271,7 @@ def keep_base(config, run: RunDir, learner) -> str:
     return fingerprint(learner.frozen)
 
 
-def find_base(config, run: RunDir, learner, decoder: DecoderConfig, on, identity: str) -> None:
+def find_base(config, run: RunDir, learner, decoder: DecoderConfig, on, *, identity: str) -> None:
     """Gives the learner of a continued run its base. Raises UserError if it is another than at the beginning."""
     if not learner.lora:
         return

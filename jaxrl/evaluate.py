@@ -94,7 +94,7 @@ def evaluate_task(config, sampler: Engine, params: Any, tokenizer, task: Task) -
         tokenizer,
         problems,
         [task.encode(p) for p in problems],
-        task.grade,
+        grade=task.grade,
         samples=e.samples,
         sampling=SamplingParams(e.temperature),
         seed=config.seed,
@@ -150,7 +150,7 @@ def evaluate_checkpoints(flags: dict, out: pathlib.Path, grader: Grader, reward:
         identity = model_identity(flags["model"], step)
         info = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.name, **identity}
         placement = place(config, mesh, flags["tensor"]) if mesh else None
-        answer = sampled(config, params, tokenizer, jobs, flags, placement)
+        answer = sampled(config, params, tokenizer, jobs, flags, placement=placement)
         results += [run(job, answer, identity, flags, out) for job in jobs]
     return results, info
 
@@ -246,7 +246,7 @@ def plan(sets: Sequence[EvalSet], flags: dict, context: int, step: int | None, p
     return jobs
 
 
-def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placement=None) -> Callable:
+def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, *, placement=None) -> Callable:
     """answer(job, indices of its problems) -> records, drawn by a sampler that fits all jobs.
 
     params: as load_model returns them.
@@ -279,7 +279,7 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, placeme
             tokenizer,
             [job.problems[i] for i in part],
             [job.prompts[i] for i in part],
-            job.data.grade,
+            grade=job.data.grade,
             samples=flags["samples"],
             sampling=_sampling(flags),
             seed=flags["seed"] % 2**32,

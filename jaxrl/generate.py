@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
         if sample:
             print("\n" + "-" * 40)
         begin = time.perf_counter()
-        completion = stream(sampler, params, tokenizer, prompt, limit, sample, flags["seed"] % 2**32, sampling)
+        completion = stream(sampler, params, tokenizer, prompt, limit=limit, sample=sample,
+                            seed=flags["seed"] % 2**32, sampling=sampling)  # fmt: skip
         rate = completion.length / (time.perf_counter() - begin)
         what = f"{completion.length} tokens, {completion.finish}, {rate:.0f} tokens/s"
         print(f"\n[{what}, log-prob {completion.logprobs.sum():.1f}]", file=sys.stderr)
@@ -97,7 +98,7 @@ def encode(tokenizer, text: str, chat: bool, system: str = "", enable_thinking: 
     return np.array(ids, np.int32)
 
 
-def stream(sampler, params, tokenizer, prompt, limit: int, sample: int, seed: int, sampling):
+def stream(sampler, params, tokenizer, prompt, *, limit: int, sample: int, seed: int, sampling):
     """Print one completion while it is sampled; returns it."""
     from jaxrl.rollout.engine import Request
     from models.tokenizers import stream_text

@@ -59,7 +59,7 @@ def of_sampler(decoder: DecoderConfig, dtype, placement: Placement | None, int8:
     """Bytes a chip of the sampler's weights."""
     fused, untied = placement.fused if placement else True, placement and placement.platform == "cpu"
     tree = jax.eval_shape(
-        lambda p: sampling_layout(p, decoder, dtype, fused, untied, int8), abstract_params(decoder)[0]
+        lambda p: sampling_layout(p, decoder, dtype, fused, untie=untied, int8=int8), abstract_params(decoder)[0]
     )
     if placement is None:
         return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))

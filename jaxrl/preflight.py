@@ -89,11 +89,11 @@ def programs(config, decoder, mesh) -> list[Program]:
     state, base = learner.abstract_state(), learner.abstract_base()
     return [
         *_sampler_programs(config, decoder, mesh, join(base, state.params), memory.of_learner(config, learner)),
-        *_learner_programs(config, learner, mesh, state, base, memory.of_reference(config, learner)),
+        *_learner_programs(config, learner, mesh, state, base, reference=memory.of_reference(config, learner)),
     ]
 
 
-def _learner_programs(config, learner: Learner, mesh, state, base, reference: float) -> Iterator[Program]:
+def _learner_programs(config, learner: Learner, mesh, state, base, *, reference: float) -> Iterator[Program]:
     b, shards = config.batch, meshes.num_batch_shards(mesh)
     row = row_length(config)
     rows = max(1, b.micro_tokens // (row * shards)) * shards
@@ -242,7 +242,7 @@ ASSUMED = (
 )
 
 
-def rollout_seconds(rows: list[Row], config, layers: int, mesh, pages: int = 0,
+def rollout_seconds(rows: list[Row], config, layers: int, mesh, *, pages: int = 0,
                     tokens: int = 0) -> tuple[float, list[replay.Rollout]]:
     """Seconds until every host has its answers, whose lengths differ, and what the scheduler did on some hosts.
 
@@ -282,7 +282,8 @@ def summary(rows: list[Row], config, decoder, mesh) -> str:
     """What a whole training step adds up to, with answers that are not all of the same length: a wave of them lasts as
     long as its longest."""
     cache = build.cache_sizes(config, decoder, mesh)
-    rollout, found = rollout_seconds(rows, config, decoder.num_layers, mesh, cache["pages"], cache["cache_tokens"])
+    sizes = dict(pages=cache["pages"], tokens=cache["cache_tokens"])
+    rollout, found = rollout_seconds(rows, config, decoder.num_layers, mesh, **sizes)
     spent = {name: sum(r.seconds * r.program.calls for r in rows if r.program.name == name)
              for name in ("score", "update")}
     total = rollout + sum(spent.values())

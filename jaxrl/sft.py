@@ -100,14 +100,14 @@ def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:
             yield pack(from_sequences(prompts, responses), np.ones(len(chosen)), settings)[0]
 
 
-def warm_start(config, decoder, mesh, params, tokenizer, note=print):
+def warm_start(config, decoder, mesh, params, tokenizer, *, note=print):
     """Parameters after config.sft.steps updates on demonstrations (the same object when there are none)."""
     s = config.sft
     if s.steps < 1:
         return params
     phases = demonstrations(config, tokenizer)
     optimizer = build_optimizer(
-        s.learning_rate, s.warmup_steps, "cosine", s.steps, b2=0.95, grad_clip=1.0
+        s.learning_rate, warmup_steps=s.warmup_steps, schedule="cosine", total_steps=s.steps, b2=0.95, grad_clip=1.0
     )
     programs = build_programs(
         decoder,

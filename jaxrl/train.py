@@ -94,7 +94,7 @@ class Trainer:
         config, learner = self.config, self.learner
         self.console.note(f"{build.describe(config, self.decoder, self.mesh)}\nrun directory: {self.run.root}")
         params = build.params_maker(config, self.decoder, self.mesh)()
-        params = sft.warm_start(config, self.decoder, self.mesh, params, self.tokenizer, self._note)
+        params = sft.warm_start(config, self.decoder, self.mesh, params, self.tokenizer, note=self._note)
         self.state = learner.init(params)
         # before the save: a restart needs them
         self.base = build.keep_base(config, self.run, learner)
@@ -112,7 +112,7 @@ class Trainer:
         self.console.note("\n".join([f"continuing {self.run.root} after step {self.step}", *changed]))
         self.state = found.arrays
         self.collector.restore(found.host["collector"], found.blobs)
-        build.find_base(self.config, self.run, self.learner, self.decoder, self.mesh, self.base)
+        build.find_base(self.config, self.run, self.learner, self.decoder, self.mesh, identity=self.base)
         self.reference = build.reference(self.config, self.run, self.learner, None)
 
     def _note(self, text: str) -> None:
@@ -151,7 +151,7 @@ class Trainer:
         collected = self.collector.collect(self.sampling_params(), self.step)
         batches = make_batches(collected.chosen, config, self.step, num_batch_shards(self.mesh))
         weights = learner.weights(self.state)
-        chosen = with_kl_penalty(collected.chosen, batches, config, learner, weights, self.reference)
+        chosen = with_kl_penalty(collected.chosen, batches, config, learner, params=weights, reference=self.reference)
         batches = fill_in(batches, chosen := with_advantages(chosen, config))
         del weights  # the update may take their place
         begin_update = time.perf_counter()

@@ -105,7 +105,7 @@ def segment_mask(segment_ids, window=0, shared=None):
     return mask & ((place[:, :, None] - place[:, None] < window) | (window == 0))
 
 
-def attend_packed(q, k, v, segment_ids, implementation: str, windows: tuple[int, ...] = (0,), kind=None,
+def attend_packed(q, k, v, segment_ids, implementation: str, *, windows: tuple[int, ...] = (0,), kind=None,
                   shared=None):
     """Block-causal self-attention of packed rows.
 
@@ -140,7 +140,7 @@ def attend_packed(q, k, v, segment_ids, implementation: str, windows: tuple[int,
     raise ValueError(f"attention={implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _splash(q, k, v, segment_ids, window: int = 0, interpret: bool = False):
+def _splash(q, k, v, segment_ids, window: int = 0, *, interpret: bool = False):
     """The TPU's block-sparse flash attention: skips blocks above the diagonal, masks by segment.
 
     The compiler cannot partition a hand-written kernel, so on a mesh each device runs it on its own rows and
@@ -148,7 +148,7 @@ def _splash(q, k, v, segment_ids, window: int = 0, interpret: bool = False):
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _splash_local(q, k, v, segment_ids, window, interpret)
+        return _splash_local(q, k, v, segment_ids, window, interpret=interpret)
     N, K = q.shape[2], k.shape[2]
     rows, heads = nn.logical_to_mesh_axes(("batch", "heads"))
     parts = math.prod(mesh.shape[name] for name in ((heads,) if isinstance(heads, str) else heads or ()))
@@ -160,7 +160,7 @@ def _splash(q, k, v, segment_ids, window: int = 0, interpret: bool = False):
     return run(q, k, v, segment_ids)
 
 
-def _splash_local(q, k, v, segment_ids, window, interpret):
+def _splash_local(q, k, v, segment_ids, window, *, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

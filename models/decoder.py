@@ -84,7 +84,7 @@ class Cache:
 
 
 def empty_cache(
-    config: DecoderConfig, rows: int, window: int, dtype, scan_layers: bool = False, key_blocks: bool = False
+    config: DecoderConfig, rows: int, window: int, dtype, *, scan_layers: bool = False, key_blocks: bool = False
 ) -> Cache:
     """A zeroed cache of `rows` rows and `window` columns; every row starts at column 0. dtype: int8 adds scales."""
     L, shape = config.num_layers, (rows, config.num_kv_heads, window, config.head_dim)
@@ -215,7 +215,8 @@ class Attention(Part):
             layer_cache, out = attend_pages(layer_cache, q, k, v, mask)
         elif segments[0] is not None:
             windows = tuple(kind.window for kind in self.kinds)
-            out = attend_packed(q, k, v, segments[0], self.implementation, windows, kind, segments[1])
+            ids, shared = segments
+            out = attend_packed(q, k, v, ids, self.implementation, windows=windows, kind=kind, shared=shared)
         else:
             keys, values, *scales = layer_cache
             out = attend(q, keys, values, mask, scales)

@@ -22,7 +22,7 @@ def quantise(x, axis: int = -2):
 
 
 def sampling_layout(
-    params, config: DecoderConfig, dtype, fuse: bool = True, untie: bool = False, int8: bool = False
+    params, config: DecoderConfig, dtype, fuse: bool = True, *, untie: bool = False, int8: bool = False
 ):
     """The same weights, unrolled by layer, cast once, with those of one `fused` name in the table side by side.
 

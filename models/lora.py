@@ -265,4 +265,4 @@ def load_adapters(directory: str | os.PathLike, config: DecoderConfig, shardings
     lora = read_lora(directory, config)
     shardings = shardings(lora) if callable(shardings) else shardings
     table = adapter_table(config, lora)
-    return lora, read_table(pathlib.Path(directory), table, config, shardings, dtype, single=TENSORS)
+    return lora, read_table(pathlib.Path(directory), table, config, shardings, dtype=dtype, single=TENSORS)

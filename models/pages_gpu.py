@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 LEAST = 16  # rows of a tile of the tensor cores
 
 
-def attend_pages(q, layer, table, positions, window: int = 0, interpret: bool = False):
+def attend_pages(q, layer, table, positions, window: int = 0, *, interpret: bool = False):
     """Attention of one token a row over the pages of its row.
 
     Args:

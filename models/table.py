@@ -64,7 +64,7 @@ class Weight:
         return self.hf.count("{}")
 
 
-def _row(path: str, hf: str, kind: str, dims: str, fused: str = "", flag: str = "") -> Weight:
+def _row(path: str, hf: str, kind: str, dims: str, *, fused: str = "", flag: str = "") -> Weight:
     if path.startswith("layers/"):
         hf = f"model.layers.{{}}.{hf}"
     return Weight(tuple(path.split("/")), hf, kind, dims, fused, flag)

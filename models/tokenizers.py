@@ -85,8 +85,7 @@ class Tokenizer:
         if not isinstance(self.chat_template, dict):
             return self.chat_template
         if name not in self.chat_template and len(self.chat_template) > 1:
-            names = ", ".join(self.chat_template)
-            raise ChatTemplateError(f"{self.name}: no chat template is called {name!r}; valid: {names}")
+            raise ChatTemplateError(f"{self.name}: no chat template {name!r}; valid: {', '.join(self.chat_template)}")
         return self.chat_template.get(name, next(iter(self.chat_template.values()), None))
 
     def _render(self, template: str, messages: list[dict], options: dict) -> str:

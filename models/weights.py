@@ -46,11 +46,11 @@ def load_params(
     """
     # some tied models carry a copy of the embedding as their head
     ignored = ("lm_head.weight",) if config.tie_embeddings else ()
-    return read_table(epath.Path(directory), weights(config), config, shardings, dtype, ignored)
+    return read_table(epath.Path(directory), weights(config), config, shardings, dtype=dtype, ignored=ignored)
 
 
 def read_table(root: epath.Path, table: dict[tuple[str, ...], Weight], config: DecoderConfig, shardings=None,
-               dtype=jnp.float32, ignored=(), single: str = "model.safetensors") -> dict[str, Any]:
+               *, dtype=jnp.float32, ignored=(), single: str = "model.safetensors") -> dict[str, Any]:
     """The parameters of a table from its files; see `load_params`. ignored: copies of the embedding that may be there.
     single: the file that holds all of them, if there is no index."""
     dtype = np.dtype(dtype)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -16,6 +17,10 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+# Most optimizations of the compiler are off but where a test is about the programs that users run: of speed, of
+# compiled text, of bits between programs of different shapes (marked `optimized`), and of whole runs (`slow`).
+_QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+os.environ[_QUICK] = "1"
 
 # Hypothesis tries the same examples every time: a red test is red again.
 settings.register_profile("repeatable", derandomize=True)
@@ -24,6 +29,19 @@ settings.load_profile("repeatable")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    quick = "0" if item.get_closest_marker("slow") or item.get_closest_marker("optimized") else "1"
+    if quick == os.environ[_QUICK]:
+        return
+    os.environ[_QUICK] = quick  # for subprocesses, and for jax where nothing has imported it yet
+    if "jax" in sys.modules:
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", quick == "1")
+        jax.clear_caches()  # compiled programs are found again by their shapes, whatever the option was
 
 
 def pytest_unconfigure():
@@ -39,13 +57,3 @@ def dial_model(tmp_path_factory):
     root = tmp_path_factory.mktemp("dial")
     sft.main(["sft", "--config=tests/tiny.py", f"--config.run_dir={root}"])
     return root / "model"
-
-
-@pytest.fixture(scope="module")
-def fast_compiles():
-    """Programs compiled without most optimizations, in half the time: for tests of arithmetic, not of speed or bits."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -45,20 +45,13 @@ def config_for(loss="grpo", advantage="grpo", selection="none", length="none"):
     return c
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)  # a third off fourteen compilations
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def graded_groups(mode):
     """Groups with every accuracy from none to all correct, ungraded and truncated completions, lengths 1 to 12."""
     rng = np.random.default_rng(11)
     tokenizer = build.tokenizer(config_for())
     parts = []
-    for i, problem in enumerate(dial.problems("train", 0, GROUPS, 2, 3, mode)):
+    for i, problem in enumerate(dial.problems("train", 0, GROUPS, 2, 3, mode=mode)):
         lengths = rng.integers(1, LONGEST + 1, G)
         lengths[0] = LONGEST if i % 2 else 1
         correct = (np.arange(G) < [0, G, 1, 2, 3, 4, 5, 3][i]).astype(np.float32)

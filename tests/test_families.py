@@ -11,8 +11,6 @@ from models.config import from_hf
 from models.decoder import Decoder, init_params
 from tests.models.hf_cases import CASES
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 @pytest.fixture(scope="module", params=["gemma3", "qwen3_moe"])
 def model(request):
@@ -48,7 +46,7 @@ def test_the_learner_scores_what_the_sampler_drew(model):
         hidden, _ = Decoder(config, remat=remat).apply({"params": params}, tokens, positions, segments)
         settings = HeadSettings(tied=config.tie_embeddings, chunk=16)
         head = params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]
-        return response_logprobs(hidden, head, tokens, mask, 64, settings)[0]
+        return response_logprobs(hidden, head, tokens, mask, 64, settings=settings)[0]
 
     np.testing.assert_allclose(jax.jit(lambda p: score(p, "none"))(params), want, atol=2e-4)
     gradients = [jax.jit(jax.grad(lambda p, remat=r: jnp.sum(score(p, remat) ** 2)))(params) for r in ("none", "full")]

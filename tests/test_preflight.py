@@ -23,6 +23,8 @@ from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import base_config, parse_config, validate
 from models.decoder import abstract_params
 
+pytestmark = pytest.mark.optimized
+
 ROOT = pathlib.Path(__file__).parents[1]
 PODS = [
     ("l1_r1_distill_1_5b.py:exact", 1_777_088_000),

@@ -162,7 +162,7 @@ def test_kl_in_the_reward_is_that_of_each_response_and_packs_nothing_more():
     c = settings_of(updates=2, epochs=2)
     batches = make_batches(r, c, step=0)
     assert len(batches) == 4
-    shaped = with_kl_penalty(r, batches, c, Scores(), np.float32(-1.0), np.float32(-1.5))
+    shaped = with_kl_penalty(r, batches, c, Scores(), params=np.float32(-1.0), reference=np.float32(-1.5))
     expected = np.where(r.valid, r.reward - 0.1 * 0.5 * r.lengths, r.reward)  # k1: log pi - log pi_ref, 0.5 a token
     np.testing.assert_allclose(shaped.reward, expected, rtol=1e-6)
     advantage = with_advantages(shaped, c)
@@ -170,7 +170,7 @@ def test_kl_in_the_reward_is_that_of_each_response_and_packs_nothing_more():
         want = np.repeat(advantage.columns["advantage"][index], r.lengths[index])
         np.testing.assert_allclose(packing.collect(data.advantages), want, rtol=1e-6)
     c.algorithm.kl_in_reward = False
-    assert with_kl_penalty(r, batches, c, None, None, None) is r
+    assert with_kl_penalty(r, batches, c, None, params=None, reference=None) is r
 
 
 def test_every_epoch_visits_every_valid_response_once():

@@ -42,7 +42,7 @@ def test_a_file_warms_a_model_up(tmp_path):
     config = from_file(tmp_path, ROWS, {"sft.steps": 30, "sft.warmup_steps": 2})
     tokenizer, mesh, said = build.tokenizer(config), build.mesh(config), []
     decoder = build.decoder_config(config, tokenizer)
-    sft.warm_start(config, decoder, mesh, build.params_maker(config, decoder, mesh)(), tokenizer, said.append)
+    sft.warm_start(config, decoder, mesh, build.params_maker(config, decoder, mesh)(), tokenizer, note=said.append)
     losses = [float(line.split("loss ")[1].split()[0]) for line in said]
     assert losses[-1] < 0.5 * losses[0]
 

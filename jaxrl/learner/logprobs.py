@@ -77,7 +77,7 @@ class HeadSettings:
         return P(vocab, "fsdp") if self.tied else P("fsdp", vocab)
 
 
-def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, settings: HeadSettings = HeadSettings(),
+def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, *, settings: HeadSettings = HeadSettings(),
                          least=None):
     """Log-probability of targets[i] given hidden[i], and the entropy there, where mask is set.
 
@@ -96,7 +96,7 @@ def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, settings: H
     return _fused(settings, capacity, hidden, head, targets, mask != 0, least)
 
 
-def response_logprobs(hidden, head, tokens, response_mask, capacity: int, settings: HeadSettings = HeadSettings(),
+def response_logprobs(hidden, head, tokens, response_mask, capacity: int, *, settings: HeadSettings = HeadSettings(),
                       least=None):
     """`logprobs_and_entropy` of packed rows: entry [r, t] is about token t, predicted from hidden[r, t - 1].
 
@@ -110,8 +110,8 @@ def response_logprobs(hidden, head, tokens, response_mask, capacity: int, settin
     """
     R, T, D = hidden.shape
     per_token = (tokens, response_mask, least)
-    shifted = [None if a is None else jnp.roll(a, -1, axis=1).reshape(R * T) for a in per_token]
-    out = logprobs_and_entropy(hidden.reshape(R * T, D), head, *shifted[:2], capacity, settings, shifted[2])
+    *shifted, least = [None if a is None else jnp.roll(a, -1, axis=1).reshape(R * T) for a in per_token]
+    out = logprobs_and_entropy(hidden.reshape(R * T, D), head, *shifted, capacity, settings=settings, least=least)
     return tuple(jnp.roll(a.reshape(R, T), 1, axis=1) for a in out)
 
 

@@ -48,6 +48,7 @@ class Optimizer(NamedTuple):
 @functools.lru_cache(maxsize=8)  # equal settings, equal object: build_programs tells optimizers apart by identity
 def build_optimizer(
     learning_rate: float,
+    *,
     warmup_steps: int = 0,
     schedule: str = "constant",
     total_steps: int = 0,
@@ -149,7 +150,7 @@ def fresh_state(params, optimizer: Optimizer) -> TrainState:
     return TrainState(zero, params, optimizer.transform.init(params), zero, zero)
 
 
-def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, rules: dict | None = None,
+def abstract_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, *, rules: dict | None = None,
                    param_dtype=jnp.float32, lora: LoRA | None = None) -> TrainState:
     """TrainState of jax.ShapeDtypeStruct with shardings: what `preflight` lowers with and checkpoints restore to.
 
@@ -198,14 +199,14 @@ def on_host(tree, shardings):
     return jax.tree.map(lambda x, s: jax.device_put(x, s) if s.memory_kind == HOST else x, tree, shardings)
 
 
-def init_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, key=None, params=None,
+def init_state(config: DecoderConfig, optimizer: Optimizer, mesh: Mesh, key=None, *, params=None,
                rules: dict | None = None, param_dtype=jnp.float32, lora: LoRA | None = None) -> TrainState:
     """A fresh TrainState, every array created where it lives: no host and no device ever holds all of it.
 
     Give `key` for random parameters (the same on every mesh) or `params`, already in shards (see
     models.weights.load_params); the caller must not use `params` afterwards. lora: they are these adapters.
     """
-    target = sharding_of(abstract_state(config, optimizer, mesh, rules, param_dtype, lora))
+    target = sharding_of(abstract_state(config, optimizer, mesh, rules=rules, param_dtype=param_dtype, lora=lora))
     if params is None:
         init = functools.partial(init_adapters, config, lora) if lora else functools.partial(init_params, config)
         make = jax.jit(lambda key: fresh_state(init(key, param_dtype), optimizer), out_shardings=target)

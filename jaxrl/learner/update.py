@@ -141,6 +141,7 @@ def build_programs(
     mesh: Mesh,
     optimizer: Optimizer,
     objective: Objective,
+    *,
     dtype=jnp.float32,
     remat: str = "none",
     attention: str = "auto",
@@ -173,7 +174,7 @@ def build_programs(
         narrow=config.narrow,
     )
     # Results lie exactly as the inputs do, so that no second call compiles again.
-    resting = sharding_of(abstract_state(config, optimizer, mesh, rules, lora=lora))
+    resting = sharding_of(abstract_state(config, optimizer, mesh, rules=rules, lora=lora))
     model = Decoder(config, dtype=dtype, remat=remat, attention=attention)
     parts = Parts(objective, loss, loss_hyper, correction, correction_hyper, optimizer, model, head, mesh, rules,
                   resting.params, dtype)
@@ -205,7 +206,7 @@ def _update(parts: Parts, moments_rest, state: TrainState, batch: PackedBatch, f
     grad_norm, lr = optax.tree.norm(grads), parts.optimizer.schedule(state.step)
     state = state.replace(opt_state=on_device(state.opt_state, moments_rest))
     state, ok = _apply(state, grads, parts.optimizer, jnp.isfinite(total) & jnp.isfinite(grad_norm))
-    metrics = _metrics(total, grad_norm, sums, maxima, batch.num_tokens, lr, ok)
+    metrics = _metrics(total, grad_norm, sums, maxima, batch.num_tokens, lr=lr, ok=ok)
     return state.replace(opt_state=on_host(state.opt_state, moments_rest)), metrics
 
 
@@ -303,9 +304,8 @@ def _forward(parts: Parts, params, micro: PackedBatch):
         else:
             hidden, _ = parts.model.apply({"params": params}, *arguments)
     matrix = params["embed"]["embedding"] if parts.head.tied else params["lm_head"]["kernel"]
-    scores = response_logprobs(
-        hidden, matrix, micro.tokens, micro.response_mask, micro.capacity, parts.head, micro.least)
-    return scores, load
+    where = micro.response_mask, micro.capacity
+    return response_logprobs(hidden, matrix, micro.tokens, *where, settings=parts.head, least=micro.least), load
 
 
 def _inputs(parts: Parts, batch: PackedBatch, logp, entropy) -> LossInputs:
@@ -364,7 +364,7 @@ def _all_finite(tree):
     return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in floats])
 
 
-def _metrics(loss, grad_norm, sums, maxima, num_tokens, lr, ok):
+def _metrics(loss, grad_norm, sums, maxima, num_tokens, *, lr, ok):
     """Sums over response tokens become means; names as in metrics.jsonl. What a loss reports beyond the usual
     goes under "policy/"."""
     mean = {k: v / jnp.maximum(num_tokens, 1) for k, v in sums.items()}

@@ -22,7 +22,7 @@ PARTS = dict(rollout=0, grading=1, update=2, other=3)
 
 
 def lines(
-    ax, settings: Sequence[Setting], series: Sequence[tuple[str, str]], percent=False, zero=False, log=False
+    ax, settings: Sequence[Setting], series: Sequence[tuple[str, str]], *, percent=False, zero=False, log=False
 ) -> bool:
     """Metrics over steps. One setting: all series, labelled. Several: the first series only, by setting."""
     if log:

@@ -4,6 +4,7 @@ Nothing but this file knows windows, the clock and resizing."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -91,21 +92,28 @@ def prefill_sizes(slots: int, multiple: int) -> list[int]:
     return [least << i for i in range(4) if i == 0 or least << i <= slots]
 
 
-def prefill_together(run: Runner, params, prompts: Sequence[np.ndarray], rows: int, columns: int):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefill:
+    """What one call of the prefill program has cached: right-aligned `arrays` of `columns` columns. Equal to itself."""
+
+    arrays: tuple
+    columns: int
+
+
+def prefill_together(run: Runner, params, prompts: Sequence[np.ndarray], rows: int, columns: int) -> Prefill:
     """The prompts' cache arrays from one call of the prefill program: right-aligned in [rows, columns], int32."""
     tokens, lengths = np.zeros((rows, columns), np.int32), np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
         lengths[row] = len(prompt)
         tokens[row, columns - len(prompt) :] = prompt
-    return run.call("prefill", (rows, columns), params, tokens, lengths)
+    return Prefill(run.call("prefill", (rows, columns), params, tokens, lengths), columns)
 
 
 class Prompt(NamedTuple):
-    """A prefilled prompt of a dense cache: row `row` of right-aligned `arrays` of `columns` columns."""
+    """A prefilled prompt of a dense cache: row `row` of what `call` has cached."""
 
-    arrays: tuple
+    call: Prefill
     row: int
-    columns: int
 
 
 class DenseCache:
@@ -159,19 +167,19 @@ class DenseCache:
 
     def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Prompt]:
         n, columns = self.prefill_shape([len(p) for p in prompts])
-        arrays = prefill_together(self.run, params, prompts, n, columns)
-        return [Prompt(arrays, row, columns) for row in range(len(prompts))]
+        call = prefill_together(self.run, params, prompts, n, columns)
+        return [Prompt(call, row) for row in range(len(prompts))]
 
     def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Prompt]]) -> None:
-        self._make_room(longest, ahead, max((prompt.columns for _, prompt in placed), default=0))
-        batches: dict[int, list] = {}  # one write for the prompts of one prefill
+        self._make_room(longest, ahead, max((prompt.call.columns for _, prompt in placed), default=0))
+        batches: dict[Prefill, list] = {}  # one write for the prompts of one prefill
         for slot, prompt in placed:
-            batches.setdefault(id(prompt.arrays), []).append((slot, prompt))
-        for batch in batches.values():
+            batches.setdefault(prompt.call, []).append((slot, prompt.row))
+        for call, batch in batches.items():
             source, chosen = np.zeros(self.rows, np.int32), np.zeros(self.rows, bool)
-            for slot, prompt in batch:
-                source[slot], chosen[slot] = prompt.row, True
-            self.arrays = self._write(self.arrays, batch[0][1].arrays, source, chosen, self.end)
+            for slot, row in batch:
+                source[slot], chosen[slot] = row, True
+            self.arrays = self._write(self.arrays, call.arrays, source, chosen, self.end)
 
     def _write(self, cache, prompts: tuple, source, chosen, end: int):
         """The cache with rows `source` of the prompt arrays in its `chosen` rows, before column `end`."""

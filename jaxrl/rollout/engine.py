@@ -96,7 +96,8 @@ class Engine:
         self.config, self.slots, self.chunk, self.allowed = config, slots, chunk, allowed
         self.max_prompt, self.max_tokens, self.placement = max_prompt, max_tokens, placement
         self.eos = np.array(sorted(set(eos_ids)), np.int32)
-        self.spec = spec = program_spec(config, dtype, chunk, placement, cache == "int8", pages, record)
+        kinds = dict(int8_cache=cache == "int8", pages=pages, record=record)
+        self.spec = spec = program_spec(config, dtype, chunk, placement, **kinds)
         self.programs: SamplerPrograms = sampler_programs(spec)
         self.runner = Runner(self.programs, placement)
         sizes |= dict(multiple=multiple, window=window)
@@ -107,7 +108,7 @@ class Engine:
         self.cache: KVCache = (PagedCache if pages else DenseCache)(self.runner, **sizes)
         fused = placement.fused if placement else True
         self._layout = jax.jit(
-            lambda p: sampling_layout(p, config, dtype, fused, spec.platform == "cpu", weights == "int8"),
+            lambda p: sampling_layout(p, config, dtype, fused, untie=spec.platform == "cpu", int8=weights == "int8"),
             out_shardings=placement.cast_where_they_lie(config) if placement else None,
         )
         self.stats = Stats()
@@ -306,7 +307,7 @@ class Engine:
             sample, job = start.samples.pop(0), self._jobs[start.ticket]
             self._born += 1
             born = self._born + (job.background << 60)  # those that fill idle slots give way first
-            self._rows.fill(slot, start.ticket, sample, job.request, start.tokens, job.keys[sample], born)
+            self._rows.fill(slot, start.ticket, sample, job.request, start.tokens, keys=job.keys[sample], born=born)
             placed.append((slot, start.prefix))
             free.remove(slot)
             if not start.samples:

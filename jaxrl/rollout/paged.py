@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.rollout.cache import bucket, idle_rows, prefill_sizes, prefill_together, row_sizes
+from jaxrl.rollout.cache import Prefill, bucket, idle_rows, prefill_sizes, prefill_together, row_sizes
 from jaxrl.rollout.kernels import Rows, SamplingArrays
 from jaxrl.rollout.programs import Runner
 from models.pages import Pages
@@ -25,14 +25,13 @@ PREFILL = 8192  # tokens that one call prefills on each replica, at most: enough
 
 @dataclasses.dataclass
 class Prompt:
-    """A prefilled prompt: row `row` of right-aligned `arrays` of `columns` columns; `length` tokens.
+    """A prefilled prompt of `length` tokens: row `row` of what `call` has cached.
 
     shared: replica -> (its full pages there, when the first of them was taken), as long as a sample holds them.
     """
 
-    arrays: tuple
+    call: Prefill
     row: int
-    columns: int
     length: int
     shared: dict[int, tuple[list[int], int]] = dataclasses.field(default_factory=dict)
 
@@ -110,8 +109,8 @@ class PagedCache:
 
     def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Prompt]:
         n, columns = self.prefill_shape([len(p) for p in prompts])
-        arrays = prefill_together(self.run, params, prompts, n, columns)
-        return [Prompt(arrays, row, columns, len(prompt)) for row, prompt in enumerate(prompts)]
+        call = prefill_together(self.run, params, prompts, n, columns)
+        return [Prompt(call, row, len(prompt)) for row, prompt in enumerate(prompts)]
 
     def _replica(self, row: int) -> int:
         return row * self.replicas // self.rows
@@ -148,25 +147,25 @@ class PagedCache:
         return True
 
     def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Prompt]]) -> None:
-        batches: dict[int, list] = {}  # one write for the prompts of one prefill
+        batches: dict[Prefill, list] = {}  # one write for the prompts of one prefill
         for write in self._writes:
-            batches.setdefault(id(write[0].arrays), []).append(write)
+            batches.setdefault(write[0].call, []).append(write)
         self._writes = []
-        for batch in batches.values():
+        for call, batch in batches.items():
             by_replica = [[w for w in batch if w[2] == replica] for replica in range(self.replicas)]
             for at in range(0, max(map(len, by_replica)), WRITES):
-                self.arrays = self._write(self.arrays, batch[0][0], [part[at : at + WRITES] for part in by_replica])
+                self.arrays = self._write(self.arrays, call, [part[at : at + WRITES] for part in by_replica])
 
-    def _write(self, arrays, prompt: Prompt, parts: Sequence[list]):
-        """The pool with pages of the prefill that `prompt` comes from; parts: a replica's writes each."""
+    def _write(self, arrays, call: Prefill, parts: Sequence[list]):
+        """The pool with pages of a prefill; parts: a replica's writes each."""
         source, first, target = np.zeros((3, self.replicas, WRITES), np.int32)
         for replica, writes in enumerate(parts):
             for i, (of, index, _, page) in enumerate(writes):
                 source[replica, i], target[replica, i] = of.row, page
-                first[replica, i] = of.columns - of.length + index * self.page
-        sizes = prompt.arrays[1][0].shape[0], prompt.columns
+                first[replica, i] = call.columns - of.length + index * self.page
+        sizes = call.arrays[1][0].shape[0], call.columns
         args = (source.ravel(), first.ravel(), target.ravel())
-        return self.run.call("write_pages", sizes, arrays, prompt.arrays, *args)
+        return self.run.call("write_pages", sizes, arrays, call.arrays, *args)
 
     # ---- rows
 
@@ -230,7 +229,7 @@ class PagedCache:
         for P in columns:
             for n in self.prefill_sizes:
                 arrays = self.run.call("prefill", (n, P), params, np.zeros((n, P), np.int32), np.zeros(n, np.int32))
-                self.arrays = self._write(self.arrays, Prompt(arrays, 0, P, 0), nothing)
+                self.arrays = self._write(self.arrays, Prefill(arrays, P), nothing)
         for rows in self.row_sizes:
             for width in self.widths:
                 for kind, values in settings.items():

@@ -49,7 +49,7 @@ class SamplerPrograms(NamedTuple):
     write_pages: Any
 
 
-def program_spec(config: DecoderConfig, dtype, chunk: int, placement: Placement | None, int8_cache: bool,
+def program_spec(config: DecoderConfig, dtype, chunk: int, placement: Placement | None, *, int8_cache: bool,
                  pages: int, record: tuple[str, ...] = ()) -> ProgramSpec:
     """What the programs depend on, where the placement says; without one on the default device."""
     if placement is None:

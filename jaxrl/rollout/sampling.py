@@ -106,7 +106,7 @@ def truncate(z, weights, top_k, top_p, min_p):
     return jnp.where(weights >= min_p[:, None] * weights.max(-1, keepdims=True), weights, 0.0)
 
 
-def draw(logits, u, temperature, top_k=None, top_p=None, min_p=None, allowed=None, record=False):
+def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=None, record=False):
     """One token per row and its log-probability.
 
     Args:

@@ -26,7 +26,7 @@ class Slots:
         """bool [slots]: where a response runs."""
         return self.ticket >= 0
 
-    def fill(self, slot: int, ticket: int, sample: int, request, tokens: np.ndarray, keys: np.ndarray, born: int):
+    def fill(self, slot: int, ticket: int, sample: int, request, tokens: np.ndarray, *, keys: np.ndarray, born: int):
         """Start sample `sample` of a request in a free slot. tokens: its prompt and what is drawn. keys: uint32 [2]."""
         self.ticket[slot], self.sample[slot], self.keys[slot], self.born[slot] = ticket, sample, keys, born
         # the last prompt token is left to the first decode step, so that prefill needs no head

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from jaxrl.algorithms.kl import KL_KINDS
 from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
-from jaxrl.errors import UserError
+from jaxrl.errors import UserError, one_line
 from jaxrl.runtime import storage
 from jaxrl.runtime.combinations import impossible
 from jaxrl.tasks.answers import UNFINISHED
@@ -380,21 +379,10 @@ def parse_config(argv: list[str]) -> ConfigDict:
         for arg in argv[1:]:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", arg):
                 _known_key(override[1], base)
-        raise UserError(f"--config: {_one_line(e, path)}") from e
+        raise UserError(f"--config: {one_line(e, path)}") from e
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; settings are --config.key=value")
     return config
-
-
-def _one_line(error: BaseException, path: str) -> str:
-    """What happened; if in the config file, in which line."""
-    cause: BaseException | None = error
-    while cause:
-        lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == path]
-        if lines:
-            return f"{path}:{lines[-1]}: {type(cause).__name__}: {' '.join(str(cause).split())}"
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())
 
 
 def get(config: ConfigDict, key: str):

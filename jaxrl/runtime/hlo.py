@@ -170,7 +170,7 @@ class _Reader:
             flops, kernel_flops = totals.flops, totals.kernel_flops
             kind = op.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                self.collective(op, body, kind, times, fused, started)
+                self.collective(op, body, kind, times, fused=fused, started=started)
             elif op.opcode == "send" and "_xla_megascale_transfer_type" in op.attributes:
                 self.between_slices(body[op.operands[0]].shape, times)
             elif op.opcode == "dot":
@@ -206,7 +206,7 @@ class _Reader:
         other.walk(name, 1.0)
         return other.totals.flops + other.totals.cycles + other.totals.collective_bytes
 
-    def collective(self, op: Instruction, body, kind: str, times: float, fused: bool, started: bool) -> None:
+    def collective(self, op: Instruction, body, kind: str, times: float, *, fused: bool, started: bool) -> None:
         channel = re.search(r"channel_id=(\d+)", op.attributes)
         if fused and channel:  # TPU spreads one asynchronous collective over several fusions: count it once
             if channel[1] in self.channels:

@@ -78,7 +78,7 @@ def load_model(
         config, tokenizer = from_hf(home), load_tokenizer(home)
         shardings = shardings(config) if callable(shardings) else shardings
         if is_run(root):
-            return config, _run_params(root, home, config, dtype, shardings, step), tokenizer
+            return config, _run_params(root, home, config, dtype, shardings, step=step), tokenizer
         if step is not None:
             raise UserError(f"{root}: a Hugging Face directory has no checkpoint of step {step}")
         return config, load_params(root, config, shardings, dtype), tokenizer
@@ -90,10 +90,10 @@ def load_model(
         raise
 
 
-def _run_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
+def _run_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings, *, step) -> dict[str, Any]:
     """home: a local directory with the run's description."""
     if (home / lora.CONFIG).exists():
-        return _merged_params(root, home, config, dtype, shardings, step)
+        return _merged_params(root, home, config, dtype, shardings, step=step)
     stored, _ = abstract_params(config, stored_dtype(root, step))
     if shardings is not None:
         stored = jax.tree.map(
@@ -106,7 +106,7 @@ def _run_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings,
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _merged_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings, step) -> dict[str, Any]:
+def _merged_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings, *, step) -> dict[str, Any]:
     """Of a run that trained adapters: an ordinary model, they merged into their base."""
     settings, found = _adapters(root, home, config, step)
     model = run_settings(root)["model"]

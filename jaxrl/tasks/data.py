@@ -111,7 +111,9 @@ def load_problems(
             if isinstance(row, BadRow):
                 raise row
             default_id = f"{name}/{len(seen) + len(skipped)}"
-            problem = problem_of(row, fields or {}, place, task, allow_empty_answer, default_id)
+            problem = problem_of(
+                row, fields or {}, place, task, allow_empty_answer=allow_empty_answer, default_id=default_id
+            )
         except BadRow as e:
             if not skip_bad_rows:
                 raise UserError(f"{e} (skip_bad_rows leaves such rows out)") from None

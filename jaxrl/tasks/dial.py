@@ -110,6 +110,7 @@ def make_problem(
     split: str = "train",
     n_min: int = 2,
     n_max: int = 8,
+    *,
     mode: str = "none",
     max_budget: int = 22,
 ) -> Problem:
@@ -140,6 +141,7 @@ def problems(
     count: int,
     n_min: int = 2,
     n_max: int = 8,
+    *,
     mode: str = "none",
     max_budget: int = 22,
 ) -> list[Problem]:
@@ -154,8 +156,8 @@ def problems(
             split,
             n_min,
             n_max,
-            mode,
-            max_budget,
+            mode=mode,
+            max_budget=max_budget,
         )
         for i in range(count)
     ]
@@ -199,6 +201,7 @@ def demonstrations(
     count: int,
     n_min: int = 2,
     n_max: int = 8,
+    *,
     modes: Sequence[str] = ("exact",),
     max_tokens: int = 24,
     max_budget: int = 22,

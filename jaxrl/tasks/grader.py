@@ -35,6 +35,7 @@ class Grader:
         self,
         workers: int = 2,
         timeout: float = 5.0,
+        *,
         memory_mb: int = 1024,
         batch_timeout: float = 300.0,
         need_marker: bool = False,

@@ -36,7 +36,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def problem_of(
-    row: dict, fields: Mapping[str, str], place: str, task: str, allow_empty_answer: bool, default_id: str
+    row: dict, fields: Mapping[str, str], place: str, task: str, *, allow_empty_answer: bool, default_id: str
 ) -> Problem:
     """The problem of one row. fields: {one of FIELDS: its name in the row}, where it is not to be guessed.
 

@@ -122,7 +122,7 @@ def grade(problems, texts):
 
 def run(problems, prompts, **options):
     sampler = FakeSampler()
-    records = evaluate_problems(sampler, None, TOKENIZER, problems, prompts, grade, **options)
+    records = evaluate_problems(sampler, None, TOKENIZER, problems, prompts, grade=grade, **options)
     return sampler, records, summarize(records)
 
 

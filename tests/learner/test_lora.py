@@ -22,8 +22,6 @@ LORA = LoRA(3, 6.0, ("q", "o", "mlp"))
 CONFIG = dataclasses.replace(WHOLE, lora_scale=LORA.scale)
 
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 def test_the_gradient_is_the_chain_rule_applied_to_that_of_the_matrices():
     """With W' = W + s a b:  da = s dW' b^T,  db = s a^T dW'. dW' comes from full training at W'."""

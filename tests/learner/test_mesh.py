@@ -19,6 +19,8 @@ from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import RULES, logical_rules, make_mesh, shardings, split_slices, to_spec
 from models.config import DecoderConfig
 
+pytestmark = pytest.mark.optimized
+
 LAYERS, V, D = 3, 208, 32  # of mesh_worker.CONFIG
 
 

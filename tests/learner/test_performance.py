@@ -13,6 +13,8 @@ from jaxrl.runtime import hardware
 from models.config import DecoderConfig
 from models.decoder import abstract_params
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = DecoderConfig(50, 16, 24, 2, 4, 2, 8, model_type="llama")
 
 

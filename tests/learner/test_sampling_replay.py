@@ -81,7 +81,7 @@ def test_truncated_log_probs_match_float64(tied, chunk, saved):
     settings = HeadSettings(temperature=0.7, tied=tied, chunk=chunk, saved_bytes=saved)
 
     def objective(h, w):
-        out = logprobs_and_entropy(h, w, y, np.ones(N), N, settings, np.float32(least))
+        out = logprobs_and_entropy(h, w, y, np.ones(N), N, settings=settings, least=np.float32(least))
         return jnp.sum(g * out[0] + e * out[1]), out
 
     head = np.float32(w.T if tied else w)

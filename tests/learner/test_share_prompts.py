@@ -18,8 +18,6 @@ from models.attention import segment_mask
 from models.config import DecoderConfig
 from models.decoder import init_params
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 CONFIG = DecoderConfig(29, 16, 24, 2, 4, 2, 8, qk_norm=True, tie_embeddings=True, model_type="qwen3", init_std=0.3)
 
 

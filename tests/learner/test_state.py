@@ -17,8 +17,6 @@ from jaxrl.runtime.mesh import make_mesh
 from models.config import DecoderConfig
 from models.decoder import abstract_params, init_params
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 CONFIG = DecoderConfig(11, 8, 12, 2, 2, 1, 4, qkv_bias=True, model_type="qwen2")
 
 
@@ -71,7 +69,8 @@ def test_matches_numpy_adamw_with_clip_decay_and_warm_up():
 
 
 def test_schedules():
-    lr = {kind: build_optimizer(2.0, 10, kind, 110).schedule for kind in ("constant", "linear", "cosine")}
+    settings = dict(warmup_steps=10, total_steps=110)
+    lr = {k: build_optimizer(2.0, schedule=k, **settings).schedule for k in ("constant", "linear", "cosine")}
     for schedule in lr.values():
         assert schedule(0) == pytest.approx(0.2) and schedule(9) == pytest.approx(2.0) == schedule(10)
     assert [float(lr["constant"](t)) for t in (60, 500)] == [2.0, 2.0]

@@ -26,8 +26,6 @@ FULL = Objective(
     correction="token_tis", correction_hyper={"cap": 1.1})
 
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 @functools.cache
 def mesh():

@@ -44,11 +44,11 @@ def test_xla_matches_numpy(N, K):
 def test_each_kind_of_layer_sees_its_window():
     q, k, v, segment_ids = random_inputs(19, 4, 2, 8)
     with jax.default_matmul_precision("highest"):
-        run = jax.jit(lambda kind: attend_packed(q, k, v, segment_ids, "xla", (3, 0, 100), kind))
+        run = jax.jit(lambda kind: attend_packed(q, k, v, segment_ids, "xla", windows=(3, 0, 100), kind=kind))
         for kind, window in enumerate((3, 1000, 100)):
             want = reference(q, k, v, segment_ids, window)
             assert np.abs(np.asarray(run(kind)) - want)[segment_ids > 0].max() < 1e-5
-        alone = attend_packed(q, k, v, segment_ids, "xla", (3,))
+        alone = attend_packed(q, k, v, segment_ids, "xla", windows=(3,))
         assert np.abs(np.asarray(alone) - reference(q, k, v, segment_ids, 3))[segment_ids > 0].max() < 1e-5
 
 

@@ -31,8 +31,6 @@ from tests.models import make_fixtures
 from tests.models.hf_cases import CASES, hf_tensors, write_model
 from tests.shared import shared_path
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 TOLERANCE = 1e-4
 ROWS, WIDTH = 3, 24
 FORMS = {
@@ -155,7 +153,7 @@ def cached_logits(model, params, config, tokens, lengths, chunks, scan_layers):
     rows, prompt = len(lengths), sum(chunks)
     steps = tokens.shape[1] - max(lengths)
     start = prompt - np.array(lengths)
-    cache = empty_cache(config, rows, prompt + steps + 3, jnp.float32, scan_layers)
+    cache = empty_cache(config, rows, prompt + steps + 3, jnp.float32, scan_layers=scan_layers)
     cache = cache.replace(start=jnp.asarray(start, jnp.int32))
     column = np.arange(prompt + steps) - start[:, None]  # position of each column in its own row
     # left padding holds arbitrary tokens: nobody may look at them
@@ -193,7 +191,8 @@ def test_an_int8_cache_holds_the_exact_one_quantised(form, key_blocks):
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)
     out, caches = {}, {}
     for dtype in (jnp.float32, jnp.int8):
-        cache, parts = empty_cache(config, ROWS, 14, dtype, FORMS[form]["scan_layers"], key_blocks), []
+        layout = dict(scan_layers=FORMS[form]["scan_layers"], key_blocks=key_blocks)
+        cache, parts = empty_cache(config, ROWS, 14, dtype, **layout), []
         for at, to in ((0, 7), (7, 8), (8, 12)):
             part, cache = _cached(model, own, tokens[:, at:to], positions[:, at:to], cache)
             parts.append(part)

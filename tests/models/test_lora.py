@@ -28,8 +28,6 @@ from models.lora import (
 from models.weights import load_params
 from tests.models.hf_cases import CASES, hf_tensors, write_model
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 ALL = LoRA(3, 6.0)
 CONFIG = DecoderConfig(29, 16, 24, 2, 4, 2, 8, qkv_bias=True, model_type="qwen2", init_std=0.3, lora_scale=ALL.scale)
 TOKENS = np.random.default_rng(0).integers(0, 29, (2, 9))

@@ -49,7 +49,7 @@ def test_sampler_and_learner_compute_the_same():
     sampled = jax.nn.log_softmax(logits(layout, h_s))
     sampled = np.take_along_axis(np.asarray(sampled)[:, :-1], np.asarray(tokens)[:, 1:, None], -1)[..., 0]
     head = HeadSettings(tied=True, narrow=True, chunk=32)
-    learned = response_logprobs(h_l, params["embed"]["embedding"], tokens, jnp.ones((2, 16)), 32, head)[0]
+    learned = response_logprobs(h_l, params["embed"]["embedding"], tokens, jnp.ones((2, 16)), 32, settings=head)[0]
     np.testing.assert_allclose(learned[:, 1:], sampled, atol=2e-5)
     plain = dataclasses.replace(CONFIG, narrow=False)
     h_p = Decoder(plain).apply({"params": params}, tokens, at, jnp.ones((2, 16), jnp.int32))[0]

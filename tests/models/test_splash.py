@@ -13,6 +13,8 @@ from models import attention
 from models.config import DecoderConfig
 from models.decoder import Decoder, empty_cache, init_params
 
+pytestmark = pytest.mark.optimized
+
 B, T, N, K, H = 4, 128, 4, 2, 128
 
 
@@ -47,7 +49,7 @@ def test_gradients_match_xla():
 
 def test_a_window_matches_xla():
     q, k, v, ids = inputs()
-    want = attention.attend_packed(q, k, v, ids, "xla", (20,))
+    want = attention.attend_packed(q, k, v, ids, "xla", windows=(20,))
     close_where_not_padding(jax.jit(lambda *a: attention._splash(*a, ids, 20, interpret=True))(q, k, v), want, ids)
 
 

@@ -146,7 +146,7 @@ def test_named_templates(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.apply_chat_template(CHAT) == llama.encode("[INST] What is 2+2? [/INST]")
     assert tokenizer.apply_chat_template(CHAT, chat_template="rag") == llama.encode("R")
-    with pytest.raises(ChatTemplateError, match="no chat template is called 'tools'; valid: default, rag"):
+    with pytest.raises(ChatTemplateError, match="no chat template 'tools'; valid: default, rag"):
         tokenizer.apply_chat_template(CHAT, chat_template="tools")
     tokenizer.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").chat_template == tokenizer.chat_template

@@ -11,6 +11,8 @@ from jaxrl.runtime import compilers, hlo
 from jaxrl.runtime.config import validate
 from tests.test_preflight import pod
 
+pytestmark = pytest.mark.optimized
+
 
 def decoder_matrices(decoder) -> int:
     """Entries of the matrices that a decode step multiplies by, the head's too."""

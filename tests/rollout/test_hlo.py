@@ -17,6 +17,8 @@ from models.decoder import abstract_params
 from models.layout import sampling_layout
 from tests.rollout import tiny
 
+pytestmark = pytest.mark.optimized
+
 ROWS, WINDOW, STEPS = 8, 96, 16
 
 

@@ -17,6 +17,8 @@ from tests.rollout import tiny
 from tests.rollout.test_partial import LIMIT, begun
 from tests.shared import shared_path
 
+pytestmark = pytest.mark.optimized
+
 
 def test_quantised_matrices_are_within_half_a_step():
     w = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32) * np.logspace(-3, 3, 7, dtype=np.float32)
@@ -38,7 +40,8 @@ def test_what_is_quantised():
 def test_every_leaf_has_a_place_on_a_mesh():
     for fuse in (True, False):
         layout = jax.eval_shape(
-            lambda p, fuse=fuse: sampling_layout(p, tiny.CONFIG, jnp.bfloat16, fuse, True, True), tiny.params()
+            lambda p, fuse=fuse: sampling_layout(p, tiny.CONFIG, jnp.bfloat16, fuse, untie=True, int8=True),
+            tiny.params(),
         )
         specs = layout_specs(tiny.CONFIG, fuse, True, True)
         jax.tree.map(lambda a, s: None if len(s) <= a.ndim else 1 / 0, layout, specs)

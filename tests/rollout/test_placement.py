@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 SETUP = """
 import jax, jax.numpy as jnp, numpy as np
 from jaxrl.errors import UserError

@@ -8,8 +8,6 @@ import pytest
 from jaxrl.rollout.replay import log_normal, replay
 from tests.rollout import tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 @pytest.mark.parametrize(("slots", "chunk"), [(3, 4), (8, 16)])
 def test_calls_are_those_of_the_engine(slots, chunk, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from jaxrl.rollout.engine import Engine, Request, SamplingParams
 from models.config import from_hf
@@ -10,6 +11,7 @@ from models.weights import load_params
 from tests.shared import shared_path
 
 
+@pytest.mark.optimized
 def test_stories_greedy_text_is_the_published_one():
     root = shared_path("data", "models", "stories260K")
     reference = json.loads((root / "reference.json").read_text())

@@ -11,6 +11,8 @@ from jax._src import compilation_cache
 from jaxrl.runtime import cli, compiles
 from tests.stores import Store
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture
 def cache(tmp_path):

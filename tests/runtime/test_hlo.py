@@ -10,6 +10,8 @@ import pytest
 from jaxrl.runtime import hardware, hlo
 from models.config import DecoderConfig
 
+pytestmark = pytest.mark.optimized
+
 
 def compiled(f, *shapes):
     return jax.jit(f).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile().as_text()
