@@ -16,6 +16,7 @@ setup(
         "jax>=0.10",
         "flax>=0.12",
         "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
         "etils[epath]",
         "fsspec",
         "grain>=0.2",

@@ -3,14 +3,15 @@
     python -m jaxrl.sft   --config=configs/smollm2.py:warm --config.model.path=DIR       # warm start: 24 steps, once
     python -m jaxrl.train --config=configs/smollm2.py:grpo --config.model.path=runs/smollm2_warm/model
     python -m jaxrl.evaluate --model=runs/smollm2_grpo --data=words:split=test:count=512,words:split=test:kind=other \\
-        --samples=1 --max_new_tokens=160 --out=runs/smollm2_grpo/eval
+        --max_new_tokens=96 --products=bfloat16 --out=runs/smollm2_grpo/eval
 
 DIR is a Hugging Face directory of SmolLM2-135M-Instruct, or of any Llama, Qwen2 or Qwen3 with a chat template. The
 problems are made by `jaxrl/tasks/words.py`, so nothing else is needed. Recipes: warm, grpo, maspo, dapo (accuracy
 filter), lspo, l1_exact, l1_max; L1-Max continues from L1-Exact (--config.model.path=runs/smollm2_l1_exact). With ",gpu"
 behind the recipe, the sizes of one GPU: configs/smollm2.py:grpo,gpu.
 
-What is measured of it so far is in docs/results.md, "A real model".
+On 320 held-out problems the warm start is right in 12.5 % and, after 16 steps of GRPO (17 minutes of one core), in
+26.2 % (seed 0; docs/results.md, "A real model", has the others, and what L1-Exact did not do yet).
 """
 
 from jaxrl.runtime.config import base_config

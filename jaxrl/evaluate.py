@@ -378,7 +378,7 @@ class Store:
 def _settings(job: Job, identity: dict, flags: dict) -> dict:
     """Everything that a completion or its grade depends on, beside the problem's own text and answer."""
     keys = ("waits", "answer_tokens", "end_thinking") if job.mode == "forced" and job.budget else ()
-    keys += ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype")
+    keys += ("samples", "temperature", "top_p", "top_k", "min_p", "seed", "dtype", "products")
     data = job.data
     own = dict(data=data.spec, template=data.template, grader=data.grader_version, limit=job.limit)
     return {**identity, **own, "mode": job.mode if job.budget else None, **{k: flags[k] for k in keys}}

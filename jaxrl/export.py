@@ -1,11 +1,12 @@
-"""A run's model as a Hugging Face directory that transformers (and vLLM, SGLang, ...) loads.
+"""A run's model as a Hugging Face directory that transformers (and vLLM, SGLang, ...) loads, or as orbax's arrays.
 
-    python -m jaxrl.export RUN OUT_DIR [--adapters]
+    python -m jaxrl.export RUN OUT_DIR [--adapters] [--format=orbax]
 
 Weights of the newest checkpoint (--step=N for another) in the dtype they have there (--dtype=bfloat16 for another),
 config, tokenizer with its chat template, and a generation config that samples as training did. Adapters of a run that
 trained such (config.model.lora) are merged into their base; with --adapters they alone are written, as peft loads them.
-OUT_DIR must be new or empty.
+--format=orbax writes OUT_DIR/params, which orbax's StandardCheckpointer restores in other JAX code: the tree of
+models/table.py, layers stacked on axis 0; config.json and the tokenizer lie beside it. OUT_DIR must be new or empty.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from jaxrl.runtime import cli, storage
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.model_source import is_run, load_model, load_run_adapters, run_settings, stored_dtype
 from jaxrl.runtime.storage import atomic_write
+from models.config import to_hf
 from models.lora import save_adapters
 from models.tokenizers import VocabTokenizer
 from models.weights import save_params
 
-FLAGS = dict(step=Integer(-1, -1), dtype=Choice("", ("", "float32", "bfloat16", "float16")), adapters=Flag(False))
+FLAGS = dict(
+    step=Integer(-1, -1), dtype=Choice("", ("", "float32", "bfloat16", "float16")), adapters=Flag(False),
+    format=Choice("hf", ("hf", "orbax")),
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -37,15 +42,19 @@ def main(argv: list[str]) -> None:
         raise UserError("need a run and a directory to write: python -m jaxrl.export RUN OUT_DIR")
     run, out = flags["positional"]
     step = None if flags["step"] < 0 else flags["step"]
-    config, size = export(run, out, step, flags["dtype"], flags["adapters"])
+    if flags["adapters"] and flags["format"] == "orbax":
+        raise UserError("--adapters writes PEFT's files: leave out --format=orbax")
+    config, size = export(run, out, step, flags["dtype"], flags["adapters"], flags["format"])
     what = "adapters of " if flags["adapters"] else ""
     print(f"written to {out}: {what}a {config.model_type} with {size:,} parameters")
 
 
-def export(run: str, out: str, step: int | None = None, dtype: str = "", adapters: bool = False) -> tuple[Any, int]:
+def export(run: str, out: str, step: int | None = None, dtype: str = "", adapters: bool = False,
+           format: str = "hf") -> tuple[Any, int]:
     """Writes the directory; returns (DecoderConfig, number of parameters written).
 
     step: of a checkpoint, None for the newest. dtype: of the weights, "" for the checkpoint's. adapters: only those.
+    format: "hf" or "orbax".
     """
     if not is_run(run):
         raise UserError(f"{run} is not a run directory")
@@ -63,6 +72,11 @@ def export(run: str, out: str, step: int | None = None, dtype: str = "", adapter
     mesh = meshes.make_mesh(1, -1, 1) if jax.device_count() > 1 else None
     shardings = (lambda config: build.param_shardings(config, mesh)[1]) if mesh else None
     config, params, tokenizer = load_model(run, dtype or stored_dtype(run, step), shardings, step)
+    if format == "orbax":
+        _save_orbax(target, params, config, tokenizer)
+        with storage.user_errors("OUT_DIR"):
+            kept.close()
+        return config, sum(leaf.size for leaf in jax.tree.leaves(params))
     save_params(target, params, config, tokenizer)
     file = target / "generation_config.json"
     sampling = run_settings(run).get("sampling", {})
@@ -74,6 +88,16 @@ def export(run: str, out: str, step: int | None = None, dtype: str = "", adapter
     with storage.user_errors("OUT_DIR"):
         kept.close()
     return config, sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _save_orbax(target: pathlib.Path, params, config, tokenizer) -> None:
+    from orbax.checkpoint import StandardCheckpointer
+
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(target)
+    atomic_write(target / "config.json", json.dumps(to_hf(config), indent=1) + "\n")
+    with StandardCheckpointer() as saver:
+        saver.save(target.absolute() / "params", params)
 
 
 def _save_pieces(tokenizer: VocabTokenizer, target: pathlib.Path) -> None:

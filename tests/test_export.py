@@ -99,3 +99,18 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, tokenizer):
         with pytest.raises(UserError, match=f"^[^\n]*{said}"):
             export.main(["export", *argv])
     assert (tmp_path / "full" / "mine.txt").read_text() == "x"
+
+
+def test_orbax_alone_restores_what_is_written_for_it(tmp_path, tokenizer):
+    import orbax.checkpoint as ocp
+
+    run, out = make_run(tmp_path, tokenizer), tmp_path / "out"
+    export.main(["export", str(run), str(out), "--step=2", "--format=orbax"])
+    with ocp.StandardCheckpointer() as reader:
+        restored = reader.restore(out / "params")
+    expected = load_model(run, step=2)[1]
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert json.loads((out / "config.json").read_text())["model_type"] == "qwen3"
+    with pytest.raises(UserError, match="leave out --format=orbax"):
+        export.main(["export", str(run), str(tmp_path / "b"), "--adapters", "--format=orbax"])
