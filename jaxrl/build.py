@@ -177,6 +177,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         weights=s.weights,
         cache=s.cache,
         allowed=decodable(tok, decoder.vocab_size),
+        record=("kept",) if s.replay else (),
     )
 
 

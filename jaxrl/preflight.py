@@ -100,7 +100,7 @@ def _learner_programs(config, learner: Learner, mesh, state, base, *, reference:
     sequences = b.prompts * b.group_size / b.updates
     micro = max(1.0, sequences * mean_tokens(config) / (rows * row))
     most = -(-most_rows(config, math.ceil(sequences)) // rows)
-    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row, config.batch.share_prompts)
+    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row, b.share_prompts, config.sampling.replay)
     updates, work = b.updates * b.epochs, micro * rows * row
     scores = updates * ((not learner.objective.on_policy) + needs_reference(config))
     if scores:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.types import Completion, Problem
+from jaxrl.types import Completion, Problem, concat_columns
 
 PARTIAL = "partial"  # the finish of a response that is to be continued
 PER_TOKEN = {"tokens": np.int32, "logprobs": np.float32, "sampled": bool, "version": np.int32}
@@ -59,7 +59,7 @@ class Rollouts:
         any statistic.
     finish: object [N], "eos", "length" (the token limit), "stop" (a stop sequence) or "partial" (to be continued).
     outcome: object [N], "correct", "wrong", "unparsed", "timeout", "crashed", "nonfinite"; "" before grading.
-    columns: name -> [N]; token_columns: name -> [T].
+    columns: name -> [N]; token_columns: name -> [T, ...].
     """
 
     prompts: tuple[Prompt, ...]
@@ -242,6 +242,8 @@ class Rollouts:
         """
         running = np.flatnonzero(self.unfinished)
         new = [(c, np.ones(len(c.tokens), bool) if c.sampled is None else c.sampled) for c in completions]
+        before, after = self.token_columns, concat_columns([(c.columns, c.length) for c in completions])
+        both = concat_columns([(before, len(self.tokens)), (after, int(sum(c.length for c in completions)))])
         added = np.zeros(len(self), np.int64)
         added[running] = [len(c.tokens) for c, _ in new]
         at = np.repeat(self.offsets[1:], added)
@@ -256,7 +258,7 @@ class Rollouts:
             sampled=np.insert(self.sampled, at, _joined([s for _, s in new], bool)),
             version=np.insert(self.version, at, step),
             finish=finish,
-            token_columns={k: np.insert(v, at, 0) for k, v in self.token_columns.items()},
+            token_columns={k: np.insert(v[: len(self.tokens)], at, v[len(self.tokens) :], 0) for k, v in both.items()},
         )
 
     def replace(self, **changes) -> Rollouts:
@@ -373,8 +375,8 @@ def concat(parts: Sequence[Rollouts]) -> Rollouts:
         offsets=np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]))]),
         group=np.concatenate([p.group + n for p, n in zip(parts, first[:-1], strict=True)]),
         **{k: np.concatenate([getattr(p, k) for p in parts]) for k in (*PER_TOKEN, *PER_RESPONSE, *WORDS)},
-        columns=_concat_columns([(p.columns, len(p)) for p in parts]),
-        token_columns=_concat_columns([(p.token_columns, len(p.tokens)) for p in parts]),
+        columns=concat_columns([(p.columns, len(p)) for p in parts]),
+        token_columns=concat_columns([(p.token_columns, len(p.tokens)) for p in parts]),
     )
 
 
@@ -387,11 +389,6 @@ def merge(parts: Sequence[Rollouts], places: Sequence[Sequence[int]]) -> Rollout
         ends = np.searchsorted(part.group, np.arange(part.num_groups + 1))
         pieces += [(g, part.part(*ends[n : n + 2])) for n, g in enumerate(where)]
     return concat([piece for _, piece in sorted(pieces, key=lambda p: p[0])])
-
-
-def _concat_columns(parts: Sequence[tuple[dict, int]]) -> dict[str, np.ndarray]:
-    some = {k: v for columns, _ in parts for k, v in columns.items()}
-    return {k: np.concatenate([c.get(k, np.zeros(n, v.dtype)) for c, n in parts]) for k, v in some.items()}
 
 
 def _number_within(group: np.ndarray) -> np.ndarray:

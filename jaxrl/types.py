@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,12 +38,14 @@ class Completion:
         "partial" (to be continued).
     sampled: bool [n], False where a token was forced by somebody else than the policy (a tool's result, budget
         forcing): its log-prob is 0 and it takes no gradient. None: all were drawn.
+    columns: what else the sampler records of each token, name -> [n, ...]; 0 says nothing of a token.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     finish: str
     sampled: np.ndarray | None = None
+    columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -52,6 +55,7 @@ class Completion:
         """The first n tokens, to be continued."""
         sampled = None if self.sampled is None else self.sampled[:n]
         begun = dict(tokens=self.tokens[:n], logprobs=self.logprobs[:n], sampled=sampled)
+        begun["columns"] = {name: values[:n] for name, values in self.columns.items()}
         return dataclasses.replace(self, finish="partial", **begun)
 
     def joined(self, rest: Completion) -> Completion:
@@ -60,10 +64,19 @@ class Completion:
         if any(c.sampled is not None for c in both):
             sampled = np.concatenate([np.ones(c.length, bool) if c.sampled is None else c.sampled for c in both])
         tokens, logprobs = (np.concatenate([getattr(c, name) for c in both]) for name in ("tokens", "logprobs"))
-        return dataclasses.replace(self, tokens=tokens, logprobs=logprobs, finish=rest.finish, sampled=sampled)
+        columns = concat_columns([(c.columns, c.length) for c in both])
+        return dataclasses.replace(
+            self, tokens=tokens, logprobs=logprobs, finish=rest.finish, sampled=sampled, columns=columns)
 
     def forced(self, tokens) -> Completion:
         """This with tokens appended that the policy did not draw, to be continued."""
         tokens = np.asarray(tokens, np.int32)
         zeros = np.zeros(len(tokens), np.float32)
         return self.joined(Completion(tokens, zeros, "partial", sampled=zeros > 0))
+
+
+def concat_columns(parts: Sequence[tuple[dict, int]]) -> dict[str, np.ndarray]:
+    """The columns of parts, (name -> [n, ...], n) each, one behind another. A column that a part lacks is 0 there."""
+    some = {name: values for columns, _ in parts for name, values in columns.items()}
+    missing = lambda values, n: np.zeros((n, *values.shape[1:]), values.dtype)  # noqa: E731
+    return {k: np.concatenate([c[k] if k in c else missing(v, n) for c, n in parts]) for k, v in some.items()}

@@ -17,7 +17,8 @@ LOGP_FLOOR = -1e5
 
 
 class LossInputs(NamedTuple):
-    """All [R, T]; log-probabilities and entropy in nats, of the tempered distribution.
+    """All [R, T]; log-probabilities and entropy in nats, of the tempered distribution (log-probabilities with
+    sampling.replay: of what top-k, top-p and min-p left of it).
 
     logp: of each token under the policy that is trained, with gradient. old_logp: under the policy at the beginning of
     the step (for tokens that older parameters drew: under those). advantages: one number per token. mask: 1 at response

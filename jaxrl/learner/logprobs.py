@@ -10,6 +10,12 @@ times z, as flash attention does. Backward computes each chunk's logits again an
 from which dHead's chunk is final at once (one product over all tokens: nothing is accumulated, so there is no
 second fp32 copy of the head) and only dHidden [tokens, D] is summed over chunks.
 
+With `least` the log-prob is that of a truncated distribution, of the tokens that reach a given probability, and of y:
+
+    logp = z_y - lse_S(z),   S = {v : p_v >= least} + {y}        H as before
+
+That walks the vocabulary a second time, since S is known once lse is; S itself has no gradient.
+
 Only the positions that predict a response token reach the head: they are first gathered into `capacity`
 slots. On a mesh all of this runs inside `shard_map`, so the collectives are the ones written here: per chunk
 the head is gathered over `fsdp` (its gradient scattered back); over `tensor` each device owns a slice of the
@@ -71,7 +77,8 @@ class HeadSettings:
         return P(vocab, "fsdp") if self.tied else P("fsdp", vocab)
 
 
-def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, *, settings: HeadSettings = HeadSettings()):
+def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, *, settings: HeadSettings = HeadSettings(),
+                         least=None):
     """Log-probability of targets[i] given hidden[i], and the entropy there, where mask is set.
 
     Args:
@@ -80,27 +87,31 @@ def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, *, settings
       targets: int32 [N]. mask: [N], nonzero where asked.
       capacity: static; at least the number of masked positions in each of the mesh's batch shards (positions
         beyond it would be dropped: jaxrl.learner.packing counts them on the host).
+      least: float32 [N], a probability: logp is that of the distribution of the tokens that reach it, and of the
+        target; 0 keeps everything, as None does.
 
     Returns:
       (logp [N], entropy [N]) float32, in nats, 0 where mask is 0. Differentiable in hidden and head.
     """
-    return _fused(settings, capacity, hidden, head, targets, mask != 0)
+    return _fused(settings, capacity, hidden, head, targets, mask != 0, least)
 
 
-def response_logprobs(hidden, head, tokens, response_mask, capacity: int, *, settings: HeadSettings = HeadSettings()):
+def response_logprobs(hidden, head, tokens, response_mask, capacity: int, *, settings: HeadSettings = HeadSettings(),
+                      least=None):
     """`logprobs_and_entropy` of packed rows: entry [r, t] is about token t, predicted from hidden[r, t - 1].
 
     Args:
       hidden: [R, T, D]. head: see logprobs_and_entropy. tokens: int32 [R, T]. response_mask: [R, T]; position 0
         of a row is never a response token (every sequence starts with a prompt).
-      capacity: most response tokens in one batch shard of rows.
+      capacity: most response tokens in one batch shard of rows. least: float32 [R, T], or None for whole distributions.
 
     Returns:
       (logp [R, T], entropy [R, T]) float32, 0 outside the response mask.
     """
     R, T, D = hidden.shape
-    shifted = [jnp.roll(a, -1, axis=1).reshape(R * T) for a in (tokens, response_mask)]
-    out = logprobs_and_entropy(hidden.reshape(R * T, D), head, *shifted, capacity, settings=settings)
+    per_token = (tokens, response_mask, least)
+    *shifted, least = [None if a is None else jnp.roll(a, -1, axis=1).reshape(R * T) for a in per_token]
+    out = logprobs_and_entropy(hidden.reshape(R * T, D), head, *shifted, capacity, settings=settings, least=least)
     return tuple(jnp.roll(a.reshape(R, T), 1, axis=1) for a in out)
 
 
@@ -108,47 +119,47 @@ def response_logprobs(hidden, head, tokens, response_mask, capacity: int, *, set
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(settings, capacity, hidden, head, targets, mask):
-    return _run_forward(settings, capacity, 0, hidden, head, targets, mask)[:2]
+def _fused(settings, capacity, hidden, head, targets, mask, least):
+    return _run_forward(settings, capacity, 0, hidden, head, targets, mask, least)[:2]
 
 
-def _fused_forward(settings, capacity, hidden, head, targets, mask):
+def _fused_forward(settings, capacity, hidden, head, targets, mask, least):
     saved = _saved_chunks(settings, capacity, head)
-    logp, entropy, *kept = _run_forward(settings, capacity, saved, hidden, head, targets, mask)
-    return (logp, entropy), (hidden, head, targets, kept)
+    logp, entropy, *kept = _run_forward(settings, capacity, saved, hidden, head, targets, mask, least)
+    return (logp, entropy), (hidden, head, targets, least, kept)
 
 
 def _fused_backward(settings, capacity, residuals, cotangents):
-    hidden, head, targets, (index, lse, entropy, saved) = residuals
+    hidden, head, targets, least, (index, lse, kept, entropy, saved) = residuals
     run = functools.partial(_backward, settings)
     if settings.sharded:
         rows, vocab = P(BATCH), settings.head_spec[0 if settings.tied else 1]
         run = jax.shard_map(
             run,
             mesh=settings.mesh,
-            in_specs=(rows, settings.head_spec, rows, rows, rows, rows, P(None, BATCH, vocab), rows, rows),
+            in_specs=(rows, settings.head_spec, *(rows,) * 6, P(None, BATCH, vocab), rows, rows),
             out_specs=(rows, None if settings.frozen else settings.head_spec),
             check_vma=False,
         )
-    d_hidden, d_head = run(hidden, head, targets, index, lse, entropy, saved, *cotangents)
-    return d_hidden, d_head, None, None
+    d_hidden, d_head = run(hidden, head, targets, least, index, lse, kept, entropy, saved, *cotangents)
+    return d_hidden, d_head, None, None, None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _run_forward(settings, capacity, saved_chunks, hidden, head, targets, mask):
+def _run_forward(settings, capacity, saved_chunks, hidden, head, targets, mask, least):
     run = functools.partial(_forward, settings, capacity, saved_chunks)
     if settings.sharded:
         rows, vocab = P(BATCH), settings.head_spec[0 if settings.tied else 1]
         run = jax.shard_map(
             run,
             mesh=settings.mesh,
-            in_specs=(rows, settings.head_spec, rows, rows),
-            out_specs=(rows, rows, rows, rows, rows, P(None, BATCH, vocab)),
+            in_specs=(rows, settings.head_spec, rows, rows, rows),
+            out_specs=(*(rows,) * 6, P(None, BATCH, vocab)),
             check_vma=False,
         )
-    return run(hidden, head, targets, mask)
+    return run(hidden, head, targets, mask, least)
 
 
 def _saved_chunks(s: HeadSettings, capacity: int, head) -> int:
@@ -160,7 +171,7 @@ def _saved_chunks(s: HeadSettings, capacity: int, head) -> int:
 # --- what each device does ---------------------------------------------------------------------------------------
 
 
-def _forward(s: HeadSettings, capacity, saved_chunks, hidden, head, targets, mask):
+def _forward(s: HeadSettings, capacity, saved_chunks, hidden, head, targets, mask, least):
     N = hidden.shape[0]
     index = jnp.nonzero(mask, size=capacity, fill_value=N)[0].astype(jnp.int32)
     h, y = _gather(hidden, index), _gather(targets, index)
@@ -184,8 +195,31 @@ def _forward(s: HeadSettings, capacity, saved_chunks, hidden, head, targets, mas
         sums = jnp.stack([*_lower(total, weighted, top, all_top), at_target])
         top, (total, weighted, at_target) = all_top, lax.psum(sums, "tensor")
     logp, entropy = (at_target - top) - jnp.log(total), jnp.log(total) - weighted / total
-    lse = top + jnp.log(total)
-    return _scatter(logp, index, N), _scatter(entropy, index, N), index, lse, entropy, saved
+    lse, kept = top + jnp.log(total), None
+    if least is not None:
+        kept = _log_mass_kept(s, h, y, head, (top, jnp.log(total)), logp, _gather(least, index), saved)
+        logp = logp - kept
+    return _scatter(logp, index, N), _scatter(entropy, index, N), index, lse, kept, entropy, saved
+
+
+def _log_mass_kept(s: HeadSettings, h, y, head, lse, logp, least, saved):
+    """float32 [n]: logarithm of the kept tokens' probability. lse: its two terms; logp: the target's; [n] each."""
+    offset = _vocab_offset(s, head)
+
+    def step(total, start, size, z):
+        z = _logits(s, h, _piece(s, head, start, size, h.dtype)) if z is None else z
+        log_p = (z - lse[0][:, None]) - lse[1][:, None]
+        hit = (y - offset - start)[:, None] == jnp.arange(size)
+        return total + jnp.sum(jnp.where(_kept(log_p, least) & ~hit, jnp.exp(log_p), 0), axis=1), None
+
+    others, _ = _over_vocabulary(s, head, step, jnp.zeros_like(logp), saved.shape[0], saved)
+    others = lax.psum(others, "tensor") if s.size("tensor") > 1 else others
+    return jnp.logaddexp(logp, jnp.log(others))  # the target apart: all others may have gone
+
+
+def _kept(log_p, least):
+    """bool [n, chunk]: which of log_p [n, chunk] reach the probability least [n]; 0 keeps everything."""
+    return log_p >= jnp.log(least)[:, None]
 
 
 def _lower(total, weighted, top, new_top):
@@ -195,18 +229,23 @@ def _lower(total, weighted, top, new_top):
     return total * scale, (weighted + total * (top - new_top)) * scale
 
 
-def _backward(s: HeadSettings, hidden, head, targets, index, lse, entropy, saved, g_logp, g_entropy):
+def _backward(s: HeadSettings, hidden, head, targets, least, index, lse, kept, entropy, saved, g_logp, g_entropy):
     h, y = _gather(hidden, index), _gather(targets, index)
     g, e = (_gather(a, index)[:, None] for a in (g_logp, g_entropy))
     offset, lse, entropy = _vocab_offset(s, head), lse[:, None], entropy[:, None]
     vocab_axis = 0 if s.tied else 1
+    least = None if least is None else _gather(least, index)
 
     def step(carry, start, size, z):
         d_h, d_head = carry
         w = _piece(s, head, start, size, s.product_dtype(h))
         log_p = (_logits(s, h, w) if z is None else z) - lse
         hit = (y - offset - start)[:, None] == jnp.arange(size)
-        d_z = jnp.where(hit, g, 0) - jnp.exp(log_p) * (g + e * (log_p + entropy))
+        if least is None:
+            d_z = jnp.where(hit, g, 0) - jnp.exp(log_p) * (g + e * (log_p + entropy))
+        else:
+            p_kept = jnp.where(_kept(log_p, least) | hit, jnp.exp(log_p - kept[:, None]), 0)
+            d_z = g * (hit - p_kept) - jnp.exp(log_p) * e * (log_p + entropy)
         d_z = (d_z * (1 / s.temperature)).astype(h.dtype)
         form = "nv,vd->nd" if s.tied else "nv,dv->nd"
         d_h += jnp.einsum(form, d_z.astype(w.dtype), w, preferred_element_type=jnp.float32)

@@ -39,6 +39,8 @@ class PackedBatch:
     of the mini-batch, the denominators of every aggregation.
     capacity: static; most response tokens that one micro-batch has on one batch shard, rounded up.
     parents: int32 [M, R, T], the id of one more segment that a token sees, 0 for none; None if prompts are not shared.
+    least: float32 [M, R, T], what tells the set that a token was drawn from (jaxrl.rollout.sampling.kept_set); None if
+    that is not replayed.
     """
 
     tokens: Any
@@ -55,6 +57,7 @@ class PackedBatch:
     num_sequences: Any
     capacity: int = flax.struct.field(pytree_node=False)
     parents: Any = None
+    least: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,8 @@ class PackSettings:
     least one row a shard is used however small it is. shards: data x fsdp of the mesh; R is a multiple of it, and
     response tokens are dealt evenly. most_rows: how many rows the mini-batches of a run can fill
     (`jaxrl.batch.most_rows`): all of them get an M for that many; 0: M is the next power of two. share_prompts: the
-    responses to one prompt stand behind one copy of it.
+    responses to one prompt stand behind one copy of it. replay: log-probs are those of the truncated distributions
+    that the tokens were drawn from, by the rollouts' token columns "kept" and "least".
     """
 
     row_tokens: int
@@ -73,6 +77,7 @@ class PackSettings:
     shards: int = 1
     most_rows: int = 0
     share_prompts: bool = False
+    replay: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +227,7 @@ def fill(packing: Packing, mine: Rollouts, advantages, settings: PackSettings, s
             tokens[before], positions[before], segments[before] = prompt[:shared], np.arange(shared), parent
     tokens[packing.index] = r.tokens
     zeros = np.zeros(shape, np.float32)
+    kept, least = (r.token_columns.get(name, np.zeros(len(r.tokens), np.float32)) for name in ("kept", "least"))
     return PackedBatch(
         tokens=tokens.reshape(shape),
         positions=positions.reshape(shape),
@@ -229,7 +235,7 @@ def fill(packing: Packing, mine: Rollouts, advantages, settings: PackSettings, s
         response_mask=packing.spread(r.sampled & r.per_token(r.valid)),
         advantages=packing.spread(advantages),
         old_logprobs=zeros,
-        sampler_logprobs=packing.spread(r.logprobs),
+        sampler_logprobs=packing.spread(r.logprobs - kept if settings.replay else r.logprobs),
         ref_logprobs=zeros,
         stale=zeros if step is None else packing.spread(r.version < step),
         num_micro=np.int32(packing.num_micro),
@@ -237,6 +243,7 @@ def fill(packing: Packing, mine: Rollouts, advantages, settings: PackSettings, s
         num_sequences=np.float32(packing.num_sequences),
         capacity=packing.capacity,
         parents=parents.reshape(shape) if settings.share_prompts else None,
+        least=packing.spread(least) if settings.replay else None,
     )
 
 

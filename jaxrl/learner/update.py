@@ -61,6 +61,7 @@ from models.table import NORM, kinds
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
              "sampler_logprobs", "ref_logprobs", "stale")
+OPTIONAL = ("parents", "least")  # also one value a token, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +305,7 @@ def _forward(parts: Parts, params, micro: PackedBatch):
             hidden, _ = parts.model.apply({"params": params}, *arguments)
     matrix = params["embed"]["embedding"] if parts.head.tied else params["lm_head"]["kernel"]
     where = micro.response_mask, micro.capacity
-    return response_logprobs(hidden, matrix, micro.tokens, *where, settings=parts.head), load
+    return response_logprobs(hidden, matrix, micro.tokens, *where, settings=parts.head, least=micro.least), load
 
 
 def _inputs(parts: Parts, batch: PackedBatch, logp, entropy) -> LossInputs:
@@ -328,7 +329,7 @@ def _inputs(parts: Parts, batch: PackedBatch, logp, entropy) -> LossInputs:
 
 def _micro(batch: PackedBatch, i) -> PackedBatch:
     """Micro-batch i: the same record with [R, T] arrays."""
-    names = PER_TOKEN if batch.parents is None else (*PER_TOKEN, "parents")
+    names = (*PER_TOKEN, *(name for name in OPTIONAL if getattr(batch, name) is not None))
     return batch.replace(**{k: lax.dynamic_index_in_dim(getattr(batch, k), i, 0, keepdims=False) for k in names})
 
 
@@ -405,7 +406,8 @@ def own_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=1)
 
 
-def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share_prompts: bool = False) -> PackedBatch:
+def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share_prompts: bool = False,
+                   replay: bool = False) -> PackedBatch:
     """PackedBatch of jax.ShapeDtypeStruct for [M, R, T] = shape."""
     rows = NamedSharding(mesh, P(None, BATCH))
     fields: dict[str, Any] = {
@@ -413,6 +415,7 @@ def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share
         for i, k in enumerate(PER_TOKEN)
     }
     fields["parents"] = fields["segment_ids"] if share_prompts else None
+    fields["least"] = fields["advantages"] if replay else None
     scalar = lambda d: jax.ShapeDtypeStruct((), d, sharding=replicated(mesh))  # noqa: E731
     return PackedBatch(**fields, num_micro=scalar(jnp.int32), num_tokens=scalar(jnp.float32),
                        num_sequences=scalar(jnp.float32), capacity=capacity)

@@ -64,7 +64,8 @@ class KVCache(Protocol):
         """
 
     def decode(self, params, rows: Rows, settings: SamplingArrays, kind: tuple, refill_at: int) -> tuple:
-        """At least one step of every active row: NumPy (tokens [steps, B], log-probs [steps, B], emitted [B])."""
+        """At least one step of every active row: NumPy (tokens [steps, B], log-probs [steps, B], emitted [B], columns
+        name -> [steps, B, ...])."""
 
     def take(self, rows: np.ndarray, longest: int, ahead: int) -> None:
         """Keep these rows, int32 [B'], in this order."""
@@ -253,9 +254,9 @@ class DenseCache:
         cache = self.arrays.replace(end=jnp.int32(self.end))
         args = (params, cache, rows, settings, np.int32(steps), np.int32(refill_at))
         self.arrays, *out = self.run.call("decode", (self.rows, self.width, *kind), *args)
-        tokens, logps, emitted = jax.device_get(out)
-        self.end += int(emitted.max(initial=0))
-        return tokens, logps, emitted
+        out = jax.device_get(out)
+        self.end += int(out[2].max(initial=0))
+        return tuple(out)
 
     # ---- compiling ahead
 

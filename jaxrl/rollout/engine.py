@@ -29,7 +29,7 @@ from jaxrl.rollout.programs import Runner, SamplerPrograms, program_spec, sample
 from jaxrl.rollout.requests import Event, Request, SamplingParams, Stats, check_request, first_stop
 from jaxrl.rollout.slots import Slots, sampling_arrays
 from jaxrl.rollout.waiting import Start, Waiting
-from jaxrl.types import Completion
+from jaxrl.types import Completion, concat_columns
 from models.config import DecoderConfig
 from models.layout import sampling_layout
 from models.pages import implementation
@@ -39,12 +39,12 @@ REFILL = 0.125  # share of the slots that must be free before a decode call retu
 
 @dataclasses.dataclass
 class _Job:
-    """A request with open samples. drawn: open sample -> (pieces of tokens, log-probs). keys: uint32 [samples, 2]."""
+    """A request with open samples. drawn: open sample -> pieces (see `_record`). keys: uint32 [samples, 2]."""
 
     request: Request
     seed: int
     step: int
-    drawn: dict[int, tuple[list, list]]
+    drawn: dict[int, list[dict]]
     background: bool
     keys: np.ndarray | None = None
 
@@ -62,6 +62,7 @@ class Engine:
       pages: tokens of a page of the cache; 0: it is dense. cache_tokens: what the pages hold together, 0 for `slots`
         responses of full length.
       allowed: bool [V], tokens that may be drawn, None for all (jaxrl.rollout.requests.decodable).
+      record: what completions tell of each token in `columns` (jaxrl.rollout.kernels.ProgramSpec).
 
     Raises ValueError on sizes that do not fit each other.
     """
@@ -83,6 +84,7 @@ class Engine:
         pages: int = 0,
         cache_tokens: int = 0,
         allowed: np.ndarray | None = None,
+        record: tuple[str, ...] = (),
     ):
         sizes = dict(max_prompt=max_prompt, max_tokens=max_tokens, slots=slots, chunk=chunk)
         for name, value in sizes.items():
@@ -94,7 +96,8 @@ class Engine:
         self.config, self.slots, self.chunk, self.allowed = config, slots, chunk, allowed
         self.max_prompt, self.max_tokens, self.placement = max_prompt, max_tokens, placement
         self.eos = np.array(sorted(set(eos_ids)), np.int32)
-        self.spec = spec = program_spec(config, dtype, chunk, placement, int8_cache=cache == "int8", pages=pages)
+        kinds = dict(int8_cache=cache == "int8", pages=pages, record=record)
+        self.spec = spec = program_spec(config, dtype, chunk, placement, **kinds)
         self.programs: SamplerPrograms = sampler_programs(spec)
         self.runner = Runner(self.programs, placement)
         sizes |= dict(multiple=multiple, window=window)
@@ -145,7 +148,7 @@ class Engine:
         ticket, self._tickets = self._tickets, self._tickets + 1
         if request.samples:
             step = step if request.step is None else request.step
-            drawn = {sample: ([], []) for sample in range(request.samples)}
+            drawn = {sample: [] for sample in range(request.samples)}
             self._jobs[ticket] = job = _Job(request, seed, step, drawn, background)
             self._keyless.append(job)
             self._waiting.add(Start(ticket, request.prompt, list(drawn)), (background, -request.expected))
@@ -185,17 +188,14 @@ class Engine:
     def _close(self, ticket: int, sample: int, finish: str) -> Completion:
         """The completion of a sample, which is open no longer. An engine without any keeps no cache."""
         job = self._jobs[ticket]
-        tokens, logps = job.drawn.pop(sample)
+        pieces = [dict(tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32)), *job.drawn.pop(sample)]
         if not job.drawn:
             del self._jobs[ticket]
         if not self._jobs:
             self._rows = Slots(0)
             self.cache.clear()
-        return Completion(
-            np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32),
-            np.concatenate([np.zeros(0, np.float32), *logps]).astype(np.float32),
-            finish,
-        )
+        columns = concat_columns([(piece, len(piece["tokens"])) for piece in pieces])
+        return Completion(columns.pop("tokens"), columns.pop("logprobs"), finish, columns=columns)
 
     def _free(self, rows: np.ndarray) -> None:
         self._rows.free(rows)
@@ -241,7 +241,8 @@ class Engine:
         for slot in self.cache.room(rows.used, rows.limit - rows.count, rows.born):
             ticket, sample = int(rows.ticket[slot]), int(rows.sample[slot])
             job = self._jobs[ticket]
-            tokens = np.concatenate([job.request.prompt, *job.drawn[sample][0]]).astype(np.int32)
+            drawn = [piece["tokens"] for piece in job.drawn[sample]]
+            tokens = np.concatenate([job.request.prompt, *drawn]).astype(np.int32)
             rows.free(slot)
             self._waiting.add(Start(ticket, tokens, [sample]), (job.background, -math.inf))
             self.stats.waits += 1
@@ -317,7 +318,7 @@ class Engine:
         """One decode call, and what it did to each running sample."""
         rows, begin = self._rows, time.perf_counter()
         refill_at = max(1, round(REFILL * self.slots)) if self._waiting else self._shrink_at()
-        tokens, logps, emitted = self.cache.decode(params, rows.arguments(), settings, kind, refill_at)
+        tokens, logprobs, emitted, columns = self.cache.decode(params, rows.arguments(), settings, kind, refill_at)
         steps = int(emitted.max(initial=0))
         self.stats.decode_calls += 1
         self.stats.steps += steps
@@ -328,33 +329,33 @@ class Engine:
         ended = np.isin(rows.token[running], self.eos)
         full = rows.count[running] >= rows.limit[running]
         finishes = np.where(ended, "eos", np.where(full, "length", ""))
+        drawn = dict(tokens=tokens, logprobs=logprobs, **columns)
         return [
-            self._record(slot, tokens[: emitted[slot], slot], logps[: emitted[slot], slot], str(finish))
+            self._record(slot, {name: values[: emitted[slot], slot] for name, values in drawn.items()}, str(finish))
             for slot, finish in zip(running, finishes, strict=True)
         ]
 
-    def _record(self, slot: int, tokens: np.ndarray, logps: np.ndarray, finish: str) -> Event:
-        """Keep what was drawn in a slot, up to a stop sequence; free the slot if the sample has ended."""
+    def _record(self, slot: int, piece: dict[str, np.ndarray], finish: str) -> Event:
+        """Keep what was drawn in a slot (names as in Completion), to a stop sequence; free it at the sample's end."""
         ticket, sample = int(self._rows.ticket[slot]), int(self._rows.sample[slot])
         job = self._jobs[ticket]
         pieces = job.drawn[sample]
         if job.request.stop:
             prompt = job.request.prompt
             begun = prompt[len(prompt) - job.request.done :]  # a stop sequence may lie across a cut
-            whole = np.concatenate([begun, *pieces[0], tokens])
-            end = first_stop(whole, len(tokens), job.request.stop)
+            whole = np.concatenate([begun, *(old["tokens"] for old in (*pieces, piece))])
+            end = first_stop(whole, len(piece["tokens"]), job.request.stop)
             if end is not None:
-                kept = len(tokens) - (len(whole) - end)
-                tokens, logps = tokens[:kept], logps[:kept]
-                finish = "eos" if tokens[-1] in self.eos else "stop"
-        pieces[0].append(tokens)
-        pieces[1].append(logps)
-        self.stats.tokens += len(tokens)
+                kept = len(piece["tokens"]) - (len(whole) - end)
+                piece = {name: values[:kept] for name, values in piece.items()}
+                finish = "eos" if piece["tokens"][-1] in self.eos else "stop"
+        pieces.append(piece)
+        self.stats.tokens += len(piece["tokens"])
         completion = None
         if finish:
             self._free(np.array([slot]))
             completion = self._close(ticket, sample, finish)
-        return Event(ticket, sample, tokens, logps, completion)
+        return Event(ticket, sample, piece["tokens"], piece["logprobs"], completion)
 
     def _shrink_at(self) -> int:
         """Finished rows after which fewer slots are worth a copy; more than there are means never."""

@@ -64,7 +64,8 @@ class ProgramSpec:
 
     dtype: compute dtype. chunk: most decode steps of one call (the width of its output). platform: "cpu", "gpu" or
     "tpu". sharding: NamedSharding of the arrays of the cache, or None. int8_cache: keys and values of one
-    byte, with scales. pages: tokens of a page; 0: the cache is dense.
+    byte, with scales. pages: tokens of a page; 0: the cache is dense. record: what decoding tells of each token besides
+    its log-prob: "kept" (the set it was drawn from).
     """
 
     config: DecoderConfig
@@ -74,6 +75,7 @@ class ProgramSpec:
     sharding: Any = None
     int8_cache: bool = False
     pages: int = 0
+    record: tuple[str, ...] = ()
 
     @property
     def model(self) -> Decoder:
@@ -116,7 +118,8 @@ def score(spec: ProgramSpec, params, tokens):
 def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArrays, steps, refill_at):
     """Decode until `steps` steps are done, `refill_at` rows have finished, or all have.
 
-    Returns (cache, tokens int32 [chunk, B], log-probs float32 [chunk, B], emitted int32 [B]: how many of them count).
+    Returns (cache, tokens int32 [chunk, B], log-probs float32 [chunk, B], emitted int32 [B]: how many of them count,
+    columns: what `spec.record` names, name -> [chunk, B, ...]).
     """
     B = rows.token.shape[0]
     model, cache = spec.model, cache.begin(rows.used)
@@ -128,26 +131,29 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
         return (i < steps) & (finished < refill_at) & ~jnp.all(done)
 
     def one_step(carry):
-        i, cache, token, done, emitted, tokens, logps = carry
+        i, cache, token, done, emitted, tokens, logps, columns = carry
         hidden, cache = model.apply({"params": params}, token[:, None], (rows.used + i)[:, None], None, cache)
-        token, logp = _draw(logits(params, hidden[:, 0]), rows, rows.count + i, settings, eos_column)
+        z = logits(params, hidden[:, 0])
+        token, logp, found = _draw(z, rows, rows.count + i, settings, eos_column, "kept" in spec.record)
         tokens = lax.dynamic_update_slice(tokens, token[None], (i, 0))
         logps = lax.dynamic_update_slice(logps, logp[None], (i, 0))
+        columns = {k: lax.dynamic_update_index_in_dim(v, found[k], i, 0) for k, v in columns.items()}
         emitted = jnp.where(done, emitted, i + 1)
         is_eos = jnp.any(token[:, None] == settings.eos[None], axis=-1)
         done = done | is_eos | (rows.count + i + 1 >= rows.limit)
-        return i + 1, cache, token, done, emitted, tokens, logps
+        return i + 1, cache, token, done, emitted, tokens, logps, columns
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
     tokens, logps = zeros((spec.chunk, B)), jnp.zeros((spec.chunk, B), jnp.float32)
-    start = (zeros(()), cache, rows.token, ~rows.active, zeros((B,)), tokens, logps)
-    _, cache, _, _, emitted, tokens, logps = lax.while_loop(going_on, one_step, start)
+    columns = {k: logps for k in ("kept", "least") if "kept" in spec.record}
+    start = (zeros(()), cache, rows.token, ~rows.active, zeros((B,)), tokens, logps, columns)
+    _, cache, _, _, emitted, tokens, logps, columns = lax.while_loop(going_on, one_step, start)
     cache = cache.with_arrays(jax.tree.map(spec.place, cache.arrays))
-    return cache, tokens, logps, emitted
+    return cache, tokens, logps, emitted, columns
 
 
-def _draw(z, rows: Rows, position, settings: SamplingArrays, eos_column):
-    """One token a row from logits z [B, V] at response positions [B], and its log-prob."""
+def _draw(z, rows: Rows, position, settings: SamplingArrays, eos_column, record: bool):
+    """One token a row from logits z [B, V] at response positions [B], its log-prob, and what is recorded of it."""
     spread = functools.partial(jnp.broadcast_to, shape=position.shape)
     truncation = {}
     if settings.top_k is not None:
@@ -156,7 +162,9 @@ def _draw(z, rows: Rows, position, settings: SamplingArrays, eos_column):
         z = z + settings.bias
     z = jnp.where((position < rows.min_count)[:, None] & eos_column, -jnp.inf, z)
     u = uniforms(rows.keys, position)
-    return draw(z, u, spread(settings.temperature), allowed=settings.allowed, **truncation)
+    token, logp, *found = draw(
+        z, u, spread(settings.temperature), allowed=settings.allowed, record=record, **truncation)
+    return token, logp, found[0] if found else {}
 
 
 # ---------------------------------------------------------------------------------------- arrays of the dense cache

@@ -50,11 +50,11 @@ class SamplerPrograms(NamedTuple):
 
 
 def program_spec(config: DecoderConfig, dtype, chunk: int, placement: Placement | None, *, int8_cache: bool,
-                 pages: int) -> ProgramSpec:
+                 pages: int, record: tuple[str, ...] = ()) -> ProgramSpec:
     """What the programs depend on, where the placement says; without one on the default device."""
     if placement is None:
-        return ProgramSpec(config, dtype, chunk, jax.default_backend(), None, int8_cache, pages)
-    return ProgramSpec(config, dtype, chunk, placement.platform, placement.cache(pages > 0), int8_cache, pages)
+        return ProgramSpec(config, dtype, chunk, jax.default_backend(), None, int8_cache, pages, record)
+    return ProgramSpec(config, dtype, chunk, placement.platform, placement.cache(pages > 0), int8_cache, pages, record)
 
 
 @functools.lru_cache(maxsize=8)  # samplers after each other in one process share what is traced and compiled

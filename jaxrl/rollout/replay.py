@@ -121,7 +121,7 @@ class _Recorder(Runner):
             columns = cache.v[0].shape[2]
             read = len(emitted) * columns * steps
         self.calls.append(Call("decode", len(emitted), columns, steps, len(left), contexts, read))
-        return cache, tokens, np.zeros(tokens.shape, np.float32), emitted
+        return cache, tokens, np.zeros(tokens.shape, np.float32), emitted, {}
 
 
 def replay(lengths, prompts: Sequence[int], *, slots: int, chunk: int, window: int, max_prompt: int, max_tokens: int,

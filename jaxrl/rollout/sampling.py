@@ -106,17 +106,18 @@ def truncate(z, weights, top_k, top_p, min_p):
     return jnp.where(weights >= min_p[:, None] * weights.max(-1, keepdims=True), weights, 0.0)
 
 
-def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=None):
+def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=None, record=False):
     """One token per row and its log-probability.
 
     Args:
       logits: float32 [B, V]. u: float32 [B, 2] from `uniforms`. temperature: float32 [B], at least 0; 0 is greedy.
       top_k, top_p, min_p: see `truncate`; all None skips truncation altogether.
-      allowed: bool [V], tokens that may be drawn; None is all of them.
+      allowed: bool [V], tokens that may be drawn; None is all of them. record: return also what was kept.
 
     Returns:
       token: int32 [B]. logp: float32 [B], at most 0, under softmax(logits / temperature) over the whole vocabulary
-      and *before* truncation, which is what the learner recomputes; a greedy row reports temperature 1.
+      and *before* truncation, which is what the learner recomputes; a greedy row reports temperature 1. With `record`
+      {"kept", "least"}, both float32 [B] (see `kept_set`).
     """
     V, greedy = logits.shape[-1], temperature <= 0
     peak = jnp.max(logits, axis=-1, keepdims=True)
@@ -137,4 +138,24 @@ def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=
         drawn = jnp.take_along_axis(weights, token[:, None], axis=-1)[:, 0]
         token = jnp.where(drawn > 0, token, best)
     picked = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
+    if record:
+        return token, picked - log_total, kept_set(z - log_total[:, None], weights)
     return token, picked - log_total
+
+
+def kept_set(logp, weights):
+    """What tells the kept set of a truncated draw from the rest: {"kept": the logarithm of its probability, "least":
+    a probability that all its tokens reach and no other token does}, float32 [B] each; both 0 if nothing was cut off.
+
+    top-k, top-p and min-p all keep the likeliest tokens, so that one threshold is the whole set. It lies half way (in
+    logarithms) between the two tokens at the border, so that another rounding of the logits finds the same set.
+
+    logp: float32 [B, V], -inf for tokens that may not be drawn. weights: float32 [B, V], 0 for those cut off.
+    """
+    inside = weights > 0
+    mass = jnp.sum(jnp.where(inside, jnp.exp(logp), 0), axis=-1)
+    lowest = jnp.min(jnp.where(inside, logp, jnp.inf), axis=-1)
+    highest = jnp.max(jnp.where(inside, -jnp.inf, logp), axis=-1)
+    cut = jnp.isfinite(highest)
+    least = jnp.exp(jnp.where(cut, (lowest + highest) / 2, -jnp.inf))
+    return {"kept": jnp.where(cut, jnp.minimum(jnp.log(mass), 0), 0), "least": least}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
 from jaxrl.runtime import storage
 
@@ -110,6 +111,14 @@ def impossible_methods(config: ConfigDict) -> Iterator[str]:
         yield (
             f"length.hyper.overlong.cache={overlong.cache} is above the limit of "
             f"{overlong.max_length or config.sampling.max_tokens} tokens"
+        )
+    s = config.sampling
+    if s.replay and not (s.top_k or s.top_p < 1 or s.min_p):
+        yield "sampling.replay=True needs sampling.top_k, top_p or min_p: without one nothing is cut off"
+    if s.replay and (a.kl_coef or (a.loss in LOSSES and "ref_logp" in LOSSES[a.loss].needs)):
+        yield (
+            f"sampling.replay=True: algorithm.kl_coef={a.kl_coef} or loss {a.loss} compares with a reference model, "
+            "whose kept sets nobody knows; set algorithm.kl_coef=0 and a loss without one"
         )
     greso = config.batch.greso_hyper
     if not greso.low <= greso.start <= greso.high:

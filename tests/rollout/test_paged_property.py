@@ -66,7 +66,7 @@ class Device:
                     break
         writers = dict.fromkeys(own)
         assert len({(replica, page) for replica, page, _ in writers}) == len(writers)  # nobody writes another's page
-        return cache, tokens, logps, emitted
+        return cache, tokens, logps, emitted, {}
 
 
 @pytest.mark.parametrize("seed", range(12))
