@@ -44,12 +44,13 @@ def main(argv: list[str]) -> None:
     step = None if flags["step"] < 0 else flags["step"]
     if flags["adapters"] and flags["format"] == "orbax":
         raise UserError("--adapters writes PEFT's files: leave out --format=orbax")
-    config, size = export(run, out, step, flags["dtype"], flags["adapters"], flags["format"])
+    kinds = {name: flags[name] for name in ("dtype", "adapters", "format")}
+    config, size = export(run, out, step=step, **kinds)
     what = "adapters of " if flags["adapters"] else ""
     print(f"written to {out}: {what}a {config.model_type} with {size:,} parameters")
 
 
-def export(run: str, out: str, step: int | None = None, dtype: str = "", adapters: bool = False,
+def export(run: str, out: str, *, step: int | None = None, dtype: str = "", adapters: bool = False,
            format: str = "hf") -> tuple[Any, int]:
     """Writes the directory; returns (DecoderConfig, number of parameters written).
 

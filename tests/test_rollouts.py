@@ -180,18 +180,18 @@ def test_hosts_add_up_the_kl_of_their_own_rows(monkeypatch):
     r, c = make([[3, 1, 2], [4, 2], [1, 1]]), settings_of(updates=2, epochs=1)
     r = r.replace(sampled=np.ones(14, bool), valid=np.ones(7, bool))
     c.sampling.max_prompt, c.sampling.max_tokens, c.batch.row_tokens = 3, 4, 8  # rows enough for both shards
-    models = np.float32(-1.0), np.float32(-1.5)
-    alone = with_kl_penalty(r, make_batches(r, c, 0, 2), c, Scores(), *models)
+    models = dict(params=np.float32(-1.0), reference=np.float32(-1.5))
+    alone = with_kl_penalty(r, make_batches(r, c, 0, 2), c, Scores(), **models)
     sent = []
     monkeypatch.setattr(distributed, "allgather_arrays", lambda mine: sent.append(mine) or [mine])
     batches = [make_batches(r, c, 0, 2, [shard]) for shard in range(2)]
     for mine in batches:
-        with_kl_penalty(r, mine, c, Scores(), *models)
+        with_kl_penalty(r, mine, c, Scores(), **models)
     assert sorted(np.concatenate([x["index"] for x in sent])) == list(range(7))
     assert all(len(x["index"]) == len(x["kl"]) < 7 for x in sent)
     monkeypatch.setattr(distributed, "allgather_arrays", lambda mine: sent)
     for mine in batches:
-        np.testing.assert_array_equal(with_kl_penalty(r, mine, c, Scores(), *models).reward, alone.reward)
+        np.testing.assert_array_equal(with_kl_penalty(r, mine, c, Scores(), **models).reward, alone.reward)
 
 
 @quick

@@ -194,7 +194,7 @@ class Engine:
         if not self._jobs:
             self._rows = Slots(0)
             self.cache.clear()
-        columns = concat_columns([(piece, len(piece["tokens"])) for piece in pieces])
+        columns = concat_columns([(p, len(p["tokens"])) for p in pieces])
         return Completion(columns.pop("tokens"), columns.pop("logprobs"), finish, columns=columns)
 
     def _free(self, rows: np.ndarray) -> None:
@@ -440,7 +440,6 @@ class Engine:
         Args:
           params: from `layout`. samplings: the settings to expect; whether one truncates or biases selects the
             decode program. continued: requests with tokens drawn earlier will come, too.
-
         Returns: seconds it took; `self.shapes` says for what.
         """
         begin = time.perf_counter()

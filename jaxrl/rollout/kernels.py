@@ -134,7 +134,7 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
         i, cache, token, done, emitted, tokens, logps, columns = carry
         hidden, cache = model.apply({"params": params}, token[:, None], (rows.used + i)[:, None], None, cache)
         z = logits(params, hidden[:, 0])
-        token, logp, found = _draw(z, rows, rows.count + i, settings, eos_column, "kept" in spec.record)
+        token, logp, found = _draw(z, rows, rows.count + i, settings, eos_column, record="kept" in spec.record)
         tokens = lax.dynamic_update_slice(tokens, token[None], (i, 0))
         logps = lax.dynamic_update_slice(logps, logp[None], (i, 0))
         columns = {k: lax.dynamic_update_index_in_dim(v, found[k], i, 0) for k, v in columns.items()}
@@ -152,7 +152,7 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
     return cache, tokens, logps, emitted, columns
 
 
-def _draw(z, rows: Rows, position, settings: SamplingArrays, eos_column, record: bool):
+def _draw(z, rows: Rows, position, settings: SamplingArrays, eos_column, *, record: bool):
     """One token a row from logits z [B, V] at response positions [B], its log-prob, and what is recorded of it."""
     spread = functools.partial(jnp.broadcast_to, shape=position.shape)
     truncation = {}
