@@ -197,12 +197,13 @@ def _forward(s: HeadSettings, capacity, saved_chunks, hidden, head, targets, mas
     logp, entropy = (at_target - top) - jnp.log(total), jnp.log(total) - weighted / total
     lse, kept = top + jnp.log(total), None
     if least is not None:
-        kept = _log_mass_kept(s, h, y, head, (top, jnp.log(total)), logp, _gather(least, index), saved)
+        kept = _log_mass_kept(
+            s, h, y, head, lse=(top, jnp.log(total)), logp=logp, least=_gather(least, index), saved=saved)
         logp = logp - kept
     return _scatter(logp, index, N), _scatter(entropy, index, N), index, lse, kept, entropy, saved
 
 
-def _log_mass_kept(s: HeadSettings, h, y, head, lse, logp, least, saved):
+def _log_mass_kept(s: HeadSettings, h, y, head, *, lse, logp, least, saved):
     """float32 [n]: logarithm of the kept tokens' probability. lse: its two terms; logp: the target's; [n] each."""
     offset = _vocab_offset(s, head)
 
