@@ -11,7 +11,7 @@ filter), lspo, l1_exact, l1_max; L1-Max continues from L1-Exact (--config.model.
 behind the recipe, the sizes of one GPU: configs/smollm2.py:grpo,gpu.
 
 On 320 held-out problems the warm start is right in 12.5 % and, after 16 steps of GRPO (17 minutes of one core), in
-26.2 % (seed 0) and 18.8 % (seed 2). docs/results.md, "A real model", has the intervals, and what L1-Exact did not do yet.
+26.2 % (seed 0) and 18.8 % (seed 2). docs/results.md, "A real model", has the intervals, and what L1-Exact did not do.
 """
 
 from jaxrl.runtime.config import base_config
