@@ -392,12 +392,10 @@ def head_matrix(params):
     return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"].T
 
 
-def logits(params, hidden):
-    """float32 [..., V] next-token logits of hidden [..., D]."""
-    head = head_matrix(params)
-    if head.dtype == jnp.bfloat16:  # of the sampling layout, whatever is computed in
-        hidden = hidden.astype(head.dtype)
-    head = head.astype(hidden.dtype)
+def logits(params, hidden, narrow: bool = False):
+    """float32 [..., V] next-token logits of hidden [..., D]. narrow: see DecoderConfig."""
+    hidden = hidden.astype(jnp.bfloat16) if narrow else hidden
+    head = head_matrix(params).astype(hidden.dtype)
     z = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     scale = params.get("lm_head", {}).get("kernel_scale")
     return z if scale is None else z * scale

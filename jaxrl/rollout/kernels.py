@@ -108,7 +108,7 @@ def score(spec: ProgramSpec, params, tokens):
 
     def one(pair):  # a column at a time: never [n, P, V]
         h, target = pair
-        z = logits(params, h)
+        z = logits(params, h, spec.config.narrow)
         picked = jnp.take_along_axis(z, target[:, None], axis=-1)[:, 0]
         return picked - jax.nn.logsumexp(z, axis=-1)
 
@@ -133,7 +133,7 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
     def one_step(carry):
         i, cache, token, done, emitted, tokens, logps, columns = carry
         hidden, cache = model.apply({"params": params}, token[:, None], (rows.used + i)[:, None], None, cache)
-        z = logits(params, hidden[:, 0])
+        z = logits(params, hidden[:, 0], spec.config.narrow)
         token, logp, found = _draw(z, rows, rows.count + i, settings, eos_column, record="kept" in spec.record)
         tokens = lax.dynamic_update_slice(tokens, token[None], (i, 0))
         logps = lax.dynamic_update_slice(logps, logp[None], (i, 0))

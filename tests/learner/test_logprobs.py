@@ -1,5 +1,6 @@
 """Fused log-probs against a float64 NumPy reference with its own derivative, and what the compiler allots."""
 
+import functools
 import re
 
 import jax
@@ -108,8 +109,8 @@ def test_response_logprobs_describe_token_t_from_hidden_before_it():
     h, w, tokens = rng.normal(size=(R, T, D)), rng.normal(size=(D, V)), rng.integers(0, V, (R, T))
     mask = np.zeros((R, T))
     mask[0, 2:5], mask[1, 1:], mask[0, 6] = 1, 1, 1
-    run = jax.jit(response_logprobs, static_argnums=(4, 5))
-    logp, entropy = run(np.float32(h), np.float32(w), tokens, mask, 10, HeadSettings(chunk=9))
+    run = jax.jit(functools.partial(response_logprobs, capacity=10, settings=HeadSettings(chunk=9)))
+    logp, entropy = run(np.float32(h), np.float32(w), tokens, mask)
     want = np.zeros((2, R, T))
     for r, t in zip(*np.nonzero(mask), strict=True):
         want[:, r, t] = [a[0] for a in reference(h[r, t - 1][None], w, tokens[r, t][None], 1.0, *np.ones((2, 1)))[:2]]

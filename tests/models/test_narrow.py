@@ -46,7 +46,7 @@ def test_sampler_and_learner_compute_the_same():
     h_s = Decoder(CONFIG, scan_layers=False).apply({"params": layout}, tokens, at)[0]
     h_l = Decoder(CONFIG).apply({"params": params}, tokens, at, jnp.ones((2, 16), jnp.int32))[0]
     assert h_s.dtype == h_l.dtype == jnp.float32
-    sampled = jax.nn.log_softmax(logits(layout, h_s))
+    sampled = jax.nn.log_softmax(logits(layout, h_s, narrow=True))
     sampled = np.take_along_axis(np.asarray(sampled)[:, :-1], np.asarray(tokens)[:, 1:, None], -1)[..., 0]
     head = HeadSettings(tied=True, narrow=True, chunk=32)
     learned = response_logprobs(h_l, params["embed"]["embedding"], tokens, jnp.ones((2, 16)), 32, settings=head)[0]

@@ -57,7 +57,7 @@ def test_a_window_matches_xla():
 def test_prompts_that_see_each_other_fill_the_cache_as_those_that_read_it(implementation, monkeypatch):
     """A prefill, right-aligned in 40 columns, which are no whole blocks of the kernel."""
     local = attention._splash_local
-    monkeypatch.setattr(attention, "_splash_local", lambda *a: local(*a[:-1], True))
+    monkeypatch.setattr(attention, "_splash_local", lambda *a, interpret: local(*a, interpret=True))
     config = DecoderConfig(31, 64, 96, 3, 4, 2, 128, model_type="llama")
     params, P, lengths = init_params(config, jax.random.key(0)), 40, jnp.array([3, 40, 17])
     tokens = jax.random.randint(jax.random.key(1), (3, P), 0, 31)

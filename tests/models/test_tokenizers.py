@@ -158,7 +158,7 @@ def test_named_templates(tmp_path):
     (tmp_path / "additional_chat_templates" / "a.jinja").write_text("{{ 'A' }}")
     assert load_tokenizer(tmp_path).apply_chat_template(CHAT) == llama.encode("A")
     (tmp_path / "additional_chat_templates" / "b.jinja").write_text("{{ 'B' }}")
-    with pytest.raises(ChatTemplateError, match="called 'default'; valid: a, b"):
+    with pytest.raises(ChatTemplateError, match="no chat template 'default'; valid: a, b"):
         load_tokenizer(tmp_path).apply_chat_template(CHAT)
 
 

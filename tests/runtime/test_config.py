@@ -191,12 +191,12 @@ TAKES_TOO |= {key: {"another word", "empty"} for key in (
     "task.system_prompt",
 )}  # fmt: skip
 TAKES_TOO |= {key: {"empty"} for key in (
-    "model.sampler_dtype", "algorithm.aggregation", "checkpoint.keep_best", "task.reward",
+    "model.sampler_dtype", "model.products", "algorithm.aggregation", "checkpoint.keep_best", "task.reward",
 )}  # fmt: skip
 TAKES_TOO |= {"sampling.pages": {"negative"}}
 
 
-NEEDS_MORE = {"algorithm.kl_in_reward", "algorithm.kl_unbiased", "task.system_prompt"}  # refused without more
+NEEDS_MORE = {"algorithm.kl_in_reward", "algorithm.kl_unbiased", "task.system_prompt", "sampling.replay"}  # need others
 CHANGED = {"model.shape.hidden_size": 8, "mesh.data": 1}
 
 
