@@ -11,7 +11,8 @@ are as a run was trained, unless given; so are --unfinished_thinking=wrong|grade
 counts as an answer. --reward=module:function grades with a function of yours. --distributed joins
 the processes of several hosts.
 --pages says how many tokens a page of the cache holds, 0 for a dense one; not given, it is as a run was trained, and
-pages of 64 where the chip has a kernel for them.
+pages of 64 where the chip has a kernel for them. --dtype=bfloat16 computes in it, --products=bfloat16 in float32 with
+the factors of matrix products rounded (model.products in training).
 --server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
 time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
 grader or the reward function's file are others by then, it says so instead.

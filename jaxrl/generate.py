@@ -4,10 +4,10 @@
 
 DIR is a Hugging Face directory or a run directory. The prompt goes through the tokenizer's chat template if it has
 one and --chat is not false. Flags and their defaults: --max_new_tokens=256 --temperature=1.0 --top_k=0 --top_p=1.0
---min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32 --pages=-1 (tokens of a page
-of the cache, 0 for a dense one; -1: as a run was trained) --prompt_logprobs=false (true: the log-probability of each
-token of the prompt but the first). --system_prompt=TEXT and --enable_thinking=on|off (of templates that have the
-switch) are as a run was trained, unless given. Text goes to stdout, the rest to stderr.
+--min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32 --products= (bfloat16: as model.products in training)
+--pages=-1 (tokens of a page of the cache, 0 for a dense one; -1: as a run was trained) --prompt_logprobs=false (true:
+the log-probability of each token of the prompt but the first). --system_prompt=TEXT and --enable_thinking=on|off (of
+templates that have the switch) are as a run was trained, unless given. Text goes to stdout, the rest to stderr.
 """
 
 from __future__ import annotations

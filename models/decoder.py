@@ -114,12 +114,11 @@ def rms_norm(x, scale, config: DecoderConfig):
 def linear(x, w, narrow: bool = False):
     """x [..., D] times w [D, F], or times an int8 w with its float32 scales [F] (see models.layout). narrow: both are
     rounded to bfloat16 first."""
-    if narrow and not isinstance(w, tuple):
-        return cpu.narrow_product(x, w).astype(x.dtype)
+    product = cpu.narrow_product if narrow else cpu.product
     if isinstance(w, tuple):
-        y = cpu.product(x, w[0].astype(x.dtype))
+        y = product(x, w[0].astype(x.dtype))
         return (y.astype(jnp.float32) * w[1]).astype(x.dtype)
-    return cpu.product(x, w)
+    return product(x, w).astype(x.dtype)
 
 
 def pick(kind, options):
@@ -147,8 +146,6 @@ class Part(nn.Module):
     def weight(self, name: str):
         """Parameter `name` in the compute dtype; of an int8 matrix the pair (int8, float32 scales)."""
         w = self.raw(name)
-        if self.config.narrow and w.ndim == 2 and w.dtype != jnp.int8:
-            return w  # `linear` rounds it
         return (w, self.get_variable("params", name + SCALE)) if w.dtype == jnp.int8 else w.astype(self.dtype)
 
     def has(self, name: str) -> bool:

@@ -208,7 +208,7 @@ def _log_mass_kept(s: HeadSettings, h, y, head, *, lse, logp, least, saved):
     offset = _vocab_offset(s, head)
 
     def step(total, start, size, z):
-        z = _logits(s, h, _piece(s, head, start, size, h.dtype)) if z is None else z
+        z = _logits(s, h, _piece(s, head, start, size, s.product_dtype(h))) if z is None else z
         log_p = (z - lse[0][:, None]) - lse[1][:, None]
         hit = (y - offset - start)[:, None] == jnp.arange(size)
         return total + jnp.sum(jnp.where(_kept(log_p, least) & ~hit, jnp.exp(log_p), 0), axis=1), None

@@ -349,10 +349,15 @@ def accuracy_by_tokens(ax, settings: Sequence[Setting]) -> bool:
             hollow = dict(color=colour, linewidth=1, linestyle=(0, (1, 1.5)), markerfacecolor=PAPER)
             ax.plot(*zip(*voted, strict=True), marker="o", markersize=4, **hollow)
         ends.append((x[-1], y[-1], label, colour))
+    return _correct_by_tokens(ax, ends, "mean response length, tokens")
+
+
+def _correct_by_tokens(ax, ends: Sequence[tuple], label: str) -> bool:
+    """Axes and, where there are several, the names of lines of accuracy over tokens; False without any line."""
     if not ends:
         return False
     _finish(ax)
-    ax.set_xlabel("mean response length, tokens")
+    ax.set_xlabel(label)
     ax.set_ylabel("correct, %")
     if len(ends) > 1:
         label_ends(ax, ends)
@@ -378,14 +383,7 @@ def accuracy_by_length(ax, settings: Sequence[Setting]) -> bool:
         x, y = np.array([(part["up_to"], 100 * part["accuracy"]) for part in parts]).T
         ax.plot(x, y, **line_style(i), marker="o", markersize=4)
         ends.append((x[-1], y[-1], label, SERIES[i % len(SERIES)]))
-    if not ends:
-        return False
-    _finish(ax)
-    ax.set_xlabel("tokens of the longest answer of each quarter")
-    ax.set_ylabel("correct, %")
-    if len(ends) > 1:
-        label_ends(ax, ends)
-    return True
+    return _correct_by_tokens(ax, ends, "tokens of the longest answer of each quarter")
 
 
 def named_rewards(ax, run: Run, colour: str = "") -> bool:

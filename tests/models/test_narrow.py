@@ -1,6 +1,9 @@
 """Products of bfloat16 inside float32 arithmetic (`model.products`): against float64, and sampler against learner."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxrl.learner.logprobs import HeadSettings, response_logprobs
+from jaxrl.learner.logprobs import HeadSettings, logprobs_and_entropy, response_logprobs
 from models import cpu
 from models.config import DecoderConfig, to_hf
-from models.decoder import Decoder, init_params, logits
-from models.layout import sampling_layout
+from models.decoder import Decoder, init_params, linear, logits
+from models.layout import quantise, sampling_layout
 
 CONFIG = DecoderConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
                        head_dim=16, tie_embeddings=True, narrow=True)
@@ -58,3 +61,41 @@ def test_sampler_and_learner_compute_the_same():
 
 def test_export_does_not_hold_it():
     assert "narrow" not in to_hf(CONFIG)
+
+
+def test_int8_matrices_are_multiplied_in_bfloat16_too():
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 64), (64, 32)]))
+    q, scale = quantise(w)
+    expected = rounded(x) @ np.asarray(q, np.float64) * np.asarray(scale, np.float64)
+    np.testing.assert_allclose(linear(x, (q, scale), narrow=True), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(linear(x, (q, scale))) - expected).max() > 1e-3  # without it x is not rounded
+
+
+def test_a_kept_set_of_everything_changes_nothing():
+    """The vocabulary's second walk (sampling.replay) computes the logits as the first one does."""
+    h, head = jax.random.normal(jax.random.key(0), (6, 64)), jax.random.normal(jax.random.key(1), (96, 64))
+    args = (h, head, jnp.arange(6), jnp.ones(6), 6)
+    settings = HeadSettings(tied=True, narrow=True, chunk=32)
+    whole = logprobs_and_entropy(*args, settings=settings)[0]
+    kept = logprobs_and_entropy(*args, settings=settings, least=jnp.zeros(6))[0]
+    np.testing.assert_allclose(kept, whole, atol=2e-6)
+
+
+def test_on_a_mesh_the_same_product():
+    program = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from models import cpu
+mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(8, 5, 64), (64, 32)]))
+f = lambda x, w: jax.value_and_grad(lambda x, w: (cpu.narrow_product(x, w) ** 2).sum(), (0, 1))(x, w)
+want = jax.jit(f)(x, w)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    put = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((x, P("rows")), (w, P(None, "columns")))]
+    got = jax.jit(f)(*put)
+for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, rtol=0.01, atol=0.01 * np.abs(b).max())
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
