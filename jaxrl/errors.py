@@ -7,8 +7,8 @@ class UserError(ValueError):
     """Bad input or configuration. The message names the key, or the file and line, and what would be valid."""
 
 
-def one_line(error: BaseException, path: str) -> str:
-    """What happened; if in the file at `path`, in which line."""
+def located(error: BaseException, path: str) -> str:
+    """What happened, in one line; if in the file at `path`, where in it."""
     cause: BaseException | None = error
     while cause:
         lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == path]

@@ -241,8 +241,7 @@ class Engine:
         for slot in self.cache.room(rows.used, rows.limit - rows.count, rows.born):
             ticket, sample = int(rows.ticket[slot]), int(rows.sample[slot])
             job = self._jobs[ticket]
-            drawn = [piece["tokens"] for piece in job.drawn[sample]]
-            tokens = np.concatenate([job.request.prompt, *drawn]).astype(np.int32)
+            tokens = np.concatenate([job.request.prompt, *(p["tokens"] for p in job.drawn[sample])]).astype(np.int32)
             rows.free(slot)
             self._waiting.add(Start(ticket, tokens, [sample]), (job.background, -math.inf))
             self.stats.waits += 1
@@ -440,6 +439,7 @@ class Engine:
         Args:
           params: from `layout`. samplings: the settings to expect; whether one truncates or biases selects the
             decode program. continued: requests with tokens drawn earlier will come, too.
+
         Returns: seconds it took; `self.shapes` says for what.
         """
         begin = time.perf_counter()

@@ -19,8 +19,9 @@ from jaxrl.rollout.programs import Runner
 from models.pages import Pages
 
 WRITES = 64  # pages that one call fills, on each replica
-PREFILL = 8192  # tokens that one call prefills on each replica, at most: enough for its matrix products, and what it
-# works in is not there for pages
+# Tokens that one call prefills on each replica, at most: enough for its matrix products, and what it works in is not
+# there for pages.
+PREFILL = 8192
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from jaxrl.algorithms.kl import KL_KINDS
 from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
 from jaxrl.algorithms.selection import SELECTIONS
-from jaxrl.errors import UserError, one_line
+from jaxrl.errors import UserError, located
 from jaxrl.runtime import storage
 from jaxrl.runtime.combinations import impossible
 from jaxrl.tasks.answers import UNFINISHED
@@ -103,7 +103,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "model.dtype": (Choice("float32", _DTYPES), "compute dtype of the learner"),
     "model.products": (
         Choice("", ("", "bfloat16")),
-        "dtype that the factors of a matrix product are rounded to; empty: model.dtype",
+        "dtype that factors of dense products are rounded to, not attention's and experts'; empty: model.dtype",
     ),
     "model.param_dtype": (
         Choice("float32", _DTYPES),
@@ -379,7 +379,7 @@ def parse_config(argv: list[str]) -> ConfigDict:
         for arg in argv[1:]:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", arg):
                 _known_key(override[1], base)
-        raise UserError(f"--config: {one_line(e, path)}") from e
+        raise UserError(f"--config: {located(e, path)}") from e
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; settings are --config.key=value")
     return config
