@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# Without a bound pip takes an s3fs of 2020, which knows no asyncio, rather than an older botocore.
+GCS, S3 = "gcsfs>=2025.2", "s3fs>=2025.2"
+
 setup(
     name="jaxrl",
     version="0.1.0",
@@ -39,13 +42,13 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10", "gcsfs"],
+        "tpu": ["jax[tpu]>=0.10", GCS],
         "cuda": ["jax[cuda]>=0.10"],
-        "gcs": ["gcsfs"],
-        "s3": ["s3fs"],
+        "gcs": [GCS],
+        "s3": [S3],
         "wandb": ["wandb"],
         "hub": ["datasets"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "gcsfs", "s3fs", "gcp-storage-emulator",
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", GCS, S3, "gcp-storage-emulator",
                  "moto[s3,server]", "tensorboard"],
     },
 )

@@ -47,6 +47,11 @@ def attend_pages(q, layer, table, positions, window: int = 0, *, interpret: bool
     return out[:, :, :heads].reshape(B, N, H)
 
 
+def _product(a, b, axis: int):
+    """float32 product of a [M, K] with b along b's `axis`."""
+    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def _kernel(q_ref, table_ref, position_ref, kv_ref, *refs, page: int, window: int):
     *scale_refs, out_ref = refs
     q, position, head = q_ref[...], position_ref[...], 2 * pl.program_id(1)
@@ -56,7 +61,7 @@ def _kernel(q_ref, table_ref, position_ref, kv_ref, *refs, page: int, window: in
         out, top, total = carry
         number = table_ref[i]
         k, v = (kv_ref[number, :, head + which, :].astype(q.dtype) for which in (0, 1))
-        scores = pl.dot(q, k, trans_b=True) * q.shape[-1] ** -0.5
+        scores = _product(q, k, 1) * q.shape[-1] ** -0.5
         if scale_refs:
             scores = scores * scale_refs[0][number, :, head][None]
         column = i * page + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
@@ -66,7 +71,7 @@ def _kernel(q_ref, table_ref, position_ref, kv_ref, *refs, page: int, window: in
         total = total * before + jnp.sum(weights, axis=1)
         if scale_refs:
             weights = weights * scale_refs[0][number, :, head + 1][None]
-        return out * before[:, None] + pl.dot(weights.astype(q.dtype), v), peak, total
+        return out * before[:, None] + _product(weights.astype(q.dtype), v, 0), peak, total
 
     low = jnp.full(q.shape[:1], jnp.finfo(jnp.float32).min)
     start = jnp.zeros(q.shape, jnp.float32), low, jnp.zeros(q.shape[:1], jnp.float32)

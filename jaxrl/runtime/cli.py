@@ -16,6 +16,7 @@ from jaxrl.runtime import storage
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(sys.argv) and exit with its code; a UserError is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is as it should be
     try:
         code = main(sys.argv)
     except UserError as e:

@@ -73,7 +73,7 @@ class Cloud:
 
     def wait_for(self, path: str) -> str:
         target = self.root / path
-        for _ in range(400):
+        for _ in range(6000):
             if target.exists() and target.read_text():
                 return target.read_text()
             time.sleep(0.02)
