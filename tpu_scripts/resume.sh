@@ -25,8 +25,9 @@ mapfile -d '' -t flags < <(shared_flags)
 
 sibling() { "$here/$1.sh" "${flags[@]}"; }
 
-# Prints one word for the whole job: running, done, absent, preempted, hung, unreachable, or failed:CODE.
-# One worker's 75, and any failure of its own, decides over the others' 134: they have lost their peer and abort.
+# Prints one word for the whole job: running, done, absent, preempted, ending, hung, unreachable, or failed:CODE.
+# One worker's 75, and any failure of its own, decides over the others' 134: they have lost their peer and abort. While
+# one still runs behind such a 134 (it may be saving), the job is ending, and why is not known yet.
 job_status() {
   local text words codes own
   text="$(on_workers all "bash jaxrl_current/tpu_scripts/worker.sh status")" || true
@@ -37,6 +38,8 @@ job_status() {
     echo unreachable
   elif grep -qx "$EXIT_PREEMPTED" <<<"$codes"; then
     echo preempted
+  elif [[ -n "$codes" && -z "$own" ]] && grep -qx running <<<"$words"; then
+    echo ending
   elif grep -qx -e "$EXIT_WATCHDOG" -e "$EXIT_UNSAVED" <<<"$codes" || [[ -n "$codes" && -z "$own" ]]; then
     echo hung
   elif [[ -n "$codes" ]]; then
@@ -52,7 +55,7 @@ job_status() {
 
 # Watches a launched job and prints how it ended: done, preempted, hung or failed:CODE.
 watch_job() {
-  local status state suspicious=0
+  local status state suspicious=0 ending=0
   while true; do
     sleep "$POLL_SECONDS"
     state="$(slice_state)"
@@ -63,7 +66,8 @@ watch_job() {
     status="$(job_status)"
     log "$NAME: $status"
     case "$status" in
-      running) suspicious=0 ;;
+      running) suspicious=0 ending=0 ;;
+      ending) if ((++ending >= 5)); then echo hung; return; fi ;;
       done | preempted | hung) echo "$status"; return ;;
       *)
         # A slice on its way out also looks like this: believe it only when it stays so while the slice is up.
