@@ -44,7 +44,7 @@ def get_config(recipe: str = "grpo"):
     c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.b2 = 1e-3, 3, 0.95
     c.eval.every, c.eval.problems, c.checkpoint.every = c.steps, 32, 4
     a = c.algorithm
-    a.loss = recipe if recipe in ("grpo", "maspo") else "dapo"
+    a.loss = recipe if recipe in ("grpo", "maspo") else "grpo" if recipe == "lspo" else "dapo"
     if recipe == "maspo":
         c.batch.updates = 2  # with one update per batch its gate and limiter have nothing to do
     if not recipe.startswith("l1"):  # about half of the groups are all wrong: twice as many are drawn

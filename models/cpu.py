@@ -36,7 +36,12 @@ def _written_out(y):
 
 
 def _write_out(_, g):
-    return (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),)
+    return (_separate(g),)
+
+
+def _separate(y):
+    """y, on a CPU as an array of its own that no other operation is merged with."""
+    return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
 
 
 _written_out.defvjp(lambda y: (y, None), _write_out)
@@ -70,7 +75,11 @@ def _gradient(saved, g):
     a, b, c = (y.astype(jnp.bfloat16) for y in (x, w, g))
     # contracted over its second axis, not turned: that takes 0.4 of the time
     d_x = lax.dot_general(c, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return d_x.astype(x.dtype), _wide(_turned(a), c).astype(w.dtype)
+    if c.shape[1] < a.shape[1]:  # the narrower side is turned: of an adapter's it is a fraction of the other
+        d_w = _separate(_wide(_turned(c), a)).T
+    else:
+        d_w = _wide(_turned(a), c)
+    return d_x.astype(x.dtype), d_w.astype(w.dtype)
 
 
 _flat.defvjp(lambda x, w: (_wide(x, w), (x, w)), _gradient)
@@ -78,6 +87,8 @@ _flat.defvjp(lambda x, w: (_wide(x, w), (x, w)), _gradient)
 
 def _turned(x):
     """x [M, D] -> [D, M], by way of tiles where they divide: a plain transpose becomes part of the product."""
+    if min(x.shape) <= 32:  # no tiles
+        return _separate(x.T)
     tile = math.gcd(32, *x.shape)
     tiles = x.reshape(x.shape[0] // tile, tile, x.shape[1] // tile, tile)
     return tiles.transpose(2, 3, 0, 1).reshape(x.shape[::-1])
