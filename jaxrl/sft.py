@@ -67,7 +67,7 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
         if "solution" not in problem.info:
             raise UserError(f"config.sft.data={config.sft.data}: problem {problem.id!r} has no field 'solution'")
         response = tokenizer.encode(problem.info["solution"]) + eos
-        problem = _asked_for(problem, len(response), rng)
+        problem = _asked_for(problem, len(response), config.sft, rng)
         rows.append((encode_prompt(problem, tokenizer, t.template, **prompt_options(t)), response))
     fits = [r for r in rows if len(r[0]) <= config.sampling.max_prompt and len(r[1]) <= config.sampling.max_tokens]
     if not fits:
@@ -75,16 +75,17 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
     return fits, fits
 
 
-def _asked_for(problem: Problem, length: int, rng: np.random.Generator) -> Problem:
-    """The problem of a demonstration, its response named in the prompt with about its length, half of the time.
+def _asked_for(problem: Problem, length: int, sft, rng: np.random.Generator) -> Problem:
+    """The problem of a demonstration, its response named in the prompt with about its length, sft.budget_share of the
+    time.
 
-    Only for rows that carry a budget mode (field "mode"). RL with a length reward learns obedience from such sloppy
-    examples; without any, lengths first collapse to the mean of what is asked.
+    Only for rows that carry a budget mode (field "mode"). RL with a length reward learns obedience from such
+    examples, sloppy ones too (sft.budget_error); without any, lengths first collapse to the mean of what is asked.
     """
-    mode = problem.info.get("mode", "none")
-    if mode == "none" or rng.random() < 0.5:
+    mode, most = problem.info.get("mode", "none"), 1 + sft.budget_error
+    if mode == "none" or rng.random() < 1 - sft.budget_share:
         return problem
-    return dataclasses.replace(problem, budget=max(1, round(length * rng.uniform(0.75, 1.33))), mode=mode)
+    return dataclasses.replace(problem, budget=max(1, round(length * rng.uniform(round(1 / most, 2), most))), mode=mode)
 
 
 def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:

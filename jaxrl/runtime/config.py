@@ -289,6 +289,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sft.warmup_steps": (Integer(20), "below sft.steps"),
     "sft.modes": (Words((), _MODES), "budget modes that occur in demonstrations (dial)"),
     "sft.data": (_optional("a file"), "jsonl with problem and solution fields, when the task is not dial"),
+    "sft.budget_share": (Number(0.5, 0, 1), "of the rows with a mode: asked for in about their length"),
+    "sft.budget_error": (Number(0.33, 0), "by how much, as a fraction, such a budget may be off"),
 
     "mesh.data": (Integer(-1, 1, off=-1), "replicas; -1: whatever is left"),
     "mesh.fsdp": (Integer(1, 1, off=-1), "chips that split parameters and rows"),

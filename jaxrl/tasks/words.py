@@ -3,15 +3,16 @@
     words                               training problems
     words:split=test:count=256          held-out ones; a hash of the question decides which those are
     words:kind=other                    other kinds, out of domain: rectangles, sequences, clocks, percentages
-    words:split=demos:budgets=exact     training problems with worked solutions, half of them asked for in a length
+    words:split=demos:budgets=exact     training problems with worked solutions, asked for in their length (jaxrl.sft)
 
     Ana has 23 shells. Ben gives her 18 more, and then she gives 9 to Cleo. How many shells does Ana have now?
     23 + 18 = 41. 41 - 9 = 32. The answer is \\boxed{32}.
 
 Settings: split (train, test, demos), kind (sums, other), count, seed, most (the largest number drawn: how hard the
-arithmetic is), budgets (none, exact, max: what demonstrations are asked for). A problem has one to three steps and a
-whole number as its answer. A row holds id, problem, answer, solution, kind, steps and, if demonstrations are asked
-for in a length, mode.
+arithmetic is), budgets (none, exact, max: what demonstrations are asked for), lengths (four: solutions of four styles;
+many: optional sentences are put in at random, so that every length from 20 to 120 tokens occurs). A problem has one to
+three steps and a whole number as its answer. A row holds id, problem, answer, solution, kind, steps and, if
+demonstrations are asked for in a length, mode.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ THINGS = (
     "apples shells marbles stickers pencils books cards coins beads stamps cookies flowers balloons tickets buttons "
     "photos plums candles oranges keys"
 ).split()
-DEFAULTS = dict(split="train", kind="sums", count=0, seed=0, most=40, budgets="none")
+DEFAULTS = dict(split="train", kind="sums", count=0, seed=0, most=40, budgets="none", lengths="four")
 COUNTS = {"train": 8000, "test": 512, "demos": 8000}
-CHOICES = {"split": tuple(COUNTS), "kind": ("sums", "other"), "budgets": ("none", "exact", "max")}
+CHOICES = {"split": tuple(COUNTS), "kind": ("sums", "other"), "budgets": ("none", "exact", "max"),
+           "lengths": ("four", "many")}
 
 
 class Worked(NamedTuple):
@@ -248,6 +250,27 @@ def solution(worked: Worked, style: int, rng: np.random.Generator) -> str:
     return " ".join([*lines, f"The answer is \\boxed{{{worked.steps[-1][2]}}}."])
 
 
+ASIDES = ("Good.", "That is clear.", "Now we go on.", "This is not hard to do.", "Let us look at what comes next.")
+
+
+def free_solution(worked: Worked, rng: np.random.Generator) -> str:
+    """The working with each optional sentence put in with one probability, drawn for the whole solution."""
+    often = rng.random() ** 1.5
+
+    def perhaps(*sentences: str) -> list[str]:
+        return [sentences[int(rng.integers(len(sentences)))]] if rng.random() < often else []
+
+    wanted = ", then ".join(f"the {what.removeprefix('the ')}" for what, _, _ in worked.steps)
+    lines = perhaps(f"Let us find {wanted}.", f"We need {wanted}. Let us go step by step.") + perhaps(*ASIDES)
+    for i, (what, calculation, value) in enumerate(worked.steps):
+        start = ("First", "Then", "Finally")[min(i, 2)] if len(worked.steps) > 1 else "So"
+        told = bool(perhaps("told"))
+        lines.append(f"{start}, {what}: {calculation} = {value}." if told else f"{calculation} = {value}.")
+        for more in (perhaps(_check(calculation, value)), perhaps(*ASIDES), perhaps(*ASIDES)):
+            lines += more
+    return " ".join([*lines, f"The answer is \\boxed{{{worked.steps[-1][2]}}}."])
+
+
 def _check(calculation: str, value: int) -> str:
     x, sign, y = calculation.split()
     inverse = {"+": "-", "-": "+", "*": "/", "/": "*"}[sign]
@@ -287,8 +310,9 @@ def rows(spec: str) -> Iterator[dict[str, Any]]:
             continue
         seen.add(worked.question)
         style = int(rng.choice(4, p=(0.35, 0.35, 0.2, 0.1)))
+        text = free_solution(worked, rng) if s["lengths"] == "many" else solution(worked, style, rng)
         row = {"id": f"words/{s['split']}/{s['seed']}/{len(seen) - 1}", "problem": worked.question}
-        row |= {"answer": str(worked.steps[-1][2]), "solution": solution(worked, style, rng)}
+        row |= {"answer": str(worked.steps[-1][2]), "solution": text}
         row |= {"kind": s["kind"], "steps": len(worked.steps)}
         if s["split"] == "demos" and s["budgets"] != "none":
             row |= {"mode": s["budgets"]}

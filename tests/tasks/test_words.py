@@ -9,9 +9,10 @@ from jaxrl.tasks import words
 from jaxrl.tasks.data import load_problems
 
 
+@pytest.mark.parametrize("lengths", ["four", "many"])
 @pytest.mark.parametrize("kind", words.KINDS)
-def test_every_line_of_working_is_right_and_ends_in_the_answer(kind):
-    for row in words.rows(f"words:kind={kind}:split=demos:count=300"):
+def test_every_line_of_working_is_right_and_ends_in_the_answer(kind, lengths):
+    for row in words.rows(f"words:kind={kind}:split=demos:count=300:lengths={lengths}"):
         for x, sign, y, z in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", row["solution"]):
             x, y, z = int(x), int(y), int(z)
             assert {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[sign] == z, row
