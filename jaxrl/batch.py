@@ -39,7 +39,9 @@ def most_rows(config, sequences: int) -> int:
 def pack_settings(config, sequences: int, shards: int) -> PackSettings:
     """How mini-batches of at most so many sequences are packed. shards: data x fsdp of the mesh."""
     sizes = (row_length(config), config.batch.micro_tokens, shards, most_rows(config, sequences))
-    return PackSettings(*sizes, share_prompts=config.batch.share_prompts, replay=config.sampling.replay)
+    s = config.sampling
+    return PackSettings(
+        *sizes, share_prompts=config.batch.share_prompts, replay=s.replay, experts=s.router_replay)
 
 
 def make_batches(

@@ -177,7 +177,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         weights=s.weights,
         cache=s.cache,
         allowed=decodable(tok, decoder.vocab_size),
-        record=("kept",) if s.replay else (),
+        record=("kept",) * s.replay + ("experts",) * s.router_replay,
     )
 
 

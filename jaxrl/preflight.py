@@ -40,7 +40,7 @@ from jaxrl.learner.learner import Learner, needs_reference
 from jaxrl.learner.update import abstract_batch
 from jaxrl.rollout import replay
 from jaxrl.rollout.cache import bucket
-from jaxrl.rollout.kernels import Rows, SamplingArrays
+from jaxrl.rollout.kernels import Rows, SamplingArrays, expert_dtype
 from jaxrl.rollout.paged import WRITES, PagedCache
 from jaxrl.runtime import cli, compilers, hardware, roofline
 from jaxrl.runtime import mesh as meshes
@@ -100,7 +100,12 @@ def _learner_programs(config, learner: Learner, mesh, state, base, *, reference:
     sequences = b.prompts * b.group_size / b.updates
     micro = max(1.0, sequences * mean_tokens(config) / (rows * row))
     most = -(-most_rows(config, math.ceil(sequences)) // rows)
-    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row, b.share_prompts, config.sampling.replay)
+    replayed = None
+    if config.sampling.router_replay:
+        d = learner.decoder
+        replayed = jax.ShapeDtypeStruct((d.num_layers, d.experts_per_token), expert_dtype(d))
+    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row, b.share_prompts, config.sampling.replay,
+                           replayed)
     updates, work = b.updates * b.epochs, micro * rows * row
     scores = updates * ((not learner.objective.on_policy) + needs_reference(config))
     if scores:

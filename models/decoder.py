@@ -251,16 +251,19 @@ class MLP(Part):
 
 
 class MoE(Part):
-    """A mixture of experts in place of the MLP (models/moe.py). Sows the experts' load into AUXILIARY."""
+    """A mixture of experts in place of the MLP (models/moe.py). Sows the experts' load into AUXILIARY, and which they
+    were in decoding."""
 
     @nn.compact
-    def __call__(self, x, segment_ids):
-        """x: [B, T, D] -> [B, T, D]; segment_ids: of packed rows, 0 is padding, or None."""
+    def __call__(self, x, segment_ids, replayed):
+        """x: [B, T, D] -> [B, T, D]; segment_ids: of packed rows, 0 is padding, or None. replayed: see moe.route."""
         c = self.config
         logits = linear(x, self.weight("router"))
-        probabilities, weights, experts = moe.route(logits, c.experts_per_token, c.normalise_experts)
+        probabilities, weights, experts = moe.route(logits, c.experts_per_token, c.normalise_experts, replayed)
         live = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
         self.sow(AUXILIARY, "load", moe.balance(probabilities, experts, live), reduce_fn=lambda _, new: new)
+        if segment_ids is None:
+            self.sow(AUXILIARY, "experts", experts, reduce_fn=lambda _, new: new)
         if self.has_variable("params", "experts_gate_up"):
             gate_up = self.weight("experts_gate_up")
         else:
@@ -280,18 +283,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, views, segments, end):
-        """x: [B, T, D]; layer: (its cache arrays or None, its kind or None) -> (x, layer's cache)."""
+        """x: [B, T, D]; layer: (its cache arrays or None, its kind or None, experts to take or None) -> (x, layer's
+        cache)."""
         fields = (self.config, self.dtype, self.param_dtype)
 
         def norm(name, x):  # which norms a layer has is in the family's table
             return RMSNorm(*fields, name=name)(x) if find(self.config, name, "scale") else x
 
-        layer_cache, kind = layer
+        layer_cache, kind, replayed = layer
         attention = Attention(*fields, self.implementation, self.kinds, name="attn")
         h, layer_cache = attention(norm("attn_norm", x), layer_cache, kind, views, segments, end)
         x = nn.with_logical_constraint(x + norm("attn_post_norm", h), ("batch", "seq", "act_embed"))
         h = norm("mlp_norm", x)
-        h = MoE(*fields, name="mlp")(h, segments[0]) if self.config.num_experts else MLP(*fields, name="mlp")(h)
+        moe = self.config.num_experts
+        h = MoE(*fields, name="mlp")(h, segments[0], replayed) if moe else MLP(*fields, name="mlp")(h)
         return nn.with_logical_constraint(x + norm("mlp_post_norm", h), ("batch", "seq", "act_embed")), layer_cache
 
 
@@ -312,7 +317,8 @@ class Decoder(nn.Module):
     scan_layers: bool = True
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | Pages | None = None, parents=None):
+    def __call__(self, tokens, positions, segment_ids=None, cache: Cache | Pages | None = None, parents=None,
+                 experts=None):
         """Hidden states of every position.
 
         Args:
@@ -322,6 +328,7 @@ class Decoder(nn.Module):
             not read it, so that a kernel can do it without writing scores out.
           parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
           cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on. Pages: T = 1.
+          experts: unsigned [B, T, L, k], of each layer, to be taken again (models.moe.route), or None.
 
         Returns:
           (hidden [B, T, D] in `dtype`, after the final norm; the updated cache or None).
@@ -353,13 +360,15 @@ class Decoder(nn.Module):
             )
             which = jnp.array(c.kind_of_layer, jnp.int32) if len(views) > 1 else None
             scanned = scanned(*parts, self.attention, c.kinds, name="layers")
-            x, layers = scanned(x, (layers, which), views, segments, end)
+            by_layer = None if experts is None else experts.transpose(2, 0, 1, 3)
+            x, layers = scanned(x, (layers, which, by_layer), views, segments, end)
         else:
             updated = []
             for i, kind in enumerate(c.kind_of_layer):
                 layer = block(*parts, self.attention, (c.kinds[kind],), name=f"layer_{i}")
                 own = None if cache is None else tuple(a[i] for a in layers)
-                x, own = layer(x, (own, None), [views[kind]], segments, end)
+                replayed = None if experts is None else experts[:, :, i]
+                x, own = layer(x, (own, None, replayed), [views[kind]], segments, end)
                 updated.append(own)
             layers = None if cache is None else tuple(zip(*updated, strict=True))
         x = RMSNorm(*parts, name="final_norm")(x)

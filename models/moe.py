@@ -17,14 +17,18 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 
-def route(logits, k: int, normalise: bool):
+def route(logits, k: int, normalise: bool, replayed=None):
     """The k experts of each token and their weights, as transformers' Qwen3-MoE chooses them.
 
-    logits: [..., E]. normalise: the weights of a token sum to 1. Returns (probabilities of all
+    logits: [..., E]. normalise: the weights of a token sum to 1. replayed: unsigned [..., k], experts that were chosen
+    before, counted from 1, which are taken again; a token without any has zeros. Returns (probabilities of all
     experts float32 [..., E], weights float32 [..., k], experts int32 [..., k]).
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     weights, experts = lax.top_k(probabilities, k)
+    if replayed is not None:
+        experts = jnp.where(replayed > 0, replayed.astype(jnp.int32) - 1, experts)
+        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True) if normalise else weights
     return probabilities, weights, experts
 

@@ -40,7 +40,8 @@ class PackedBatch:
     capacity: static; most response tokens that one micro-batch has on one batch shard, rounded up.
     parents: int32 [M, R, T], the id of one more segment that a token sees, 0 for none; None if prompts are not shared.
     least: float32 [M, R, T], what tells the set that a token was drawn from (jaxrl.rollout.sampling.kept_set); None if
-    that is not replayed.
+    that is not replayed. experts: unsigned [M, R, T, L, k], those that the sampler chose for a token, of L layers,
+    counted from 1, zeros where it did not say; None if they are not replayed.
     """
 
     tokens: Any
@@ -58,6 +59,7 @@ class PackedBatch:
     capacity: int = flax.struct.field(pytree_node=False)
     parents: Any = None
     least: Any = None
+    experts: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,8 @@ class PackSettings:
     response tokens are dealt evenly. most_rows: how many rows the mini-batches of a run can fill
     (`jaxrl.batch.most_rows`): all of them get an M for that many; 0: M is the next power of two. share_prompts: the
     responses to one prompt stand behind one copy of it. replay: log-probs are those of the truncated distributions
-    that the tokens were drawn from, by the rollouts' token columns "kept" and "least".
+    that the tokens were drawn from, by the rollouts' token columns "kept" and "least". experts: so are experts, by
+    "experts".
     """
 
     row_tokens: int
@@ -78,6 +81,7 @@ class PackSettings:
     most_rows: int = 0
     share_prompts: bool = False
     replay: bool = False
+    experts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +140,15 @@ class Packing:
     waste: float
     waste_to_longest: float
 
-    def spread(self, values, dtype=np.float32) -> np.ndarray:
-        """[M, R, T] with values ([n], one a response, or [total], one a token) at the responses, 0 elsewhere."""
+    def spread(self, values, dtype=np.float32, before: int = 0) -> np.ndarray:
+        """[M, R, T, ...] with values ([n], one a response, or [total, ...], one a token) at the responses, or so many
+        tokens before; 0 elsewhere."""
         values = np.asarray(values)
         if len(values) != len(self.index):
             values = np.repeat(values, np.diff(self.offsets))
-        out = np.zeros(np.prod(self.shape), dtype)
-        out[self.index] = values
-        return out.reshape(self.shape)
+        out = np.zeros((np.prod(self.shape), *values.shape[1:]), dtype)
+        out[self.index - before] = values
+        return out.reshape(*self.shape, *values.shape[1:])
 
     def collect(self, values) -> np.ndarray:
         """The inverse of `spread`: [total], the values of each response token, from an [M, R, T] array."""
@@ -227,6 +232,7 @@ def fill(packing: Packing, mine: Rollouts, advantages, settings: PackSettings, s
             tokens[before], positions[before], segments[before] = prompt[:shared], np.arange(shared), parent
     tokens[packing.index] = r.tokens
     zeros = np.zeros(shape, np.float32)
+    experts = r.token_columns.get("experts") if settings.experts else None
     kept, least = (r.token_columns.get(name, np.zeros(len(r.tokens), np.float32)) for name in ("kept", "least"))
     return PackedBatch(
         tokens=tokens.reshape(shape),
@@ -244,6 +250,7 @@ def fill(packing: Packing, mine: Rollouts, advantages, settings: PackSettings, s
         capacity=packing.capacity,
         parents=parents.reshape(shape) if settings.share_prompts else None,
         least=packing.spread(least) if settings.replay else None,
+        experts=None if experts is None else packing.spread(experts, experts.dtype, before=1),
     )
 
 

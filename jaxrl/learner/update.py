@@ -61,7 +61,7 @@ from models.table import NORM, kinds
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
              "sampler_logprobs", "ref_logprobs", "stale")
-OPTIONAL = ("parents", "least")  # also one value a token, or None
+OPTIONAL = ("parents", "least", "experts")  # also something of each token, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +297,7 @@ def _forward(parts: Parts, params, micro: PackedBatch):
     None without experts."""
     load = None
     with use(parts.mesh, parts.rules):
-        arguments = (micro.tokens, micro.positions, micro.segment_ids, None, micro.parents)
+        arguments = (micro.tokens, micro.positions, micro.segment_ids, None, micro.parents, micro.experts)
         if parts.model.config.num_experts:
             (hidden, _), found = parts.model.apply({"params": params}, *arguments, mutable=[AUXILIARY])
             load = found[AUXILIARY]["layers"]["mlp"]["load"]
@@ -386,7 +386,7 @@ def place_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
 
     def put(x):
         x = np.asarray(x)
-        if x.ndim != 3:
+        if x.ndim < 3:
             return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
         depth = x.shape[1] // len(own)  # rows of a shard
 
@@ -394,7 +394,7 @@ def place_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
             place = np.searchsorted(own, (index[1].start or 0) // depth) * depth
             return x[:, place : place + depth]
 
-        whole = (x.shape[0], depth * shards, x.shape[2])
+        whole = (x.shape[0], depth * shards, *x.shape[2:])
         return jax.make_array_from_callback(whole, NamedSharding(mesh, P(None, BATCH)), part)
 
     return jax.tree.map(put, batch)
@@ -407,8 +407,8 @@ def own_rows(array: jax.Array) -> np.ndarray:
 
 
 def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share_prompts: bool = False,
-                   replay: bool = False) -> PackedBatch:
-    """PackedBatch of jax.ShapeDtypeStruct for [M, R, T] = shape."""
+                   replay: bool = False, experts: jax.ShapeDtypeStruct | None = None) -> PackedBatch:
+    """PackedBatch of jax.ShapeDtypeStruct for [M, R, T] = shape. experts: [L, k] of a token, if they are replayed."""
     rows = NamedSharding(mesh, P(None, BATCH))
     fields: dict[str, Any] = {
         k: jax.ShapeDtypeStruct(shape, jnp.int32 if i < 3 else jnp.float32, sharding=rows)
@@ -416,6 +416,8 @@ def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share
     }
     fields["parents"] = fields["segment_ids"] if share_prompts else None
     fields["least"] = fields["advantages"] if replay else None
+    if experts is not None:
+        fields["experts"] = jax.ShapeDtypeStruct((*shape, *experts.shape), experts.dtype, sharding=rows)
     scalar = lambda d: jax.ShapeDtypeStruct((), d, sharding=replicated(mesh))  # noqa: E731
     return PackedBatch(**fields, num_micro=scalar(jnp.int32), num_tokens=scalar(jnp.float32),
                        num_sequences=scalar(jnp.float32), capacity=capacity)

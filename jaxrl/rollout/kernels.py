@@ -19,7 +19,7 @@ from jax import lax
 from jaxrl.rollout.sampling import draw, uniforms
 from models.attention import default_implementation, from_blocks, to_blocks
 from models.config import DecoderConfig
-from models.decoder import Decoder, empty_cache, logits
+from models.decoder import AUXILIARY, Decoder, empty_cache, logits
 from models.pages import empty_pages, side_by_side
 
 
@@ -65,7 +65,8 @@ class ProgramSpec:
     dtype: compute dtype. chunk: most decode steps of one call (the width of its output). platform: "cpu", "gpu" or
     "tpu". sharding: NamedSharding of the arrays of the cache, or None. int8_cache: keys and values of one
     byte, with scales. pages: tokens of a page; 0: the cache is dense. record: what decoding tells of each token besides
-    its log-prob: "kept" (the set it was drawn from).
+    its log-prob: "kept" (the set it was drawn from), "experts" (those of the token before it, which it was predicted
+    from: unsigned [L, k], counted from 1).
     """
 
     config: DecoderConfig
@@ -132,9 +133,10 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
 
     def one_step(carry):
         i, cache, token, done, emitted, tokens, logps, columns = carry
-        hidden, cache = model.apply({"params": params}, token[:, None], (rows.used + i)[:, None], None, cache)
+        hidden, cache, experts = _forward(spec, model, params, token, rows.used + i, cache)
         z = logits(params, hidden[:, 0], spec.config.narrow)
         token, logp, found = _draw(z, rows, rows.count + i, settings, eos_column, record="kept" in spec.record)
+        found |= experts
         tokens = lax.dynamic_update_slice(tokens, token[None], (i, 0))
         logps = lax.dynamic_update_slice(logps, logp[None], (i, 0))
         columns = {k: lax.dynamic_update_index_in_dim(v, found[k], i, 0) for k, v in columns.items()}
@@ -146,10 +148,28 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
     tokens, logps = zeros((spec.chunk, B)), jnp.zeros((spec.chunk, B), jnp.float32)
     columns = {k: logps for k in ("kept", "least") if "kept" in spec.record}
+    if "experts" in spec.record:
+        shape = spec.chunk, B, spec.config.num_layers, spec.config.experts_per_token
+        columns["experts"] = jnp.zeros(shape, expert_dtype(spec.config))
     start = (zeros(()), cache, rows.token, ~rows.active, zeros((B,)), tokens, logps, columns)
     _, cache, _, _, emitted, tokens, logps, columns = lax.while_loop(going_on, one_step, start)
     cache = cache.with_arrays(jax.tree.map(spec.place, cache.arrays))
     return cache, tokens, logps, emitted, columns
+
+
+def expert_dtype(config: DecoderConfig):
+    """The smallest unsigned type that holds an expert counted from 1."""
+    return jnp.uint8 if config.num_experts < 256 else jnp.uint16
+
+
+def _forward(spec: ProgramSpec, model: Decoder, params, token, position, cache):
+    """(hidden, cache, what is recorded of the layers) of one step; token, position: int32 [B]."""
+    arguments = {"params": params}, token[:, None], position[:, None], None, cache
+    if "experts" not in spec.record:
+        return *model.apply(*arguments), {}
+    (hidden, cache), found = model.apply(*arguments, mutable=[AUXILIARY])
+    layers = [found[AUXILIARY][f"layer_{i}"]["mlp"]["experts"][:, 0] for i in range(spec.config.num_layers)]
+    return hidden, cache, {"experts": (jnp.stack(layers, axis=1) + 1).astype(expert_dtype(spec.config))}
 
 
 def _draw(z, rows: Rows, position, settings: SamplingArrays, eos_column, *, record: bool):

@@ -183,10 +183,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sampling.top_k": (Integer(0), "0: off"),
     "sampling.top_p": (Number(1.0, 0, 1, above=True), "1: off"),
     "sampling.min_p": (Number(0.0, 0, 1, below=True), "0: off"),
-    "sampling.replay": (
-        Flag(False),
-        "old and new log-probs are those of the distribution that top_k, top_p, min_p left, not of the whole one",
-    ),
+    "sampling.replay": (Flag(False), "old and new log-probs are those of what top_k, top_p, min_p left over"),
+    "sampling.router_replay": (Flag(False), "the learner takes the experts that the sampler chose for a response"),
     "sampling.max_prompt": (Integer(512, 1), "tokens"),
     "sampling.max_tokens": (Integer(512, 1), "response tokens"),
     "sampling.slots": (Integer(64, 1), "completions decoded at once, on all chips of a host together"),
