@@ -104,8 +104,8 @@ def _learner_programs(config, learner: Learner, mesh, state, base, *, reference:
     if config.sampling.router_replay:
         d = learner.decoder
         replayed = jax.ShapeDtypeStruct((d.num_layers, d.experts_per_token), expert_dtype(d))
-    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row, b.share_prompts, config.sampling.replay,
-                           replayed)
+    batch = abstract_batch(mesh, (most, rows, row), rows // shards * row, share_prompts=b.share_prompts,
+                           replay=config.sampling.replay, experts=replayed)
     updates, work = b.updates * b.epochs, micro * rows * row
     scores = updates * ((not learner.objective.on_policy) + needs_reference(config))
     if scores:

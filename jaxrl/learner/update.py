@@ -406,7 +406,7 @@ def own_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=1)
 
 
-def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, share_prompts: bool = False,
+def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], capacity: int, *, share_prompts: bool = False,
                    replay: bool = False, experts: jax.ShapeDtypeStruct | None = None) -> PackedBatch:
     """PackedBatch of jax.ShapeDtypeStruct for [M, R, T] = shape. experts: [L, k] of a token, if they are replayed."""
     rows = NamedSharding(mesh, P(None, BATCH))

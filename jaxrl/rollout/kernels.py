@@ -123,7 +123,7 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
     columns: what `spec.record` names, name -> [chunk, B, ...]).
     """
     B = rows.token.shape[0]
-    model, cache = spec.model, cache.begin(rows.used)
+    cache = cache.begin(rows.used)
     eos_column = jnp.any(jnp.arange(spec.config.vocab_size)[:, None] == settings.eos, axis=-1)  # [V]
 
     def going_on(carry):
@@ -133,7 +133,7 @@ def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArray
 
     def one_step(carry):
         i, cache, token, done, emitted, tokens, logps, columns = carry
-        hidden, cache, experts = _forward(spec, model, params, token, rows.used + i, cache)
+        hidden, cache, experts = _forward(spec, params, token, rows.used + i, cache)
         z = logits(params, hidden[:, 0], spec.config.narrow)
         token, logp, found = _draw(z, rows, rows.count + i, settings, eos_column, record="kept" in spec.record)
         found |= experts
@@ -162,12 +162,12 @@ def expert_dtype(config: DecoderConfig):
     return jnp.uint8 if config.num_experts < 256 else jnp.uint16
 
 
-def _forward(spec: ProgramSpec, model: Decoder, params, token, position, cache):
+def _forward(spec: ProgramSpec, params, token, position, cache):
     """(hidden, cache, what is recorded of the layers) of one step; token, position: int32 [B]."""
     arguments = {"params": params}, token[:, None], position[:, None], None, cache
     if "experts" not in spec.record:
-        return *model.apply(*arguments), {}
-    (hidden, cache), found = model.apply(*arguments, mutable=[AUXILIARY])
+        return *spec.model.apply(*arguments), {}
+    (hidden, cache), found = spec.model.apply(*arguments, mutable=[AUXILIARY])
     layers = [found[AUXILIARY][f"layer_{i}"]["mlp"]["experts"][:, 0] for i in range(spec.config.num_layers)]
     return hidden, cache, {"experts": (jnp.stack(layers, axis=1) + 1).astype(expert_dtype(spec.config))}
 
