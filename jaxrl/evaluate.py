@@ -110,8 +110,7 @@ def main(argv: list[str]) -> None:
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     _check(flags)
     kept = storage.output(flags["out"], "--out")
-    out = kept.local
-    (out / "completions").mkdir(parents=True, exist_ok=True)
+    (kept.local / "completions").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         limits = (flags["grader_workers"], flags["grader_timeout"])
         trained = {} if flags["server"] else run_settings(flags["model"]).get("task", {})
@@ -120,15 +119,15 @@ def main(argv: list[str]) -> None:
         grader = stack.enter_context(Grader(*limits, need_marker=need_marker, unfinished=unfinished))
         reward = stack.enter_context(UserReward(flags["reward"], *limits)) if flags["reward"] else None
         evaluate = evaluate_served if flags["server"] else evaluate_checkpoints
-        results, info = evaluate(flags, out, grader, reward)
+        results, info = evaluate(flags, kept, grader, reward)
     if distributed.is_main():
-        print(write_results(out, results, info, flags))
+        print(write_results(kept.local, results, info, flags))
         with storage.user_errors("--out"):
             kept.close()
         print(f"written to {flags['out']}")
 
 
-def evaluate_checkpoints(flags: dict, out: pathlib.Path, grader: Grader, reward: UserReward | None):
+def evaluate_checkpoints(flags: dict, out: storage.Mirror, grader: Grader, reward: UserReward | None):
     """(one summary a job, what was evaluated) of --model, a Hugging Face or run directory."""
     cli.use_compilation_cache()
     if flags["distributed"]:
@@ -156,7 +155,7 @@ def evaluate_checkpoints(flags: dict, out: pathlib.Path, grader: Grader, reward:
     return results, info
 
 
-def evaluate_served(flags: dict, out: pathlib.Path, grader: Grader, reward: UserReward | None):
+def evaluate_served(flags: dict, out: storage.Mirror, grader: Grader, reward: UserReward | None):
     """(one summary a job, what was evaluated) of --model as --server calls it."""
     sets = load_sets(flags["data"], None, flags | {"template": flags["template"] or "chat"}, grader, reward)
     jobs = plan(sets, flags, sys.maxsize, None, lambda data, p: data.text(p))
@@ -293,12 +292,13 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, *, plac
     return answer
 
 
-def run(job: Job, answer: Callable, identity: dict, flags: dict, out: pathlib.Path) -> dict:
-    """Samples and grades what the job's file does not hold yet, some problems at a time; returns its summary.
+def run(job: Job, answer: Callable, identity: dict, flags: dict, out: storage.Mirror) -> dict:
+    """Samples and grades what the job's file does not hold yet, some problems at a time; returns its summary. A store
+    has each part once it is graded.
 
     answer(job, indices) -> records. identity: digests of what answers, see evaluation.identity.
     """
-    store = Store(out / "completions" / job.file, _settings(job, identity, flags))
+    store = Store(out.local / "completions" / job.file, _settings(job, identity, flags))
     unreadable = sum(not prompt for prompt in job.prompts)
     if unreadable and distributed.is_main():
         note = "hold text that the model has no tokens for; they count as answered wrongly"
@@ -317,6 +317,8 @@ def run(job: Job, answer: Callable, identity: dict, flags: dict, out: pathlib.Pa
         store.append(records)
         tokens += sum(s["tokens"] for r in records for s in r["samples"])
         if distributed.is_main():
+            with storage.user_errors("--out"):
+                out.push()
             rate = tokens / (time.perf_counter() - begin)
             graded = [s["correct"] for r in store.records.values() for s in r["samples"] if s["valid"]]
             count = len(job.problems) - len(todo) + first + len(part)

@@ -43,6 +43,7 @@ def test_model_run_evaluation_report_and_export_in_a_bucket(tmp_path, dial_model
 
         out = f"{run}/results"
         evaluate.main(["evaluate", f"--model={run}", "--data=dial", "--limit=4", f"--out={out}", "--slots=8"])
+        stopped_half_way(monkeypatch, f"--model={run}", f"--out={run}/again", store)
         result = json.loads(store.read("runs/first/results/result.json"))["results"]
         assert result[0]["step"] == 3 and result[0]["problems"] == 4
         report.main(["report", run])
@@ -53,6 +54,27 @@ def test_model_run_evaluation_report_and_export_in_a_bucket(tmp_path, dial_model
         with pytest.raises(UserError, match="is there already and not empty"):
             export.main(["export", run, f"{store.url}/exported"])
     assert list(tmp_path.glob("gs:*")) == list(tmp_path.glob("s3:*")) == []
+
+
+def stopped_half_way(monkeypatch, model, out, store):
+    """An evaluation that dies in its second part goes on with what the bucket has, on a machine that has nothing."""
+    answered, original = [], evaluate.evaluate_problems
+
+    def answer(*args, **kwargs):
+        if len(answered) == 1 and not resumed:
+            raise KeyboardInterrupt
+        answered.append([p.id for p in args[3]])
+        return original(*args, **kwargs)
+
+    flags, resumed = [model, "--data=dial", "--limit=6", out, "--slots=4", "--batch=3"], False
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_problems", answer)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(["evaluate", *flags])
+        resumed = True
+        evaluate.main(["evaluate", *flags])
+    assert [len(part) for part in answered] == [3, 3] and not set(answered[0]) & set(answered[1])
+    assert json.loads(store.read("runs/first/again/result.json"))["results"][0]["problems"] == 6
 
 
 @pytest.mark.parametrize("key, value", [("run_dir", "gss://bucket/run"), ("model.path", "gs:/bucket/model"),
