@@ -1,9 +1,9 @@
-"""How far the learner's log-probs lie from the sampler's in a mixture of experts, with its own routing or the replayed one.
+"""Log-probs of learner and sampler in a mixture of experts: with the learner's own routing, and with the sampler's.
 
     python benchmarks/router_replay.py
 
-A random Qwen3-MoE (4 layers, 16 experts, 4 a token), 32 answers of 64 tokens sampled in bfloat16, scored by a learner in
-float32 or bfloat16 with the same parameters. "clipped": tokens whose ratio lies outside 0.8 to 1.2.
+A random Qwen3-MoE (4 layers, 16 experts, 4 a token), 32 answers of 64 tokens sampled in bfloat16, scored by a learner
+in float32 or bfloat16 with the same parameters. "clipped": tokens whose ratio lies outside 0.8 to 1.2.
 """
 
 import jax
