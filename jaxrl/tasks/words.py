@@ -10,7 +10,7 @@
 
 Settings: split (train, test, demos), kind (sums, other), count, seed, most (the largest number drawn: how hard the
 arithmetic is), budgets (none, exact, max: what demonstrations are asked for), lengths (four: solutions of four styles;
-many: optional sentences are put in at random, so that every length from 20 to 120 tokens occurs). A problem has one to
+many: so many of a list of sentences after the working that lengths go from 20 to 130 tokens). A problem has one to
 three steps and a whole number as its answer. A row holds id, problem, answer, solution, kind, steps and, if
 demonstrations are asked for in a length, mode.
 """
@@ -250,25 +250,20 @@ def solution(worked: Worked, style: int, rng: np.random.Generator) -> str:
     return " ".join([*lines, f"The answer is \\boxed{{{worked.steps[-1][2]}}}."])
 
 
-ASIDES = ("Good.", "That is clear.", "Now we go on.", "This is not hard to do.", "Let us look at what comes next.")
+CLOSING = (
+    "Let us look at this again.", "The numbers are those of the question.", "Every step follows from the one before.",
+    "No number was left out.", "No number was used twice.", "The order of the steps is right.",
+    "The question asks for one number.", "That number was found above.", "So nothing else has to be done.",
+    "We can write it down.",
+)
 
 
-def free_solution(worked: Worked, rng: np.random.Generator) -> str:
-    """The working with each optional sentence put in with one probability, drawn for the whole solution."""
-    often = rng.random() ** 1.5
-
-    def perhaps(*sentences: str) -> list[str]:
-        return [sentences[int(rng.integers(len(sentences)))]] if rng.random() < often else []
-
-    wanted = ", then ".join(f"the {what.removeprefix('the ')}" for what, _, _ in worked.steps)
-    lines = perhaps(f"Let us find {wanted}.", f"We need {wanted}. Let us go step by step.") + perhaps(*ASIDES)
-    for i, (what, calculation, value) in enumerate(worked.steps):
-        start = ("First", "Then", "Finally")[min(i, 2)] if len(worked.steps) > 1 else "So"
-        told = bool(perhaps("told"))
-        lines.append(f"{start}, {what}: {calculation} = {value}." if told else f"{calculation} = {value}.")
-        for more in (perhaps(_check(calculation, value)), perhaps(*ASIDES), perhaps(*ASIDES)):
-            lines += more
-    return " ".join([*lines, f"The answer is \\boxed{{{worked.steps[-1][2]}}}."])
+def long_solution(worked: Worked, level: int) -> str:
+    """The working with so much around it: level 0 calculations only, 1 a sentence a step, above that as many of CLOSING,
+    in their order, as the level is above 1."""
+    style, rng = min(level, 1), np.random.default_rng(0)
+    working, answer = solution(worked, style, rng).split(" The answer is ")
+    return " ".join([working, *CLOSING[: max(level - 1, 0)], f"The answer is {answer}"])
 
 
 def _check(calculation: str, value: int) -> str:
@@ -310,7 +305,8 @@ def rows(spec: str) -> Iterator[dict[str, Any]]:
             continue
         seen.add(worked.question)
         style = int(rng.choice(4, p=(0.35, 0.35, 0.2, 0.1)))
-        text = free_solution(worked, rng) if s["lengths"] == "many" else solution(worked, style, rng)
+        level = int(rng.integers(len(CLOSING) + 2))
+        text = long_solution(worked, level) if s["lengths"] == "many" else solution(worked, style, rng)
         row = {"id": f"words/{s['split']}/{s['seed']}/{len(seen) - 1}", "problem": worked.question}
         row |= {"answer": str(worked.steps[-1][2]), "solution": text}
         row |= {"kind": s["kind"], "steps": len(worked.steps)}
