@@ -259,8 +259,8 @@ CLOSING = (
 
 
 def long_solution(worked: Worked, level: int) -> str:
-    """The working with so much around it: level 0 calculations only, 1 a sentence a step, above that as many of CLOSING,
-    in their order, as the level is above 1."""
+    """The working with so much around it: level 0 calculations only, 1 a sentence a step, 2 and more as many sentences
+    of CLOSING, in their order, as it is above 1."""
     style, rng = min(level, 1), np.random.default_rng(0)
     working, answer = solution(worked, style, rng).split(" The answer is ")
     return " ".join([working, *CLOSING[: max(level - 1, 0)], f"The answer is {answer}"])
