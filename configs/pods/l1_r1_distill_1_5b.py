@@ -4,9 +4,8 @@
     python -m jaxrl.train --config=configs/pods/l1_r1_distill_1_5b.py:max --config.model.path=RUN_DIR_OF_EXACT
 
 Smallest slice: v5e:2x2 (v5litepod-4). Preflight on v5e:2x2, GiB of 15.75 a chip: layout 9.28, prefill 13.88, decode
-14.22, score 7.75, update 10.86. That leaves room for 845,830 tokens of cache in pages on each host. In a dense cache of
-128 slots a step of 2048 answers of 2048 tokens takes 676 s by the compiler's estimate (rollout 445, score 82, update
-149), 6,209 tokens/s; docs/performance.md has what is expected of pages.
+14.22, score 7.75, update 10.86. A step of 2,048 answers, 2,048 tokens on average, takes 362 s by the compiler's
+estimate (rollout 131, score 82, update 149), 11,596 tokens/s, with pages for 845,830 tokens of cache on each host.
 """
 
 from configs.pods.recipes import pod

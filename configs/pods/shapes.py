@@ -70,3 +70,22 @@ LLAMA_3_2_3B = dict(
     rope_theta=500000.0,
     max_position_embeddings=131072,
 )
+QWEN3_30B_A3B = dict(
+    model_type="qwen3_moe",
+    qk_norm=True,
+    tie_embeddings=False,
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_layers=48,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    max_position_embeddings=40960,
+    num_experts=128,
+    experts_per_token=8,
+    expert_size=768,
+    normalise_experts=True,
+)
