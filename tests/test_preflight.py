@@ -38,6 +38,7 @@ PODS = [
     ("maspo_qwen3_4b.py", 4_022_468_096),
     ("maspo_r1_distill_7b.py", 7_615_616_512),
     ("maspo_r1_distill_14b.py", 14_770_033_664),
+    ("lspo_qwen3_30b_a3b.py:gspo", 30_532_122_624),
 ]
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 cuda = pytest.mark.skipif(
