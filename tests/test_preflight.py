@@ -352,7 +352,7 @@ def fits_as_documented(name, folder, least, most):
 @cuda
 def test_gpu_config_fits_in_what_its_docstring_says(name):
     """One to three minutes each."""
-    fits_as_documented(name, "gpus", 0.9, 3)  # documented with a dense cache
+    fits_as_documented(name, "gpus", 0.9, 1.1)
 
 
 # ------------------------------------------------------------------------------------------------ a small one
