@@ -37,10 +37,10 @@ def get_config(recipe: str = "grpo"):
     # asked for in about their length, so that a length reward has obedience to start from.
     c.sft.data = "words:split=demos:budgets=exact"
     c.sft.batch, c.sft.learning_rate, c.sft.warmup_steps = 16, 1e-4, 5
-    c.sft.steps = c.sft.full_steps = (48 if about_length else 24) if warm else 0
+    c.sft.steps = c.sft.full_steps = (120 if about_length else 24) if warm else 0
     if about_length:  # demonstrations of every length, asked for in exactly that one
         c.sft.data += ":lengths=many"
-        c.sft.budget_share, c.sft.budget_error, c.sft.learning_rate = 1.0, 0.0, 2e-4
+        c.sft.budget_share, c.sft.budget_error, c.sft.learning_rate = 1.0, 0.0, 3e-4
     c.batch.prompts, c.batch.group_size = 8, 8
     c.batch.share_prompts = True  # prompts are as long as answers: the update computes half of the tokens
     c.batch.row_tokens, c.batch.micro_tokens = 256, 4096
@@ -58,12 +58,13 @@ def get_config(recipe: str = "grpo"):
         a.selection = "lspo" if recipe == "lspo" else "accuracy"
         c.batch.generation_prompts, c.batch.max_generation_batches = 16, 1
     if about_length:
-        c.sampling.max_prompt, c.sampling.max_tokens = 104, 152
+        c.sampling.max_prompt, c.sampling.max_tokens = 104, 112
+        c.batch.row_tokens, c.batch.micro_tokens = 288, 2304  # two sequences a row
         c.batch.prompts, c.batch.group_size = 16, 4  # a step shows as many budgets as it has prompts
         c.optimizer.learning_rate = 5e-4
         c.length.mode = "exact" if recipe == "l1_exact" else "both"
         c.length.reward = "lcpo_exact" if recipe == "l1_exact" else "lcpo_max"
-        c.length.low, c.length.high = 40, 104
+        c.length.low, c.length.high = 32, 80
         c.length.hyper.lcpo_exact.alpha = c.length.hyper.lcpo_max.exact_alpha = 0.02
         c.length.hyper.lcpo_max.alpha = 0.02
         a.advantage = "dler"

@@ -10,7 +10,7 @@
 
 Settings: split (train, test, demos), kind (sums, other), count, seed, most (the largest number drawn: how hard the
 arithmetic is), budgets (none, exact, max: what demonstrations are asked for), lengths (four: solutions of four styles;
-many: so many of a list of sentences after the working that lengths go from 20 to 130 tokens). A problem has one to
+many: so many of a list of sentences after the working that lengths go from 20 to 100 tokens). A problem has one to
 three steps and a whole number as its answer. A row holds id, problem, answer, solution, kind, steps and, if
 demonstrations are asked for in a length, mode.
 """
@@ -252,9 +252,7 @@ def solution(worked: Worked, style: int, rng: np.random.Generator) -> str:
 
 CLOSING = (
     "Let us look at this again.", "The numbers are those of the question.", "Every step follows from the one before.",
-    "No number was left out.", "No number was used twice.", "The order of the steps is right.",
-    "The question asks for one number.", "That number was found above.", "So nothing else has to be done.",
-    "We can write it down.",
+    "No number was left out.", "No number was used twice.", "So nothing else has to be done.",
 )
 
 
