@@ -2,10 +2,9 @@
 
     python -m jaxrl.train --config=configs/pods/lspo_qwen25_math_7b.py:gspo
 
-Smallest slice of v6e: v6e:2x4 (v6e-8). Preflight on v6e:2x4, GiB of 31.24 a chip: layout 16.85, score 13.00, update
-19.51. That leaves room for 2,157,568 tokens of cache in pages on each host, by arithmetic. In a dense cache of 256
-slots a step of 12,288 answers of 1024 tokens takes 702 s by the compiler's estimate (rollout 520, score 41, update
-141), 17,922 tokens/s; docs/performance.md has what is expected of pages.
+Smallest slice of v6e: v6e:2x4 (v6e-8). Preflight on v6e:2x4, GiB of 31.24 a chip: layout 16.85, prefill 28.64, decode
+28.87, score 13.00, update 19.48. A step of 12,288 answers, 1,024 tokens on average, takes 330 s by the compiler's
+estimate (rollout 148, score 41, update 141), 38,125 tokens/s, with pages for 2,157,568 tokens of cache on each host.
 """
 
 from configs.pods.recipes import lspo, pod
