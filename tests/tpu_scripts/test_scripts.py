@@ -248,7 +248,8 @@ def test_launch_stops_the_job_that_is_running(cloud, tmp_path):
     cloud.call("setup", *WHERE)
     cloud.codes("forever", "0")
     cloud.call("launch", *WHERE, *RUN)
-    cloud.wait_for("home1/jaxrl_job/train.log")
+    for worker in (0, 1):  # a start that is stopped before it counts would leave "forever" to the next one
+        cloud.wait_for(f"started-home{worker}")
     first = (tmp_path / "home0/jaxrl_job/pid").read_text()
     assert cloud.call("status", *WHERE).stdout.count("running") == 2
     assert cloud.call("launch", *WHERE, *RUN).returncode == 0
