@@ -52,7 +52,7 @@ def get_config(recipe: str = "grpo"):
     c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.b2 = 1e-3, 3, 0.95
     c.eval.every, c.eval.problems, c.checkpoint.every = c.steps, 32, 4
     a = c.algorithm
-    a.loss = recipe if recipe in ("grpo", "maspo") else "grpo" if recipe == "lspo" else "dapo"
+    a.loss = {"grpo": "grpo", "lspo": "grpo", "maspo": "maspo"}.get(recipe, "dapo")
     if recipe in ("maspo", "lspo"):
         c.optimizer.learning_rate = 3e-4  # at 1e-3 both unlearn the task (docs/results.md)
     if recipe == "maspo":

@@ -227,6 +227,18 @@ def test_slots_that_do_not_divide():
 
 
 @libtpu
+def test_replayed_experts_are_part_of_the_programs():
+    """Decoding returns them, score and update take them: shapes of a small mixture of experts."""
+    config = small()
+    config.model.shape.update(dict(model_type="qwen3_moe", num_experts=4, experts_per_token=2, expert_size=128))
+    config.sampling.router_replay = True
+    found = {p.name: p for p in preflight.programs(config, build.decoder_config(config), slice_mesh(config, "v5e:2x2"))}
+    assert "tensor<32x16x3x2xui8>" in found["decode"].lower().as_text()
+    for name in ("score", "update"):
+        assert "x512x3x2xui8>" in found[name].lower().as_text()
+
+
+@libtpu
 def test_command_line_errors_are_one_line():
     command = [sys.executable, "-m", "jaxrl.preflight", "--config=configs/pods/lspo_llama32_3b.py", "--topology=v5e:7"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

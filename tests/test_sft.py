@@ -47,6 +47,20 @@ def test_a_file_warms_a_model_up(tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("share, error", [(1.0, 0.0), (1.0, 0.33), (0.0, 0.0), (0.5, 0.0)])
+def test_demonstrations_are_asked_for_in_about_their_length(tmp_path, monkeypatch, share, error):
+    asked = []  # the embedded task's tokenizer has no words for a budget
+    monkeypatch.setattr(sft, "encode_prompt", lambda problem, *_, **__: asked.append(problem) or [1])
+    settings = {"sft.budget_share": share, "sft.budget_error": error}
+    config = from_file(tmp_path, [row | {"mode": "exact"} for row in 40 * ROWS], settings)
+    tokenizer = build.tokenizer(config)
+    sft.demonstrations(config, tokenizer)
+    ratio = [p.budget / (len(tokenizer.encode(p.info["solution"])) + 1) for p in asked if p.budget]
+    assert abs(len(ratio) / len(asked) - share) < 0.1
+    if ratio:
+        assert (min(ratio) == max(ratio) == 1) if error == 0 else (0.6 < min(ratio) < 0.9 and 1.1 < max(ratio) < 1.5)
+
+
 def test_a_missing_solution_is_named(tmp_path):
     config = from_file(tmp_path, [ROWS[0], {k: v for k, v in ROWS[1].items() if k != "solution"}])
     with pytest.raises(UserError, match="demos.jsonl: problem 'demos/1' has no field 'solution'"):

@@ -13,8 +13,6 @@ from configs.pods.shapes import QWEN25_MATH_7B
 
 def get_config(loss: str = "gspo"):
     """loss: gspo, grpo or dapo."""
-    if loss not in ("gspo", "grpo", "dapo"):
-        raise ValueError(f"configs/pods/lspo_qwen25_math_7b.py:{loss}: choose gspo, grpo or dapo")
     c = lspo(pod(f"lspo_{loss}_7b", "Qwen2.5-Math-7B", QWEN25_MATH_7B, 2048, 2048), loss)
     c.topology = "v6e:2x4"
     c.sampling.slots, c.sampling.tensor = 1024, 4

@@ -31,6 +31,8 @@ def pod(name: str, checkpoint: str, shape: dict, prompt: int, response: int):
 def lspo(c, loss: str):
     """LSPO (2510.01459) as in the authors' script: 512 of 1536 prompts, 8 answers each, 16 updates, the shortest
     30 % and the 65th to 95th percentile of mean length, overlong buffer of 512, on "gspo", "grpo" or "dapo"."""
+    if loss not in ("gspo", "grpo", "dapo"):
+        raise ValueError(f"LSPO's recipe, loss {loss}: choose gspo, grpo or dapo")
     c.task.data, c.task.eval_data = "dapo-math-17k", "aime25"
     c.batch.prompts, c.batch.generation_prompts, c.batch.group_size = 512, 1536, 8
     c.batch.updates = 16

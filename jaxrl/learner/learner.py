@@ -156,8 +156,10 @@ class Learner:
         """Programs compiled so far: one for each shape and capacity of the batches seen, and kind."""
         return self.programs.update._cache_size() + self.programs.score._cache_size()
 
-    def score(self, params, batch: PackedBatch):
-        """Log-probs of every response token under params: float32 [M, R, T], zero elsewhere."""
+    def score(self, params, batch: PackedBatch, *, reference: bool = False):
+        """Log-probs of every response token under params: float32 [M, R, T], zero elsewhere. reference: params are of
+        another model than the one that drew, and choose their own experts."""
+        batch = batch.replace(experts=None) if reference else batch
         return self.programs.score(params, place_batch(batch, self.mesh))[0]
 
     def update(self, state: TrainState, batches: list[PackedBatch], reference: Any = None):
@@ -185,7 +187,7 @@ class Learner:
         """The log-probs that must be known before the first update: fields of PackedBatch, on the devices."""
         models = {} if self.objective.on_policy else {"old_logprobs": self.weights(state)}
         models |= {"ref_logprobs": reference} if self.objective.scores_reference else {}
-        return {name: self.score(params, batch) for name, params in models.items()}
+        return {name: self.score(params, batch, reference=name == "ref_logprobs") for name, params in models.items()}
 
 
 def combine(records: list[dict]) -> dict[str, float]:

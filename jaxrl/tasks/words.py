@@ -239,6 +239,11 @@ def solution(worked: Worked, style: int, rng: np.random.Generator) -> str:
         wanted = [f"the {what.removeprefix('the ')}" for what, _, _ in worked.steps]
         plan = ", then ".join(wanted)
         lines.append((f"Let us find {plan}.", f"We need {plan}. Let us go step by step.")[int(rng.integers(2))])
+    return _ended(lines + _steps(worked, style), worked)
+
+
+def _steps(worked: Worked, style: int) -> list[str]:
+    lines = []
     for i, (what, calculation, value) in enumerate(worked.steps):
         if style == 0:
             lines.append(f"{calculation} = {value}.")
@@ -247,6 +252,10 @@ def solution(worked: Worked, style: int, rng: np.random.Generator) -> str:
         lines.append(f"{start}, {what}: {calculation} = {value}.")
         if style == 3:
             lines.append(_check(calculation, value))
+    return lines
+
+
+def _ended(lines: list[str], worked: Worked) -> str:
     return " ".join([*lines, f"The answer is \\boxed{{{worked.steps[-1][2]}}}."])
 
 
@@ -259,9 +268,7 @@ CLOSING = (
 def long_solution(worked: Worked, level: int) -> str:
     """The working with so much around it: level 0 calculations only, 1 a sentence a step, 2 and more as many sentences
     of CLOSING, in their order, as it is above 1."""
-    style, rng = min(level, 1), np.random.default_rng(0)
-    working, answer = solution(worked, style, rng).split(" The answer is ")
-    return " ".join([working, *CLOSING[: max(level - 1, 0)], f"The answer is {answer}"])
+    return _ended([*_steps(worked, min(level, 1)), *CLOSING[: max(level - 1, 0)]], worked)
 
 
 def _check(calculation: str, value: int) -> str:
@@ -303,8 +310,10 @@ def rows(spec: str) -> Iterator[dict[str, Any]]:
             continue
         seen.add(worked.question)
         style = int(rng.choice(4, p=(0.35, 0.35, 0.2, 0.1)))
-        level = int(rng.integers(len(CLOSING) + 2))
-        text = long_solution(worked, level) if s["lengths"] == "many" else solution(worked, style, rng)
+        if s["lengths"] == "many":
+            text = long_solution(worked, int(rng.integers(len(CLOSING) + 2)))
+        else:
+            text = solution(worked, style, rng)
         row = {"id": f"words/{s['split']}/{s['seed']}/{len(seen) - 1}", "problem": worked.question}
         row |= {"answer": str(worked.steps[-1][2]), "solution": text}
         row |= {"kind": s["kind"], "steps": len(worked.steps)}

@@ -1,6 +1,9 @@
 """Router replay: the experts that the sampler chose go with the tokens, and the learner takes them again."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +24,12 @@ from models.decoder import init_params
 # One expert a token, with weight 1: then what a token gets depends on the choice alone, not on the router's numbers.
 MODEL = DecoderConfig(31, 16, 24, 3, 2, 1, 8, model_type="qwen3_moe", init_std=0.5, qk_norm=True, num_experts=5,
                       experts_per_token=1, expert_size=12, normalise_experts=True)
+MESHED = dataclasses.replace(MODEL, vocab_size=32, num_kv_heads=2, num_experts=4, experts_per_token=2)
 
 
-def draw(params, decoder=MODEL, dtype=jnp.float32):
+def draw(params, decoder=MODEL):
     """Rollouts of prompts of one token: every token that a response is predicted from goes through a decode step."""
-    engine = Engine(decoder, (0,), max_prompt=4, max_tokens=12, slots=4, chunk=5, window=16, dtype=dtype,
+    engine = Engine(decoder, (0,), max_prompt=4, max_tokens=12, slots=4, chunk=5, window=16,
                     record=("experts",))
     drawn = engine.generate(engine.layout(params), [Request(np.array([i + 1]), 3, 12, i) for i in range(3)], seed=1)
     rows = begin(Prompt(Problem(str(i), "", ""), np.array([i + 1]), 3, i) for i in range(3))
@@ -33,10 +37,9 @@ def draw(params, decoder=MODEL, dtype=jnp.float32):
     return rows.replace(valid=np.ones(9, bool))
 
 
-def learner(decoder=MODEL, **changes):
+def learner(decoder=MODEL):
     config = base_config()
     config.sampling.router_replay, config.optimizer.learning_rate = True, 1e-2
-    config.update(changes)
     return Learner(config, decoder, make_mesh(devices=jax.devices()[:1]))
 
 
@@ -69,6 +72,40 @@ def test_an_update_with_replayed_experts():
     state, metrics = one.update(one.init(params), [batch])
     assert metrics["logprob_diff/mean"] < 2e-5 and metrics["nonfinite"] == 0
     assert np.abs(np.asarray(state.params["layers"]["mlp"]["router"]) - before).max() > 1e-3
+
+
+def test_a_reference_model_chooses_its_own_experts():
+    params = init_params(MODEL, jax.random.key(0))
+    other = init_params(MODEL, jax.random.key(9))
+    rows = draw(params)
+    replayed, plain = (pack(rows, np.ones(9), PackSettings(32, 64, experts=e))[0] for e in (True, False))
+    one = learner()
+    np.testing.assert_array_equal(one.score(other, replayed, reference=True), one.score(other, plain))
+    assert np.abs(np.asarray(one.score(other, replayed) - one.score(other, plain))).max() > 0.01
+
+
+def test_on_a_mesh():
+    """Eight devices: rows, and with them the experts to be taken, over data and fsdp; experts over fsdp."""
+    program = """
+import jax, numpy as np
+from jaxrl.learner.learner import Learner
+from jaxrl.learner.packing import PackSettings, pack
+from jaxrl.runtime.config import base_config
+from jaxrl.runtime.mesh import make_mesh
+from tests.learner.test_router_replay import MESHED, draw, init_params
+rows, out = draw(init_params(MESHED, jax.random.key(0)), MESHED), []
+config = base_config()
+config.sampling.router_replay = True
+for mesh in (make_mesh(1, 1, 1, jax.devices()[:1]), make_mesh(2, 2, 2)):
+    learner = Learner(config, MESHED, mesh)
+    params = learner.init(init_params(MESHED, jax.random.key(1))).params
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch, packing = pack(rows, np.ones(9), PackSettings(32, 128, shards=shards, experts=True))
+    out.append(packing.collect(learner.score(params, batch)))
+np.testing.assert_allclose(*out, atol=1e-4)
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=env, timeout=300)
 
 
 def test_needs_experts():

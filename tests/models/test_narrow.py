@@ -25,16 +25,17 @@ def rounded(a):
     return np.asarray(a, ml_dtypes.bfloat16).astype(np.float64)
 
 
+@pytest.mark.parametrize("width", [96, 40, 16], ids=["wide", "narrow", "adapter"])
 @pytest.mark.parametrize("shape", [(4, 32, 64), (33, 48), (2, 5, 7)], ids=["tiles", "part", "odd"])
-def test_product_and_gradients_are_those_of_rounded_factors(shape):
+def test_product_and_gradients_are_those_of_rounded_factors(shape, width):
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=shape).astype(np.float32), rng.normal(size=(shape[-1], 96)).astype(np.float32)
-    g = rng.normal(size=(*shape[:-1], 96)).astype(np.float32)
+    x, w = rng.normal(size=shape).astype(np.float32), rng.normal(size=(shape[-1], width)).astype(np.float32)
+    g = rng.normal(size=(*shape[:-1], width)).astype(np.float32)
     out, back = jax.vjp(jax.jit(cpu.narrow_product), x, w)
     d_x, d_w = back(jnp.asarray(g))
     assert out.dtype == d_x.dtype == d_w.dtype == jnp.float32
-    rows, g_rows = rounded(x).reshape(-1, shape[-1]), rounded(g).reshape(-1, 96)
-    np.testing.assert_allclose(np.asarray(out).reshape(-1, 96), rows @ rounded(w), rtol=1e-4, atol=1e-4)
+    rows, g_rows = rounded(x).reshape(-1, shape[-1]), rounded(g).reshape(-1, width)
+    np.testing.assert_allclose(np.asarray(out).reshape(-1, width), rows @ rounded(w), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(np.asarray(d_x).reshape(-1, shape[-1]), g_rows @ rounded(w).T, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(d_w, rows.T @ g_rows, rtol=1e-4, atol=1e-4)
 
