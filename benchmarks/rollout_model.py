@@ -43,8 +43,8 @@ def validate(run: str, shape: tuple[int, int], sizes: dict, prompt: int) -> None
         raise UserError(f"--measured={run}: needs at least seven steps")
     rng, steps, seconds = np.random.default_rng(0), [], np.array([r["time/rollout"] for r in records])
     for record in records:
-        low, count = np.array(record["hist/length"]).T
-        middle = np.clip(low + np.diff(low).min(initial=1) // 2, 1, sizes["max_tokens"])
+        edge, count = np.array(record["hist/length"]).T  # upper edges
+        middle = np.maximum(edge - np.diff(edge).min(initial=sizes["max_tokens"]) // 2, 1)
         lengths = rng.permutation(np.repeat(middle, count))[: math.prod(shape)].reshape(shape)
         steps.append(replay(lengths, [prompt] * shape[0], **sizes).stats.steps)
     steps, half = np.array(steps, float), len(records) // 2
