@@ -85,7 +85,8 @@ def _asked_for(problem: Problem, length: int, sft, rng: np.random.Generator) -> 
     mode, most = problem.info.get("mode", "none"), 1 + sft.budget_error
     if mode == "none" or rng.random() < 1 - sft.budget_share:
         return problem
-    return dataclasses.replace(problem, budget=max(1, round(length * rng.uniform(round(1 / most, 2), most))), mode=mode)
+    asked = length * rng.uniform(round(1 / most, 2), most)  # 0.75 to 1.33 by default
+    return dataclasses.replace(problem, budget=max(1, round(asked)), mode=mode)
 
 
 def batches(phases: Sequence[list[Pair]], config, shards: int) -> Iterable[Any]:

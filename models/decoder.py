@@ -295,8 +295,8 @@ class Block(nn.Module):
         h, layer_cache = attention(norm("attn_norm", x), layer_cache, kind, views, segments, end)
         x = nn.with_logical_constraint(x + norm("attn_post_norm", h), ("batch", "seq", "act_embed"))
         h = norm("mlp_norm", x)
-        moe = self.config.num_experts
-        h = MoE(*fields, name="mlp")(h, segments[0], replayed) if moe else MLP(*fields, name="mlp")(h)
+        experts = self.config.num_experts
+        h = MoE(*fields, name="mlp")(h, segments[0], replayed) if experts else MLP(*fields, name="mlp")(h)
         return nn.with_logical_constraint(x + norm("mlp_post_norm", h), ("batch", "seq", "act_embed")), layer_cache
 
 
