@@ -147,7 +147,7 @@ def test_continuing_adds_tokens_at_the_ends_of_unfinished_responses():
 class Scores:
     """A learner whose score of every response token is a number that belongs to the parameters."""
 
-    def score(self, params, data):
+    def score(self, params, data, reference=False):
         return jnp.asarray(params * data.response_mask)
 
 
