@@ -14,10 +14,10 @@ from jaxrl.tasks.notation import SPACING, WRAPPER
 
 # A letter as an option has it: (B), [B], B) 42, B. 42, B: 42, B - the dog, B, B because. Small ones only in brackets or
 # alone. A and I are words, too: something that no sentence begins with has to follow them.
-_END = r"(?=\s*(?:$|[.,:;!?)\]>\"'”\n]|[-–—=]\s|(?:because|since|as|is|for|due|and|or)\b))"
+_END = r"(?=\s*(?:$|[.,:;!?)\]>\"”\n]|'(?!\w)|[-–—=]\s|(?:because|since|as|is|for|due|and|or)\b))"
 _LETTER = (
     rf"(?:[(\[]{{1,3}}\s*(?P<{{0}}a>[A-Za-z])\s*[)\]]|[\"'“<]?(?P<{{0}}b>(?:[B-HJ-Z](?![\w'’])|[AI]{_END})"
-    r"|[a-z](?=\s*[.!]?\s*(?:$|\n))))"
+    r"|[a-z](?=\s*[.!]?\s*(?:$|\n)))|(?P<{0}c>(?<=['‘`])[A-Za-z](?=['’])))"
 )
 _ALONE = re.compile(r"[\"'“(\[<]*([A-Za-z])[\"'”)\]>]*[.):]?")
 
@@ -32,8 +32,9 @@ _KEYWORD = r"(?i:answers?|options?|choices?|letter)"
 _SETTLED = _pattern(
     rf"(?:\b(?:(?i:answer)|(?i:(?:correct|right|best|final|my))\s+{_KEYWORD})[\"']?\s*"
     r"(?:(?i:is|would be|should be|must be|will be)\b\s*:?|[:=]|[-–—])?\s*"
-    rf"(?:(?i:the)\s+)?(?:{_KEYWORD}\s*:?\s*)?[\"']?LETTER)"
-    rf"|(?:\b(?i:choose|pick|select|go with|going with|chose)\s+(?:(?i:the)\s+)?{_KEYWORD}?\s*LETTER)"
+    r"(?:(?i:not)\s+[(\[\"']?[A-Za-z][)\]\"']?,?\s+(?i:but)\s+(?:(?i:rather)\s+)?)?"  # not A but B
+    rf"(?:(?i:the)\s+)?(?:{_KEYWORD}\s*:?\s*)?[\"'‘]?LETTER)"
+    rf"|(?:\b(?i:choose|pick|select|go with|going with|chose)\s+(?:(?i:the)\s+)?{_KEYWORD}?\s*['‘]?LETTER)"
     r"|(?:(?<![\w'’])LETTER[^\n.]{0,60}?\s(?i:is)\s+(?i:the\s+)?(?i:correct|right|best|answer)\b)"
 )
 _NAMED = _pattern(

@@ -24,6 +24,7 @@ import sys
 from jaxrl.tasks import units, workers
 from jaxrl.tasks.answers import is_word
 from jaxrl.tasks.equality import plain_number
+from jaxrl.tasks.intervals import as_intervals, is_intervals
 from jaxrl.tasks.notation import DEGREE, WRAPPER, clean
 from jaxrl.tasks.numerals import in_digits
 
@@ -265,7 +266,7 @@ def compare(gold: str, answer: str) -> str:
     ordered = _ordered(gold, answer)
     if ordered is not None:
         return ordered
-    answer = _same_variable(gold, answer)
+    answer = as_intervals(answer) if is_intervals(gold) else _same_variable(gold, answer)
     if re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer):
         return "correct"
     if contradicts_itself(answer, gold):

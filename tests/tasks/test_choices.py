@@ -99,6 +99,14 @@ CASES = [
     ("We have option A, which is wrong. Option B is wrong too.", None),
     ("Answer: E is right, A is not", "E"),
     ("A dog chases B.", None),
+    ("The answer is not A but B.", "B"),
+    ("The correct answer is not (A), but rather (B).", "B"),
+    ("The answer is not A.", None),
+    ("Answer is 'B'", "B"),
+    ("Answer: ‘D’.", "D"),
+    ("I'd choose 'C'", "C"),
+    ("The answer is B's neighbour", None),
+    ("The answer is A's opposite", None),
 ]
 
 

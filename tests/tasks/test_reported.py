@@ -342,8 +342,28 @@ SPELLED = [  # numbers in words
     ("2", "two hours", RIGHT),
 ]
 
+# inequalities for intervals: what math-verify takes for equal the other way round only
+INTERVALS = [
+    ("1<x<2", "(1,2)", RIGHT),
+    (r"1 < y \le 2", "(1,2]", RIGHT),
+    ("2>x>1", "(1,2)", RIGHT),
+    (r"x \ge \frac{1}{2}", r"[\frac{1}{2}, \infty)", RIGHT),
+    ("3 > x", r"(-\infty, 3)", RIGHT),
+    (r"-1<x<1 \text{ or } x>3", r"(-1,1)\cup(3,\infty)", RIGHT),
+    (r"x<1 \lor x \geq 2", r"(-\infty,1) \cup [2,\infty)", RIGHT),
+    ("(1,2)", "1<x<2", RIGHT),
+    (r"1<x\le 2", "(1,2)", WRONG),
+    ("1<x<3", "(1,2)", WRONG),
+    ("x>3", r"[3,\infty)", WRONG),
+    ("x<3", r"(3,\infty)", WRONG),
+    ("1<x>2", "(1,2)", WRONG),
+    ("x<1, y>2", r"(-\infty,1) \cup (2,\infty)", WRONG),
+    ("1<x<2", r"\{1,2\}", WRONG),
+    ("1<x<2", "1, 2", WRONG),
+]
 
-@pytest.mark.parametrize("kind", ["LAST", "UNITS", "PLACES", "NOTATION", "RELATIVES", "SPELLED"])
+
+@pytest.mark.parametrize("kind", ["LAST", "UNITS", "PLACES", "NOTATION", "RELATIVES", "SPELLED", "INTERVALS"])
 def test_reported_faults(kind):
     rows = globals()[kind]
     pairs = [(text[1:] if text[0] == "@" else rf"so \boxed{{{text}}}", gold) for text, gold, _ in rows]
