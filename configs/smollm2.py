@@ -67,7 +67,7 @@ def get_config(recipe: str = "grpo"):
         c.optimizer.learning_rate = 5e-4
         c.length.mode = "exact" if recipe == "l1_exact" else "both"
         c.length.reward = "lcpo_exact" if recipe == "l1_exact" else "lcpo_max"
-        c.length.low, c.length.high = 32, 80
+        c.length.low, c.length.high = 40, 96
         c.length.hyper.lcpo_exact.alpha = c.length.hyper.lcpo_max.exact_alpha = 0.02
         c.length.hyper.lcpo_max.alpha = 0.02
         a.advantage = "dler"

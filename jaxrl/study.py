@@ -6,6 +6,7 @@
         --images=DIR        with the table, its figures as SVG
         --in_process        run here instead of in a process each: saves their start, but a crash ends the study
         --only=a,b --seeds=0,1      a part of the grid
+        --out=DIR           in place of the study's own; gs:// and s3://, too
 
 A finished run is not run again and an unfinished one is continued, so the same command resumes a study, and
 commands printed with --print_commands can be spread over machines that share the directory. The table and the
@@ -40,6 +41,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jaxrl.errors import UserError
 from jaxrl.evaluation.seeds import average_sweeps, mean_and_half, plus_minus, sweep_tables
@@ -101,8 +103,6 @@ def load_study(path: str) -> dict[str, Any]:
     if unknown := sorted(set(study) - set(DEFAULTS) - set(REQUIRED) - {"name"}):
         valid = ", ".join([*REQUIRED, *DEFAULTS])
         raise UserError(f"{path}: {unknown[0]!r} is not a key of a study; there are {valid}")
-    if storage.is_remote(str(study.get("out", ""))):
-        raise UserError(f"{path}: out={study['out']!r}: a study writes to a local directory")
     for key, kind in REQUIRED.items():
         if not isinstance(study.get(key), kind) or not study[key]:
             raise UserError(f"{path}: key {key!r} is missing or not a {kind.__name__}")
@@ -145,9 +145,9 @@ def plan(study: dict, wanted: Sequence[str]) -> list[tuple[str, int]]:
     return order
 
 
-def run_dir(study: dict, label: str, seed: int) -> pathlib.Path:
-    """Where a run of the study lives."""
-    return pathlib.Path(study["out"]) / _slug(label) / f"seed{seed}"
+def run_dir(study: dict, label: str, seed: int) -> epath.Path:
+    """Where a run of the study lives: on a disk or a store."""
+    return storage.as_path(study["out"], "--out") / _slug(label) / f"seed{seed}"
 
 
 def _slug(label: str) -> str:
@@ -168,7 +168,7 @@ def command(study: dict, label: str, seed: int) -> list[str]:
     return [sys.executable, "-m", f"jaxrl.{entry}", f"--config={study['config']}", *flags]
 
 
-def sweep_dir(study: dict, label: str, seed: int) -> pathlib.Path:
+def sweep_dir(study: dict, label: str, seed: int) -> epath.Path:
     """Where a sweep of the study lives: in the run that it evaluates."""
     return run_dir(study, study["sweeps"][label]["run"], seed) / f"sweep-{_slug(label)}"
 
@@ -200,7 +200,15 @@ def run_here(line: list[str]) -> int:
 
 
 def is_finished(study: dict, label: str, seed: int) -> bool:
-    """Whether a run holds the record of its last step; a warm start, the weights; a sweep, its result."""
+    """Whether a run holds the record of its last step; a warm start, the weights; a sweep, its result.
+
+    Raises UserError for a store that does not answer.
+    """
+    with storage.user_errors("--out"):
+        return _is_finished(study, label, seed)
+
+
+def _is_finished(study: dict, label: str, seed: int) -> bool:
     if label in study["sweeps"]:
         return (sweep_dir(study, label, seed) / "result.json").exists()
     path = run_dir(study, label, seed)
@@ -315,8 +323,9 @@ def write_table(study: dict) -> str:
     results = [compare(study, metric) for metric in study["metrics"]]
     sweeps = read_sweeps(study)
     text = "\n".join(table(study, result) for result in results) + sweep_tables(sweeps)
-    out = pathlib.Path(study["out"])
-    out.mkdir(parents=True, exist_ok=True)
+    out = storage.as_path(study["out"], "--out")
+    if not storage.is_remote(out):
+        out.mkdir(parents=True, exist_ok=True)
     content = {"study": study, "results": results, "sweeps": sweeps}
     atomic_write(out / f"{study['name']}.json", json.dumps(content, indent=1) + "\n")
     atomic_write(out / f"{study['name']}.md", text)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxrl import evaluate, export, report, train
+from jaxrl import evaluate, export, report, study, train
 from jaxrl.errors import UserError
 from jaxrl.runtime.model_source import load_model
 from tests.stores import Store
@@ -75,6 +75,27 @@ def stopped_half_way(monkeypatch, model, out, store):
         evaluate.main(["evaluate", *flags])
     assert [len(part) for part in answered] == [3, 3] and not set(answered[0]) & set(answered[1])
     assert json.loads(store.read("runs/first/again/result.json"))["results"][0]["problems"] == 6
+
+
+@pytest.mark.slow
+def test_a_study_in_a_bucket_runs_what_is_missing_there(tmp_path, capsys):
+    pytest.importorskip("gcp_storage_emulator")
+    file = tmp_path / "small.py"
+    keys = {"steps": 1, "eval.every": 1, "log.samples": 0}
+    sweep = {"pairs": {"run": "base", "data": "dial", "limit": 2, "slots": 4, "budgets": "5,9"}}
+    file.write_text("def get_study():\n    return " + repr(dict(
+        config="tests/tiny.py", out="nowhere", seeds=[0], common=keys, stages={"warm": {"entry": "sft"}},
+        methods={"base": {"start": "warm"}}, sweeps=sweep)))
+    with Store("gs") as store, store.found():
+        flags = ["study", f"--config={file}", "--in_process", f"--out={store.url}/study"]
+        assert study.main(flags) == 0
+        assert "base" in store.read("study/small.md").decode()
+        assert store.read("study/base/seed0/sweep-pairs/result.json")
+        capsys.readouterr()
+        assert study.main(flags) == 0  # nothing is left to do
+        assert "--config.run_dir" not in capsys.readouterr().out
+        with pytest.raises(UserError, match="--out=gs:/study: need a local path"):
+            study.main([*flags[:3], "--out=gs:/study"])
 
 
 @pytest.mark.parametrize("key, value", [("run_dir", "gss://bucket/run"), ("model.path", "gs:/bucket/model"),

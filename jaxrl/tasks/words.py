@@ -10,7 +10,7 @@
 
 Settings: split (train, test, demos), kind (sums, other), count, seed, most (the largest number drawn: how hard the
 arithmetic is), budgets (none, exact, max: what demonstrations are asked for), lengths (four: solutions of four styles;
-many: so many of a list of sentences after the working that lengths go from 20 to 100 tokens). A problem has one to
+many: the calculations and up to seven remarks, 25 to 110 tokens). A problem has one to
 three steps and a whole number as its answer. A row holds id, problem, answer, solution, kind, steps and, if
 demonstrations are asked for in a length, mode.
 """
@@ -259,16 +259,16 @@ def _ended(lines: list[str], worked: Worked) -> str:
     return " ".join([*lines, f"The answer is \\boxed{{{worked.steps[-1][2]}}}."])
 
 
-CLOSING = (
-    "Let us look at this again.", "The numbers are those of the question.", "Every step follows from the one before.",
-    "No number was left out.", "No number was used twice.", "So nothing else has to be done.",
-)
+REMARKS = 8  # a solution of chosen length has fewer than that
 
 
-def long_solution(worked: Worked, level: int) -> str:
-    """The working with so much around it: level 0 calculations only, 1 a sentence a step, 2 and more as many sentences
-    of CLOSING, in their order, as it is above 1."""
-    return _ended([*_steps(worked, min(level, 1)), *CLOSING[: max(level - 1, 0)]], worked)
+def long_solution(worked: Worked, remarks: int) -> str:
+    """The calculations, a number of remarks, and so many of them, counted down: each is nine tokens of SmolLM2's.
+
+    The number is one decision, after which nothing has to be counted: what a small model can learn to make by a budget.
+    """
+    said = [f"{remarks} remarks.", *(f"{i}: no number was left out." for i in range(remarks, 0, -1))]
+    return _ended([*_steps(worked, 0), *said], worked)
 
 
 def _check(calculation: str, value: int) -> str:
@@ -311,7 +311,7 @@ def rows(spec: str) -> Iterator[dict[str, Any]]:
         seen.add(worked.question)
         style = int(rng.choice(4, p=(0.35, 0.35, 0.2, 0.1)))
         if s["lengths"] == "many":
-            text = long_solution(worked, int(rng.integers(len(CLOSING) + 2)))
+            text = long_solution(worked, int(rng.integers(REMARKS)))
         else:
             text = solution(worked, style, rng)
         row = {"id": f"words/{s['split']}/{s['seed']}/{len(seen) - 1}", "problem": worked.question}
