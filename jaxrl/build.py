@@ -53,7 +53,7 @@ def start_backend(config) -> None:
 def mesh(config, devices=None):
     """The device mesh of config.mesh over `devices`, default all of them."""
     m = config.mesh
-    return meshes.make_mesh(m.data, m.fsdp, m.tensor, devices, m.slices)
+    return meshes.make_mesh(m.data, m.fsdp, m.tensor, devices, m.slices, expert=m.expert)
 
 
 def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:

@@ -55,8 +55,8 @@ class Weight:
     @property
     def axes(self) -> tuple[str | None, ...]:
         """Logical axis of every dimension of `shape`."""
-        own = {NORM: dict.fromkeys("DQKH", "norm"), EXPERTS: {"D": None}, ROUTER: {"E": None}}.get(self.kind, {})
-        return tuple((_AXES | own)[letter] for letter in self.dims)
+        own = {NORM: dict.fromkeys("DQKH", "norm"), EXPERTS: {"D": "expert_embed"}, ROUTER: {"E": None}}
+        return tuple((_AXES | own.get(self.kind, {}))[letter] for letter in self.dims)
 
     @property
     def stacked(self) -> int:

@@ -106,6 +106,8 @@ class Learner:
                 f"config.batch.share_prompts: attention {kernel} cannot; set config.model.attention to "
                 f"{' or '.join(SHARES_PROMPTS)}"
             )
+        if mesh.shape["expert"] > 1 and not decoder.num_experts:
+            raise UserError(f"config.mesh.expert={mesh.shape['expert']}, but the model has no experts")
         if config.sampling.router_replay and not decoder.num_experts:
             raise UserError("config.sampling.router_replay=True, but the model has no experts")
         self.decoder, self.mesh = decoder, mesh

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.runtime.mesh import BATCH
+from jaxrl.runtime.mesh import BATCH, SPLIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +66,16 @@ class HeadSettings:
     def sharded(self) -> bool:
         return self.mesh is not None and self.mesh.size > 1
 
-    def size(self, axis: str) -> int:
-        """Devices along a mesh axis as far as the head is concerned."""
-        if not self.sharded or (axis == "tensor" and not self.shard_vocab):
+    def size(self, *axes: str) -> int:
+        """Devices along mesh axes as far as the head is concerned."""
+        if not self.sharded or (axes == ("tensor",) and not self.shard_vocab):
             return 1
-        return self.mesh.shape[axis]
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def head_spec(self) -> P:
         vocab = "tensor" if self.size("tensor") > 1 else None
-        return P(vocab, "fsdp") if self.tied else P("fsdp", vocab)
+        return P(vocab, SPLIT) if self.tied else P(SPLIT, vocab)
 
 
 def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, *, settings: HeadSettings = HeadSettings(),
@@ -254,8 +255,8 @@ def _backward(s: HeadSettings, hidden, head, targets, least, index, lse, kept, e
             return (d_h, None), None
         d_w = jnp.einsum("nv,nd->vd" if s.tied else "nv,nd->dv", d_z, h, preferred_element_type=jnp.float32)
         d_w = d_w.astype(head.dtype)
-        if s.size("fsdp") > 1:
-            d_w = lax.psum_scatter(d_w, "fsdp", scatter_dimension=1 - vocab_axis, tiled=True)
+        if s.size(*SPLIT) > 1:
+            d_w = lax.psum_scatter(d_w, SPLIT, scatter_dimension=1 - vocab_axis, tiled=True)
         return (d_h, lax.dynamic_update_slice_in_dim(d_head, d_w, start, vocab_axis)), None
 
     carry = (jnp.zeros(h.shape, jnp.float32), None if s.frozen else jnp.zeros(head.shape, head.dtype))
@@ -295,7 +296,7 @@ def _piece(s: HeadSettings, head, start, size, dtype):
     """[size, D] (tied) or [D, size] of the head in the compute dtype, all of D."""
     axis = 0 if s.tied else 1
     w = lax.dynamic_slice_in_dim(head, start, size, axis).astype(dtype)
-    return lax.all_gather(w, "fsdp", axis=1 - axis, tiled=True) if s.size("fsdp") > 1 else w
+    return lax.all_gather(w, SPLIT, axis=1 - axis, tiled=True) if s.size(*SPLIT) > 1 else w
 
 
 def _logits(s: HeadSettings, h, w):

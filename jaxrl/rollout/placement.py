@@ -31,6 +31,7 @@ RULES = {
     "embed": None,
     "norm": None,
     "expert": "tensor",
+    "expert_embed": None,
     "expert_mlp": None,
     "batch": "data",
     "seq": None,

@@ -52,8 +52,8 @@ def _batches(config: ConfigDict) -> Iterator[str]:
         yield "model.lora.targets is empty: name matrices, attention, mlp or all"
     if lora.path and not _directory(lora.path):
         yield f"model.lora.path={lora.path!r} is not a directory"
-    if [config.mesh[axis] for axis in ("data", "fsdp", "tensor")].count(-1) > 1:
-        yield "mesh: at most one of data, fsdp and tensor may be -1 (the rest)"
+    if [config.mesh[axis] for axis in ("data", "fsdp", "expert", "tensor")].count(-1) > 1:
+        yield "mesh: at most one of data, fsdp, expert and tensor may be -1 (the rest)"
 
 
 def _directory(path: str) -> bool:

@@ -292,6 +292,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 
     "mesh.data": (Integer(-1, 1, off=-1), "replicas; -1: whatever is left"),
     "mesh.fsdp": (Integer(1, 1, off=-1), "chips that split parameters and rows"),
+    "mesh.expert": (Integer(1, 1, off=-1), "chips that split the experts of a mixture; 1: fsdp does"),
     "mesh.tensor": (Integer(1, 1, off=-1), "chips that split heads, MLP and vocabulary"),
     "mesh.slices": (Integer(1, 1), "TPU slices, or hosts of GPUs, that only `data` crosses; data is a multiple"),
     "mesh.sequence_parallel": (Flag(False), "between blocks, split tokens over the tensor axis"),

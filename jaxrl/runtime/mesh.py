@@ -3,6 +3,8 @@
     data    replicas: each holds all parameters of its fsdp x tensor block and sees its own rows. Over several
             slices of TPU (or hosts of GPUs, mesh.slices) it alone crosses the network: gradients, once a micro-batch
     fsdp    also splits rows; parameters, gradients and optimizer state are split over it and gathered per layer
+    expert  as fsdp, but each of its devices keeps experts of its own, and tokens travel to them. Of size 1, experts
+            take the axis fsdp instead, which must then not be larger than their number
     tensor  splits heads, MLP width and vocabulary inside a layer (and, as an option, tokens between layers)
 
 Models name their axes ("embed", "heads", ...); only this file knows what a name means on a mesh.
@@ -22,8 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the mesh axes that split rows
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH = ("data", "fsdp", "expert")  # the mesh axes that split rows
+SPLIT = ("fsdp", "expert")  # the mesh axes that split parameters and are gathered
 
 RULES = {
     # parameters
@@ -32,20 +35,22 @@ RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",  # replicated when the number of key-value heads does not divide
     "mlp": "tensor",
-    "embed": "fsdp",
+    "embed": SPLIT,
     "norm": None,
     "expert": "fsdp",  # experts stay where they are, tokens travel to them (models/moe.py)
+    "expert_embed": None,
     "expert_mlp": "tensor",
     # activations
     "batch": BATCH,
-    "lookup_batch": "data",  # during the embedding lookup, whose columns take the fsdp axis
+    "lookup_batch": "data",  # during the embedding lookup, whose columns take the other axes of rows
     "seq": None,  # "tensor" with sequence parallelism
     "act_embed": None,
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slices: int = 1) -> Mesh:
-    """A ("data", "fsdp", "tensor") mesh over `devices` (default: all of them); one size may be -1, "the rest".
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slices: int = 1, *,
+              expert: int = 1) -> Mesh:
+    """A mesh of AXES over `devices` (default: all of them); one size may be -1, "the rest".
 
     slices: groups of devices that reach each other only over the network, such as slices of TPU or hosts of GPUs;
     `data` is then `slices` times what lies inside of each.
@@ -54,7 +59,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slic
     machine.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes, count = [data, fsdp, tensor], len(devices)
+    sizes, count = [data, fsdp, expert, tensor], len(devices)
     named = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"{named}: sizes must be positive, and at most one may be -1 (the rest)")
@@ -62,16 +67,15 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slic
     if count % known or (-1 not in sizes and count != known):
         raise UserError(f"{named}: the product must be {'a divisor of ' if -1 in sizes else ''}{count}, "
                         "the number of devices")
-    data, fsdp, tensor = (count // known if s == -1 else s for s in sizes)
+    data, *inside = (count // known if s == -1 else s for s in sizes)
     axis_types = (AxisType.Auto,) * len(AXES)
     if data % slices:
         raise UserError(f"mesh.data={data} must be a multiple of mesh.slices={slices}: data alone crosses slices")
     groups = split_slices(devices, slices)
     if slices == 1:
-        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=axis_types, devices=devices)
-    inside = (data // slices, fsdp, tensor)
-    return Mesh(np.concatenate([mesh_utils.create_device_mesh(inside, g) for g in groups]), AXES,
-                axis_types=axis_types)
+        return jax.make_mesh((data, *inside), AXES, axis_types=axis_types, devices=devices)
+    parts = [mesh_utils.create_device_mesh((data // slices, *inside), group) for group in groups]
+    return Mesh(np.concatenate(parts), AXES, axis_types=axis_types)
 
 
 def split_slices(devices, slices: int) -> list[list]:
@@ -91,8 +95,11 @@ def split_slices(devices, slices: int) -> list[list]:
 
 def logical_rules(mesh: Mesh, num_kv_heads: int | None = None, vocab_size: int | None = None,
                   sequence_parallel: bool = False) -> dict:
-    """RULES fitted to a model: key-value heads and vocabulary stay whole where `tensor` does not divide them."""
+    """RULES fitted to a model and a mesh: key-value heads and vocabulary stay whole where `tensor` does not divide
+    them, experts take the axis that is theirs if there is one."""
     rules, tensor = dict(RULES), mesh.shape["tensor"]
+    if mesh.shape["expert"] > 1:
+        rules |= {"expert": "expert", "expert_embed": "fsdp"}
     if num_kv_heads is not None and num_kv_heads % tensor:
         rules["kv_heads"] = None
     if vocab_size is not None and vocab_size % tensor:
@@ -126,7 +133,8 @@ def _check_divides(path, leaf, sharding):
         axes = (axes,) if isinstance(axes, str) else axes or ()
         parts = math.prod(sharding.mesh.shape[a] for a in axes)
         if size % parts:
-            raise UserError(f"mesh.{'*'.join(axes)}={parts} does not divide dimension {size} of parameter "
+            split = [a for a in axes if sharding.mesh.shape[a] > 1]
+            raise UserError(f"mesh.{'*'.join(split)}={parts} does not divide dimension {size} of parameter "
                             f"{jax.tree_util.keystr(path, simple=True, separator='/')} {tuple(leaf.shape)}")
 
 
@@ -136,8 +144,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split: data x fsdp."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Into how many parts the rows of a batch are split: data x fsdp x expert."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def own_shards(mesh: Mesh) -> np.ndarray:

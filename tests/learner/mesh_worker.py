@@ -4,9 +4,9 @@ devices is fixed at start-up.
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
 
 A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "@2" puts it on two slices, "+lora" trains
-adapters beside an int8 base, "+moe" takes a mixture of experts. For each, OUT holds the gradient (SGD with rate 1: old
-minus new parameters), the metrics, and the collectives of the compiled program; a line tells how far loss and
-gradient are from those of the first mesh.
+adapters beside an int8 base, "+moe" takes a mixture of experts, "+moe2" with a mesh axis of two devices for them. For
+each, OUT holds the gradient (SGD with rate 1: old minus new parameters), the metrics, and the collectives of the
+compiled program; a line tells how far loss and gradient are from those of the first mesh.
 """
 
 import dataclasses
@@ -77,9 +77,11 @@ def main(out, *names):
         whole, *options = name.split("+")
         shape, _, slices = whole.partition("@")
         sizes, slices = [int(n) for n in shape.split(",")], int(slices or 1)
-        mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)], slices=slices)
-        lora, config, frozen = None, MOE if "moe" in options else CONFIG, None
-        objective = dataclasses.replace(OBJECTIVE, balance_coef=0.1 * ("moe" in options))
+        moe = next((o for o in options if o.startswith("moe")), "")
+        expert = int(moe[3:] or 1)
+        mesh = make_mesh(*sizes, devices=jax.devices()[: expert * np.prod(sizes)], slices=slices, expert=expert)
+        lora, config, frozen = None, MOE if moe else CONFIG, None
+        objective = dataclasses.replace(OBJECTIVE, balance_coef=0.1 * bool(moe))
         if "lora" in options:
             lora, config = ADAPTERS, dataclasses.replace(CONFIG, lora_scale=ADAPTERS.scale)
             where = sharding_of(on_mesh(mesh, config, *abstract_base(config, "int8")))

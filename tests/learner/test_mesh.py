@@ -102,11 +102,13 @@ def test_every_mesh_agrees(tmp_path):
 
 @pytest.mark.slow
 def test_every_mesh_agrees_on_a_mixture_of_experts(tmp_path):
-    """Experts on fsdp, their width on tensor; load-balancing loss included."""
-    names = ["1,1,1+moe", "2,2,2+moe", "1,8,1+moe", "4,1,2+moe"]
+    """Experts on fsdp or on an axis of their own, their width on tensor; load-balancing loss included."""
+    names = ["1,1,1+moe", "2,2,2+moe", "1,8,1+moe", "4,1,2+moe", "2,2,1+moe2", "1,2,2+moe2", "1,1,1+moe8"]
     info, gradients = run_worker(tmp_path / "out.npz", *names)
     agree(info, gradients, names)
     assert info["2,2,2+moe"]["shards"]["['layers']['mlp']['experts_up']"] == [3, 4, 32, 12]
+    assert info["1,2,2+moe2"]["shards"]["['layers']['mlp']['experts_up']"] == [3, 4, 16, 12]  # D on fsdp, too
+    assert info["1,2,2+moe2"]["shards"]["['layers']['attn']['q']"] == [3, 8, 32]  # dense ones on fsdp and expert
     assert info["1,1,1+moe"]["metrics"]["moe/balance_loss"] > 2 > info["1,1,1+moe"]["metrics"]["moe/load_max"] / 4
     assert all("['experts" not in k or np.abs(g).max() > 0 for k, g in gradients["1,8,1+moe"].items())
 
@@ -132,15 +134,15 @@ def test_sequence_parallelism_splits_the_tokens_of_what_lies_between_blocks():
     for config.mesh.sequence_parallel in (False, True):
         learner = Learner(config, DecoderConfig(11, 8, 12, 2, 2, 1, 4, model_type="llama"), mesh)
         traced = learner.programs.update.trace(learner.abstract_state(), abstract_batch(mesh, (2, 3, 16), 48))
-        found.append(set(re.findall(r"P\(\('data', 'fsdp'\), ('tensor'|None), None\)", str(traced.jaxpr))))
+        found.append(set(re.findall(r"P\(\('data', 'fsdp', 'expert'\), ('tensor'|None), None\)", str(traced.jaxpr))))
     assert found == [{"None"}, {"'tensor'"}]
 
 
 def test_make_mesh_fills_and_refuses():
     devices = jax.devices()[:1] * 8
-    assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
     for sizes, message in [
-        ((2, 2, 1), "mesh.data=2, mesh.fsdp=2, mesh.tensor=1: the product must be 8"),
+        ((2, 2, 1), "mesh.data=2, mesh.fsdp=2, mesh.expert=1, mesh.tensor=1: the product must be 8"),
         ((3, -1, 1), "must be a divisor of 8"),
         ((-1, -1, 1), "at most one may be -1"),
         ((0, 1, 8), "sizes must be positive"),
@@ -178,7 +180,7 @@ class FakeMesh:
     """A mesh as far as the rules look at it: its sizes. Real ones of these sizes need as many devices."""
 
     def __init__(self, **shape):
-        self.shape = {"data": 1, "fsdp": 1, "tensor": 1} | shape
+        self.shape = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | shape
 
 
 def test_rules_fit_the_model():
@@ -186,15 +188,15 @@ def test_rules_fit_the_model():
     assert logical_rules(FakeMesh(tensor=8), num_kv_heads=4)["kv_heads"] is None
     assert logical_rules(FakeMesh(tensor=8), vocab_size=100)["vocab"] is None
     assert logical_rules(FakeMesh(tensor=2), sequence_parallel=True)["seq"] == "tensor"
-    assert to_spec(P("layers", "embed", "heads"), RULES) == P(None, "fsdp", "tensor")
+    assert to_spec(P("layers", "embed", "heads"), RULES) == P(None, ("fsdp", "expert"), "tensor")
     with pytest.raises(KeyError):
         to_spec(P("breadth"), RULES)
 
 
 def test_a_dimension_that_does_not_divide_is_named():
-    mesh = jax.sharding.AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
+    mesh = jax.sharding.AbstractMesh((1, 4, 1, 2), ("data", "fsdp", "expert", "tensor"))
     shape = {"attn": {"q": jax.ShapeDtypeStruct((3, 30, 64), np.float32)}}
     specs = {"attn": {"q": P("layers", "embed", "heads")}}
     with pytest.raises(UserError, match=r"mesh.fsdp=4 does not divide dimension 30 of parameter attn/q \(3, 30, 64\)"):
         shardings(mesh, specs, abstract=shape)
-    assert shardings(mesh, specs)["attn"]["q"].spec == P(None, "fsdp", "tensor")
+    assert shardings(mesh, specs)["attn"]["q"].spec == P(None, ("fsdp", "expert"), "tensor")

@@ -91,7 +91,7 @@ import jax, numpy as np
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.packing import PackSettings, pack
 from jaxrl.runtime.config import base_config
-from jaxrl.runtime.mesh import make_mesh
+from jaxrl.runtime.mesh import make_mesh, num_batch_shards
 from tests.learner.test_router_replay import MESHED, draw, init_params
 rows, out = draw(init_params(MESHED, jax.random.key(0)), MESHED), []
 config = base_config()
@@ -99,7 +99,7 @@ config.sampling.router_replay = True
 for mesh in (make_mesh(1, 1, 1, jax.devices()[:1]), make_mesh(2, 2, 2)):
     learner = Learner(config, MESHED, mesh)
     params = learner.init(init_params(MESHED, jax.random.key(1))).params
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = num_batch_shards(mesh)
     batch, packing = pack(rows, np.ones(9), PackSettings(32, 128, shards=shards, experts=True))
     out.append(packing.collect(learner.score(params, batch)))
 np.testing.assert_allclose(*out, atol=1e-4)
