@@ -52,7 +52,6 @@ _DTYPES = ("float32", "bfloat16")
 _ROUNDED = ("same", "int8")
 _MODES = ("exact", "max")
 _POSITIVE = dict(low=0, above=True)
-
 _WEIGHT = r"[A-Za-z_]\w*=-?(\d+\.?\d*|\.\d+)(e-?\d+)?"
 
 # the metrics a checkpoint can be kept for: those of evaluation, and what a run without held-out problems has

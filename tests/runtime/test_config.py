@@ -180,7 +180,7 @@ WRONG = {
 # What is not wrong, by kind: a Number takes fractions and a Flag booleans, of course.
 TAKES = {Number: {"a fraction"}, Integer: set(), Choice: set(), Flag: {"a boolean"}, Words: set()}
 # And by key: -1 where it is a choice of its own, entropies may be lowered, names and paths are any text.
-TAKES_TOO = {f"mesh.{axis}": {"negative"} for axis in ("data", "fsdp", "tensor")}
+TAKES_TOO = {f"mesh.{axis}": {"negative"} for axis in ("data", "fsdp", "expert", "tensor")}
 TAKES_TOO |= {"algorithm.entropy_coef": {"negative"}, "model.path": {"empty"}, "model.lora.path": {"empty"}}
 TAKES_TOO |= {"rewards.weights": {"empty"}}
 TAKES_TOO |= {key: {"another word"} for key in (
