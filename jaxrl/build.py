@@ -171,6 +171,7 @@ def sampler(config, decoder: DecoderConfig, tok: Tokenizer, on) -> Engine:
         **_sampler_sizes(config),
         **cache_sizes(config, decoder, on),
         chunk=s.chunk,
+        prefill_chunk=s.prefill_chunk,
         window=s.window,
         dtype=_sampler_dtype(config),
         placement=placement,

@@ -343,31 +343,32 @@ def write_images(study: dict, where: pathlib.Path) -> list[pathlib.Path]:
 
 
 def table(study: dict, result: dict) -> str:
-    """Markdown: mean with 95 % interval and paired difference to the baseline, in percent."""
+    """Markdown: mean with 95 % interval and paired difference to the baseline, in percent or tokens."""
     if not result["rows"]:
         return f"{result['metric']}: no finished run yet\n"
-    text = _markdown("method", result["rows"], study["baseline"]) + "\n"
+    unit, factor = ("tokens", 1) if result["metric"].endswith("_tokens") else ("percent", 100)
+    text = _markdown("method", result["rows"], study["baseline"], factor) + "\n"
     if result["pools"]:
-        text += _markdown("mean over methods", result["pools"], result["pools"][0]["method"]) + "\n"
+        text += _markdown("mean over methods", result["pools"], result["pools"][0]["method"], factor) + "\n"
     return text + (
-        f"{result['metric']} in percent, mean ± 95 % t interval over seeds; differences are paired by seed, "
+        f"{result['metric']} in {unit}, mean ± 95 % t interval over seeds; differences are paired by seed, "
         "and * marks an interval that excludes 0 (not corrected for the number of comparisons). Equal "
         f"updates: step {result['step']:.0f}. Equal tokens: what the cheapest run of the seed generated in all, "
         f"{min(result['tokens'].values()) / 1e3:,.0f} to {max(result['tokens'].values()) / 1e3:,.0f} k.\n"
     )
 
 
-def _markdown(name: str, rows: Sequence[dict], baseline: str) -> str:
+def _markdown(name: str, rows: Sequence[dict], baseline: str, factor: float) -> str:
     vs = f"vs {baseline}" if baseline else "difference"
     header = [name, "seeds", "equal updates", vs, "equal tokens", vs, "held-out tokens", "generated"]
     lines = [
         [
             row["method"],
             len(row["seeds"]),
-            plus_minus(row["updates"]),
-            plus_minus(row["difference_updates"], signed=True, star=True),
-            plus_minus(row["tokens"]),
-            plus_minus(row["difference_tokens"], signed=True, star=True),
+            plus_minus(row["updates"], factor),
+            plus_minus(row["difference_updates"], factor, signed=True, star=True),
+            plus_minus(row["tokens"], factor),
+            plus_minus(row["difference_tokens"], factor, signed=True, star=True),
             f"{row['length']:.1f}",
             f"{row['spent'] / 1e3:,.0f} k",
         ]

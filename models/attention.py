@@ -107,10 +107,10 @@ def segment_mask(segment_ids, window=0, shared=None):
 
 def attend_packed(q, k, v, segment_ids, implementation: str, *, windows: tuple[int, ...] = (0,), kind=None,
                   shared=None):
-    """Block-causal self-attention of packed rows.
+    """Block-causal self-attention of packed rows, or of the last T of their S tokens.
 
     Args:
-      q: [B, T, N, H]. k, v: [B, T, K, H]. segment_ids: int32 [B, T], 0 = padding.
+      q: [B, T, N, H]. k, v: [B, S, K, H], S at least T. segment_ids: int32 [B, S], 0 = padding.
       implementation: one of IMPLEMENTATIONS.
       windows: tokens that a token sees, 0 for all, of each kind of layer. kind: which; traced int32 [], or None
         for the only one.
@@ -133,9 +133,10 @@ def attend_packed(q, k, v, segment_ids, implementation: str, *, windows: tuple[i
         return branches[0](*args) if kind is None else lax.switch(kind, branches, *args)
     window = windows[0] if kind is None else jnp.array(windows, jnp.int32)[kind]
     if implementation == "xla":
-        return attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), segment_mask(segment_ids, window, shared))
+        mask = segment_mask(segment_ids, window, shared)[:, -q.shape[1] :]
+        return attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
     if implementation == "cudnn":
-        mask = segment_mask(segment_ids, window, shared)[:, None]
+        mask = segment_mask(segment_ids, window, shared)[:, None, -q.shape[1] :]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     raise ValueError(f"attention={implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
 
@@ -165,20 +166,20 @@ def _splash_local(q, k, v, segment_ids, window, *, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     B, length, N, H = q.shape
-    if pad := -length % 128:  # the kernel's blocks are whole ones
-        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    K, T = k.shape[2], length + pad
-    one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+    before = k.shape[1] - length  # tokens in front of the queries
+    ids = kernel.SegmentIds(q=segment_ids[:, before:], kv=segment_ids)
+    whole = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
+    q, k, v, ids = jax.tree.map(whole, (q, k, v, ids))  # the kernel's blocks are whole ones
+    K, (T, S) = k.shape[2], (q.shape[1], k.shape[1])
+    one = masks.LocalMask((T, S), (window - 1, 0), before) if window else masks.CausalMask((T, S), before)
     mask = masks.MultiHeadMask([one for _ in range(N // K)])
-    block = next(b for b in (512, 256, 128) if T % b == 0)  # the kernel's default of 128 starves the MXU
+    best = {n: next(b for b in (512, 256, 128) if n % b == 0) for n in (T, S)}  # the default, 128, starves the MXU
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks = kernel.BlockSizes(**{f"block_{name}": block for name in names})
+    blocks = kernel.BlockSizes(**{f"block_{name}": best[S if name.startswith("kv") else T] for name in names})
     attention = kernel.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)
     # kernel: q [heads, T, H], k and v [T, H]; one call per (row, kv head)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     per_head = jax.vmap(attention, in_axes=(0, 0, 0, None))
-    ids = kernel.SegmentIds(q=segment_ids, kv=segment_ids)
     out = jax.vmap(per_head)(q, k, v, ids)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)[:, :length]

@@ -213,6 +213,8 @@ class Attention(Part):
         elif segments[0] is not None:
             windows = tuple(kind.window for kind in self.kinds)
             ids, shared = segments
+            if ids.shape[1] > T:
+                k, v = read_cache(layer_cache, ids.shape[1], k.dtype)
             out = attend_packed(q, k, v, ids, self.implementation, windows=windows, kind=kind, shared=shared)
         else:
             keys, values, *scales = layer_cache
@@ -238,6 +240,14 @@ def write_cache(layer_cache, k, v, end):
     keys = write_keys(keys, k.astype(keys.dtype), end)
     values = lax.dynamic_update_slice(values, v.astype(values.dtype), (0, 0, end, 0))
     return keys, values, *scales
+
+
+def read_cache(layer_cache, columns: int, dtype):
+    """(k, v), each [B, columns, K, H], of a layer's cache arrays, keys not in blocks, from column 0 on."""
+    k, v, *scales = (a[:, :, :columns] for a in layer_cache)
+    if scales:
+        k, v = (a.astype(jnp.float32) * s[..., None] for a, s in zip((k, v), scales, strict=True))
+    return [a.astype(dtype).swapaxes(1, 2) for a in (k, v)]
 
 
 class MLP(Part):
@@ -324,8 +334,8 @@ class Decoder(nn.Module):
         Args:
           tokens: int32 [B, T]. positions: int32 [B, T], position of each token in its own sequence.
           segment_ids: int32 [B, T] for packed rows; attention is causal within equal ids, 0 is padding. None
-            means one sequence per row. With a cache: the first tokens that it gets, which see each other and need
-            not read it, so that a kernel can do it without writing scores out.
+            means one sequence per row. With a cache: int32 [B, end + T], of its first columns and of these tokens,
+            which read no further, so that a kernel can do it without writing scores out; T: the first tokens it gets.
           parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
           cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on. Pages: T = 1.
           experts: unsigned [B, T, L, k], of each layer, to be taken again (models.moe.route), or None.

@@ -128,6 +128,14 @@ def test_accuracy_between_two_evaluations_is_interpolated(tmp_path):
     assert study.at_step(run, "eval/accuracy", 3) == pytest.approx(0.2)
 
 
+def test_tokens_are_no_percentages(grid, tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / "base" / f"seed{seed}", {4: 0.5}, 10, 4)
+    s = study.load_study(str(grid))
+    text = study.table(s, study.compare(s, "eval/mean_tokens"))
+    assert "| 7.0 ± 0.0 |" in text and "eval/mean_tokens in tokens, mean" in text
+
+
 def test_equal_tokens_are_those_of_the_cheapest_run_of_the_seed(grid, tmp_path):
     for seed, tokens in ((0, 100), (1, 50)):
         for name, factor in (("base", 1), ("new---better", 2)):

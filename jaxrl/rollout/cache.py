@@ -4,7 +4,6 @@ Nothing but this file knows windows, the clock and resizing."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -39,8 +38,8 @@ class KVCache(Protocol):
     def prefill_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
         """(prompts, tokens of each) that a prefill of prompts of these lengths is padded to."""
 
-    def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Any]:
-        """Cache prompts outside the rows; one handle each, for `admit`. Launched, not waited for."""
+    def prefill(self, prompts: Sequence[np.ndarray]) -> list[Any]:
+        """One handle each for prompts to be cached outside the rows, by their common `call` (Prefill)."""
 
     def begin(self, rows: int) -> None:
         """Have so many rows; there were none."""
@@ -92,21 +91,32 @@ def prefill_sizes(slots: int, multiple: int) -> list[int]:
     return [least << i for i in range(4) if i == 0 or least << i <= slots]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Prefill:
-    """What one call of the prefill program has cached: right-aligned `arrays` of `columns` columns. Equal to itself."""
+    """Prompts that are cached together, outside of the rows: right-aligned in `arrays` of `columns` columns, `chunk` of
+    them at a time (0: all at once)."""
 
-    arrays: tuple
-    columns: int
+    def __init__(self, run: Runner, prompts: Sequence[np.ndarray], rows: int, columns: int, chunk: int = 0):
+        self.run, self.columns, self.chunk, self.cached, self.arrays = run, columns, chunk or columns, 0, None
+        self.tokens, self.lengths = np.zeros((rows, columns), np.int32), np.zeros(rows, np.int32)
+        for row, prompt in enumerate(prompts):
+            self.lengths[row] = len(prompt)
+            self.tokens[row, columns - len(prompt) :] = prompt
 
+    def advance(self, params) -> bool:
+        """Cache the next columns; whether these were the last. Launched, not waited for."""
+        rows, first = len(self.lengths), self.cached
+        size = min(self.chunk, self.columns - first)
+        part = (self.columns, first) if size < self.columns else ()
+        args = (params, self.tokens, self.lengths, self.arrays)
+        self.arrays = self.run.call("prefill", (rows, size, *part), *args, first=first, size=size)
+        self.cached += size
+        return self.cached == self.columns
 
-def prefill_together(run: Runner, params, prompts: Sequence[np.ndarray], rows: int, columns: int) -> Prefill:
-    """The prompts' cache arrays from one call of the prefill program: right-aligned in [rows, columns], int32."""
-    tokens, lengths = np.zeros((rows, columns), np.int32), np.zeros(rows, np.int32)
-    for row, prompt in enumerate(prompts):
-        lengths[row] = len(prompt)
-        tokens[row, columns - len(prompt) :] = prompt
-    return Prefill(run.call("prefill", (rows, columns), params, tokens, lengths), columns)
+    def complete(self, params) -> Prefill:
+        """Itself, with all columns cached."""
+        while not self.advance(params):
+            pass
+        return self
 
 
 class Prompt(NamedTuple):
@@ -124,12 +134,12 @@ class DenseCache:
 
     Args:
       slots: most rows. multiple: rows and prefilled prompts come in multiples of this. chunk: most steps of a decode
-        call. window: granularity of the windows.
+        call. window: granularity of the windows. prefill_chunk: of Prefill.
     """
 
     def __init__(self, run: Runner, *, slots: int, multiple: int, max_prompt: int, max_tokens: int, chunk: int,
-                 window: int):
-        self.run, self.chunk = run, chunk
+                 window: int, prefill_chunk: int = 0):
+        self.run, self.chunk, self.prefill_chunk = run, chunk, prefill_chunk
         self.least_room = min(chunk, max_tokens)
         self.row_sizes, self.prefill_sizes = row_sizes(slots, multiple), prefill_sizes(slots, multiple)
         self.windows = [bucket(1, window)]
@@ -165,9 +175,9 @@ class DenseCache:
         n = next((size for size in self.prefill_sizes if size >= len(lengths)), self.prefill_sizes[-1])
         return n, self.prompt_columns(max(lengths))
 
-    def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Prompt]:
+    def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
         n, columns = self.prefill_shape([len(p) for p in prompts])
-        call = prefill_together(self.run, params, prompts, n, columns)
+        call = Prefill(self.run, prompts, n, columns, self.prefill_chunk)
         return [Prompt(call, row) for row in range(len(prompts))]
 
     def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Prompt]]) -> None:
@@ -263,7 +273,7 @@ class DenseCache:
     def warmup(self, params, settings: dict[tuple, SamplingArrays], longest: int) -> None:
         columns = sorted({self.prompt_columns(n) for n in range(longest)})
         prompts = [
-            self.run.call("prefill", (n, P), params, np.zeros((n, P), np.int32), np.zeros(n, np.int32))
+            Prefill(self.run, (), n, P, self.prefill_chunk).complete(params).arrays
             for P in columns
             for n in self.prefill_sizes
         ]

@@ -59,6 +59,7 @@ class Engine:
       placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
       weights, cache: "same" as dtype, or "int8": matrices, keys and values of one byte an entry
         (models.layout.quantise).
+      prefill_chunk: tokens of a prompt that are cached at a time, decoding between them; 0: all.
       pages: tokens of a page of the cache; 0: it is dense. cache_tokens: what the pages hold together, 0 for `slots`
         responses of full length.
       allowed: bool [V], tokens that may be drawn, None for all (jaxrl.rollout.requests.decodable).
@@ -76,6 +77,7 @@ class Engine:
         max_tokens: int,
         slots: int = 32,
         chunk: int = 64,
+        prefill_chunk: int = 0,
         dtype=jnp.float32,
         window: int = 64,
         placement: Placement | None = None,
@@ -100,7 +102,7 @@ class Engine:
         self.spec = spec = program_spec(config, dtype, chunk, placement, **kinds)
         self.programs: SamplerPrograms = sampler_programs(spec)
         self.runner = Runner(self.programs, placement)
-        sizes |= dict(multiple=multiple, window=window)
+        sizes |= dict(multiple=multiple, window=window, prefill_chunk=prefill_chunk)
         if pages:
             parts = placement.mesh.shape["tensor"] if placement else 1
             how = implementation(spec.platform, config, pages, cache == "int8", parts)
@@ -224,14 +226,18 @@ class Engine:
             job.keys = own
 
     def _admit(self, params) -> None:
-        """Fill free slots from prefilled prompts, prefilling as many more prompts as that takes."""
+        """Fill free slots from prefilled prompts, prefilling as many more prompts as that takes.
+
+        Running rows do not wait for a long prompt: once a part of it is cached they go on, and the next step sees to
+        the next part.
+        """
         self._fit_slots()
         free = np.flatnonzero(~self._rows.active).tolist()
         placed = self._place(free)
-        waiting = self._waiting
-        while free and waiting.next and not waiting.prefilled and self.cache.fits([waiting.next.cached]):
-            self._prefill(params, len(free))
+        while free and self._prefill(params, len(free)):
             placed += self._place(free)
+            if self._waiting.prefilling and self._rows.active.any():
+                break
         self.cache.admit(self._rows.longest(), self._rows.steps_left(self.chunk), placed)
 
     def _give_way(self) -> None:
@@ -267,34 +273,21 @@ class Engine:
             self._rows.free(slice(len(running), None))
             self.cache.take(rows, self._rows.longest(), self._rows.steps_left(self.chunk))
 
-    def _prefill(self, params, samples: int) -> None:
-        """Prefill the next prompts, enough for `samples` slots."""
-        begin = time.perf_counter()
-        most, brought, lengths = self.cache.prefill_sizes[-1], 0, []
-        chosen, waiting = [], self._waiting
-
-        def takes(most: int) -> bool:
-            if waiting.next is None or len(chosen) == most:
+    def _prefill(self, params, samples: int) -> bool:
+        """Prefill a part of the next prompts, enough of them for `samples` slots; False if there is nothing to do."""
+        begin, waiting = time.perf_counter(), self._waiting
+        if not waiting.prefilling:
+            if waiting.prefilled or not waiting.next or not self.cache.fits([waiting.next.cached]):
                 return False
-            return not chosen or self.cache.fits([*lengths, waiting.next.cached])
-
-        def take():
-            chosen.append(waiting.pop())
-            lengths.append(chosen[-1].cached)
-
-        while brought < samples and takes(most):
-            take()
-            brought += len(chosen[-1].samples)
-        rows, columns = self.cache.prefill_shape(lengths)
-        while takes(rows) and waiting.next.cached <= columns:
-            take()  # rows that would be padding
-        prompts = [start.tokens[:-1] for start in chosen]
-        for start, prefix in zip(chosen, self.cache.prefill(params, prompts), strict=True):
-            start.prefix = prefix
-        waiting.prefilled += chosen
+            chosen = waiting.choose(samples, self.cache)
+            for start, prefix in zip(chosen, self.cache.prefill([s.tokens[:-1] for s in chosen]), strict=True):
+                start.prefix = prefix
+            self.stats.prefill_tokens += sum(start.cached for start in chosen)
+        if waiting.prefilling[0].prefix.call.advance(params):
+            waiting.prefilled, waiting.prefilling = waiting.prefilled + waiting.prefilling, []
         self.stats.prefill_calls += 1
-        self.stats.prefill_tokens += sum(lengths)
         self.stats.seconds_prefill += time.perf_counter() - begin
+        return True
 
     def _place(self, free: list[int]) -> list[tuple[int, Any]]:
         """Give slots of `free` to the samples that are next; (slot, prefilled prompt) each, gone from `free`."""

@@ -92,14 +92,20 @@ class ProgramSpec:
         return array if self.sharding is None else lax.with_sharding_constraint(array, self.sharding)
 
 
-def prefill(spec: ProgramSpec, params, tokens, lengths):
-    """The `arrays` of a Cache of P columns, prompts right-aligned. tokens: int32 [n, P]; lengths: int32 [n]."""
+def prefill(spec: ProgramSpec, params, tokens, lengths, arrays=None, *, first: int = 0, size: int = 0):
+    """The `arrays` of a Cache of P columns, prompts right-aligned. tokens: int32 [n, P]; lengths: int32 [n].
+
+    arrays: with the columns before `first` cached, None for new ones. size: columns to cache now, 0 for all.
+    """
     n, P = tokens.shape
-    cache = empty_cache(spec.config, n, P, spec.cache_dtype).replace(start=P - lengths)
-    column = jnp.arange(P)[None] - (P - lengths)[:, None]
+    end = first + (size or P)
+    cache = empty_cache(spec.config, n, P, spec.cache_dtype).replace(start=P - lengths, end=jnp.int32(first))
+    cache = cache if arrays is None else cache.with_arrays(arrays)
+    column = jnp.arange(end)[None] - (P - lengths)[:, None]
     # On a CPU, which has no kernel, prompts read themselves from the cache.
     segments = None if spec.platform == "cpu" else (column >= 0).astype(jnp.int32)
-    return spec.model.apply({"params": params}, tokens, jnp.maximum(column, 0), segments, cache)[1].arrays
+    inputs = tokens[:, first:end], jnp.maximum(column[:, first:], 0)
+    return spec.model.apply({"params": params}, *inputs, segments, cache)[1].arrays
 
 
 def score(spec: ProgramSpec, params, tokens):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxrl.errors import UserError
-from jaxrl.rollout.cache import Prefill, bucket, idle_rows, prefill_sizes, prefill_together, row_sizes
+from jaxrl.rollout.cache import Prefill, bucket, idle_rows, prefill_sizes, row_sizes
 from jaxrl.rollout.kernels import Rows, SamplingArrays
 from jaxrl.rollout.programs import Runner
 from models.pages import Pages
@@ -71,8 +71,9 @@ class PagedCache:
     """
 
     def __init__(self, run: Runner, *, slots: int, multiple: int, max_prompt: int, max_tokens: int, chunk: int,
-                 window: int, page: int, tokens: int = 0, implementation: str = "xla"):
+                 window: int, page: int, tokens: int = 0, implementation: str = "xla", prefill_chunk: int = 0):
         self.run, self.chunk, self.page, self.replicas = run, chunk, page, multiple
+        self.prefill_chunk = prefill_chunk
         self.implementation = implementation
         most = -(-(max_prompt + max_tokens) // page)  # pages of a row
         count = tokens // page // multiple if tokens else most * (slots // multiple)
@@ -108,9 +109,9 @@ class PagedCache:
         n = next((size for size in self.prefill_sizes if size >= len(lengths)), self.prefill_sizes[-1])
         return n, bucket(max(lengths), 32)
 
-    def prefill(self, params, prompts: Sequence[np.ndarray]) -> list[Prompt]:
+    def prefill(self, prompts: Sequence[np.ndarray]) -> list[Prompt]:
         n, columns = self.prefill_shape([len(p) for p in prompts])
-        call = prefill_together(self.run, params, prompts, n, columns)
+        call = Prefill(self.run, prompts, n, columns, self.prefill_chunk)
         return [Prompt(call, row, len(prompt)) for row, prompt in enumerate(prompts)]
 
     def _replica(self, row: int) -> int:
@@ -229,8 +230,8 @@ class PagedCache:
         nothing = [[] for _ in range(self.replicas)]
         for P in columns:
             for n in self.prefill_sizes:
-                arrays = self.run.call("prefill", (n, P), params, np.zeros((n, P), np.int32), np.zeros(n, np.int32))
-                self.arrays = self._write(self.arrays, Prefill(arrays, P), nothing)
+                call = Prefill(self.run, (), n, P, self.prefill_chunk).complete(params)
+                self.arrays = self._write(self.arrays, call, nothing)
         for rows in self.row_sizes:
             for width in self.widths:
                 for kind, values in settings.items():

@@ -31,7 +31,8 @@ TPU_OPTIONS = {"xla_tpu_msa_inefficient_use_to_copy_ratio": "0.75"}
 class SamplerPrograms(NamedTuple):
     """Jitted functions of jaxrl.rollout.kernels with the spec filled in.
 
-    prefill(params, tokens, lengths). decode(params, cache, rows, settings, steps, refill_at); donates the cache.
+    prefill(params, tokens, lengths, arrays, first, size); donates the arrays.
+    decode(params, cache, rows, settings, steps, refill_at); donates the cache.
     score(params, tokens). keys(seed, step, problem [B], sample [B]) -> uint32 [B, 2].
     new_cache(rows, window). write_prompts(array, prompts, source, chosen, end); donates the array.
     resize(array, rows, shift, window). Of pages: new_pages(count). write_pages(arrays, prompts, source, first, target);
@@ -69,7 +70,7 @@ def sampler_programs(spec: ProgramSpec) -> SamplerPrograms:
         return jax.jit(functools.partial(function, spec), **keywords)
 
     return SamplerPrograms(
-        prefill=jitted(kernels.prefill),
+        prefill=jitted(kernels.prefill, donate_argnums=3, static_argnames=("first", "size")),
         decode=jitted(kernels.decode, donate_argnums=1, compiler_options=options),
         score=jitted(kernels.score),
         keys=jax.jit(sample_keys),

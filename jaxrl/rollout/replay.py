@@ -84,8 +84,8 @@ class _Recorder(Runner):
         if name == "decode":
             return self.decode(*args)
         if name == "prefill":
-            self.calls.append(Call(name, *sizes))
-            return [[_Array((sizes[0], 1, sizes[1], 1))] for _ in range(2)]
+            self.calls.append(Call(name, *sizes[:2]))
+            return [[_Array((sizes[0], 1, args[1].shape[1], 1))] for _ in range(2)]
         if name == "new_cache":
             return Cache(*[[_Array((sizes[0], 1, sizes[1], 1))] for _ in range(2)], np.zeros(sizes[0], np.int32), 0)
         if name == "new_pages":

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl.rollout.cache import KVCache
+
 
 @dataclasses.dataclass
 class Start:
@@ -27,20 +29,25 @@ class Start:
 
 
 class Waiting:
-    """prefilled: those whose tokens are in a cache. The others come in the order of `add`'s rank."""
+    """prefilled: those whose tokens are in a cache. prefilling: those whose tokens are in it in part. The others come
+    in the order of `add`'s rank."""
 
     def __init__(self):
         self.prefilled: list[Start] = []
+        self.prefilling: list[Start] = []
         self._queue: list[tuple] = []
         self._added = 0
 
     def __bool__(self) -> bool:
-        return bool(self._queue or self.prefilled)
+        return bool(self._queue or self.prefilling or self.prefilled)
 
     @property
     def samples(self) -> int:
         """How many wait."""
-        return sum(len(start.samples) for start in [*self.prefilled, *(entry[-1] for entry in self._queue)])
+        return sum(len(start.samples) for start in self._all())
+
+    def _all(self) -> list[Start]:
+        return [*self.prefilled, *self.prefilling, *(entry[-1] for entry in self._queue)]
 
     @property
     def next(self) -> Start | None:
@@ -52,14 +59,33 @@ class Waiting:
         self._added += 1
         bisect.insort(self._queue, (*rank, -len(start.tokens), self._added, start))
 
-    def pop(self) -> Start:
-        """`next`, which waits here no longer."""
-        return self._queue.pop(0)[-1]
+    def choose(self, samples: int, cache: KVCache) -> list[Start]:
+        """Take the next ones, enough for `samples` slots, as far as the cache has room, to be `prefilling`."""
+        chosen: list[Start] = []
+        brought, most = 0, cache.prefill_sizes[-1]
+
+        def lengths() -> list[int]:
+            return [start.cached for start in chosen]
+
+        def takes(most: int) -> bool:
+            if self.next is None or len(chosen) == most:
+                return False
+            return not chosen or cache.fits([*lengths(), self.next.cached])
+
+        while brought < samples and takes(most):
+            chosen.append(self._queue.pop(0)[-1])
+            brought += len(chosen[-1].samples)
+        rows, columns = cache.prefill_shape(lengths())
+        while takes(rows) and self.next.cached <= columns:  # rows that would be padding
+            chosen.append(self._queue.pop(0)[-1])
+        self.prefilling = chosen
+        return chosen
 
     def remove(self, ticket: int, samples: Collection[int]) -> None:
         """These samples of a ticket wait no longer."""
-        for start in [*self.prefilled, *(entry[-1] for entry in self._queue)]:
+        for start in self._all():
             if start.ticket == ticket:
                 start.samples = [s for s in start.samples if s not in samples]
         self._queue = [entry for entry in self._queue if entry[-1].samples]
         self.prefilled = [start for start in self.prefilled if start.samples]
+        self.prefilling = [start for start in self.prefilling if start.samples]

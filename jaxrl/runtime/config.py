@@ -188,11 +188,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sampling.max_tokens": (Integer(512, 1), "response tokens"),
     "sampling.slots": (Integer(64, 1), "completions decoded at once, on all chips of a host together"),
     "sampling.chunk": (Integer(64, 1), "decode steps per call"),
+    "sampling.prefill_chunk": (Integer(2048), "tokens of a prompt cached at a time, decoding between; 0: all"),
     "sampling.window": (Integer(64, 1), "the cache grows in multiples of so many positions"),
     "sampling.pages": (
         Integer(-1, -1),
-        "tokens of a page of the cache, which rows then take as they grow; 0: dense, all rows as long as the longest; "
-        "-1: 64 where the chip has a kernel for pages, else 0",
+        "tokens of a page of the cache, taken as rows grow; 0: dense; -1: 64 where the chip has a kernel for it, else 0",
     ),
     "sampling.cache_tokens": (
         Integer(0),
@@ -399,7 +399,7 @@ def _known_key(key: str, base: ConfigDict) -> None:
     inner, path = base, "config"
     for part in key.split("."):
         if not isinstance(inner, ConfigDict) or part not in inner:
-            has = ", ".join(sorted(inner)) if isinstance(inner, ConfigDict) else "no keys"
+            has = ", ".join(sorted(inner)) if isinstance(inner, ConfigDict) else ""
             raise UserError(f"config.{key} is not a setting; {path} has {has or 'no keys'}")
         inner, path = inner[part], f"{path}.{part}"
 

@@ -52,6 +52,14 @@ def test_each_kind_of_layer_sees_its_window():
         assert np.abs(np.asarray(alone) - reference(q, k, v, segment_ids, 3))[segment_ids > 0].max() < 1e-5
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_the_last_tokens_of_rows_whose_first_ones_are_known(window):
+    q, k, v, segment_ids = random_inputs(19, 4, 2, 8)
+    whole = attend_packed(q, k, v, segment_ids, "xla", windows=(window,))
+    part = attend_packed(q[:, 12:], k, v, segment_ids, "xla", windows=(window,))
+    np.testing.assert_allclose(part, whole[:, 12:], atol=1e-6)
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 def test_int8_keys_and_values_match_numpy(blocks):
     q, k, v, segment_ids = random_inputs(19, 4, 2, 8)

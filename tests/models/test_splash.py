@@ -53,28 +53,49 @@ def test_a_window_matches_xla():
     close_where_not_padding(jax.jit(lambda *a: attention._splash(*a, ids, 20, interpret=True))(q, k, v), want, ids)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
-def test_prompts_that_see_each_other_fill_the_cache_as_those_that_read_it(implementation, monkeypatch):
-    """A prefill, right-aligned in 40 columns, which are no whole blocks of the kernel."""
+@pytest.mark.parametrize("window", [0, 20])
+def test_the_last_tokens_of_a_row(window):
+    """32 queries, which are no whole block, behind 68 known tokens."""
+    q, k, v, ids = (x[:, :100] for x in inputs())
+    want = attention.attend_packed(q, k, v, ids, "xla", windows=(window,))[:, 68:]
+    got = jax.jit(lambda *a: attention._splash(*a, ids, window, interpret=True))(q[:, 68:], k, v)
+    close_where_not_padding(got, want, ids[:, 68:])
+
+
+@pytest.mark.parametrize("implementation, chunk, dtype, within", [
+    ("xla", 0, jnp.float32, 2e-5), ("xla", 16, jnp.float32, 2e-5), ("splash", 0, jnp.float32, 2e-5),
+    ("splash", 16, jnp.float32, 2e-5), ("xla", 16, jnp.int8, 0.03),
+])
+def test_prompts_that_see_each_other_fill_the_cache_as_those_that_read_it(implementation, chunk, dtype, within,
+                                                                          monkeypatch):
+    """A prefill, right-aligned in 40 columns, which are no whole blocks of the kernel; all at once or in parts."""
     local = attention._splash_local
     monkeypatch.setattr(attention, "_splash_local", lambda *a, interpret: local(*a, interpret=True))
     config = DecoderConfig(31, 64, 96, 3, 4, 2, 128, model_type="llama")
     params, P, lengths = init_params(config, jax.random.key(0)), 40, jnp.array([3, 40, 17])
     tokens = jax.random.randint(jax.random.key(1), (3, P), 0, 31)
     column = jnp.arange(P)[None] - (P - lengths)[:, None]
-    cache = empty_cache(config, 3, P, jnp.float32, scan_layers=True).replace(start=P - lengths)
+    cache = empty_cache(config, 3, P, dtype, scan_layers=True).replace(start=P - lengths)
 
-    def prefill(implementation, segments):
-        model = Decoder(config, attention=implementation)
-        return model.apply({"params": params}, tokens, jnp.maximum(column, 0), segments, cache)
+    def prefill(implementation, segments, first, end, cache):
+        model, part = Decoder(config, attention=implementation), slice(first, end)
+        seen = None if segments is None else segments[:, :end]
+        return model.apply({"params": params}, tokens[:, part], jnp.maximum(column[:, part], 0), seen, cache)
 
-    want, want_cache = prefill("xla", None)
-    got, got_cache = prefill(implementation, (column >= 0).astype(jnp.int32))
+    want, want_cache = prefill("xla", None, 0, P, cache)
+    parts, got_cache = [], cache
+    for first in range(0, P, chunk or P):
+        args = (implementation, (column >= 0).astype(jnp.int32), first, min(first + (chunk or P), P))
+        part, got_cache = prefill(*args, got_cache)
+        parts.append(part)
+    got = jnp.concatenate(parts, axis=1)
     real = np.asarray(column >= 0)
-    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=within)
     for a, b in zip(got_cache.arrays, want_cache.arrays, strict=True):  # [layers, B, K, columns, H]
-        keep = real[None, :, None, :, None]
-        np.testing.assert_allclose(np.where(keep, a, 0), np.where(keep, b, 0), atol=2e-5)
+        keep = real[None, :, None, :, None] if a.ndim == 5 else real[None, :, None]
+        np.testing.assert_allclose(
+            np.where(keep, a, 0.0), np.where(keep, b, 0.0), atol=2 if a.dtype == jnp.int8 else within
+        )
     assert got_cache.end == want_cache.end == P
 
 

@@ -58,6 +58,7 @@ def test_tokens_and_logprobs_are_those_of_a_plain_loop():
         dict(slots=1, chunk=24, window=64),
         dict(slots=3, chunk=5, window=32),
         dict(slots=16, chunk=3, window=24),
+        dict(slots=3, chunk=5, window=32, prefill_chunk=7),
     ],
     ids=str,
 )
@@ -221,7 +222,7 @@ def test_counts():
 
 
 def test_nothing_compiles_after_warm_up(caplog):
-    s = tiny.sampler(slots=8, chunk=8, window=32)
+    s = tiny.sampler(slots=8, chunk=8, window=32, prefill_chunk=24)
     params = s.layout(tiny.params())
     assert s.warmup(params) > 0
     compiled = dict(s.shapes)

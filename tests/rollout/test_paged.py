@@ -45,6 +45,7 @@ def watch(engine: Engine) -> list[int]:
         dict(pages=1, slots=3, chunk=5),
         dict(pages=64, slots=1, chunk=24, cache_tokens=64),  # one response of full length
         dict(pages=3, slots=16, cache_tokens=90, chunk=7),
+        dict(pages=5, slots=4, cache_tokens=90, chunk=7, prefill_chunk=12),
     ],
     ids=str,
 )
@@ -99,7 +100,7 @@ def test_int8_pages_hold_what_the_int8_dense_cache_does():
 
 
 def test_nothing_compiles_after_warmup():
-    engine, params = paged(pages=16, cache_tokens=160)
+    engine, params = paged(pages=16, cache_tokens=160, prefill_chunk=24)
     engine.warmup(params)
     known = set(engine.shapes)
     tiny.same(engine.generate(params, tiny.requests(), seed=11), baseline())

@@ -24,8 +24,8 @@ class Device:
     def __init__(self, requests: dict[int, Request], replicas: int, page: int, chunk: int):
         self.requests, self.replicas, self.page, self.chunk = requests, replicas, page, chunk
 
-    def call(self, name, sizes, *args):
-        return getattr(self, name)(*args)
+    def call(self, name, sizes, *args, **keywords):
+        return getattr(self, name)(*args, **keywords)
 
     def keys(self, seed, step, problem, sample):
         return np.stack([problem, sample], axis=1).astype(np.uint32)
@@ -34,8 +34,11 @@ class Device:
         self.pool = np.full((self.replicas, count // self.replicas, self.page), -1)
         return (None,)
 
-    def prefill(self, params, tokens, lengths):
-        return tokens, (tokens,)
+    def prefill(self, params, tokens, lengths, arrays, *, first, size):
+        old = np.full_like(tokens, -2) if arrays is None else arrays[0]
+        assert np.all(old[:, first:] == -2) and np.all(old[:, :first] != -2)  # parts come in their order, once
+        old[:, first : first + size] = tokens[:, first : first + size]
+        return old, (old,)
 
     def write_pages(self, arrays, prompts, source, first, target):
         for i, (row, at, to) in enumerate(zip(source, first, target, strict=True)):
@@ -84,6 +87,7 @@ def test_every_response_comes_out_whole_whatever_the_pages(seed, monkeypatch):
     engine = tiny.sampler(slots=slots, chunk=chunk, pages=page)
     device = Device(requests, replicas, page, chunk)
     sizes = dict(slots=slots, multiple=replicas, max_prompt=tiny.MAX_PROMPT, max_tokens=tiny.MAX_TOKENS, chunk=chunk)
+    sizes["prefill_chunk"] = int(rng.choice([0, 5, 16, 40]))
     engine.runner, engine.cache = device, PagedCache(device, **sizes, window=16, page=page, tokens=capacity)
     monkeypatch.setattr(jax, "device_get", lambda tree: tree)
     tickets = {engine.submit(r, background=key > 7): key for key, r in requests.items()}

@@ -51,6 +51,27 @@ def test_requests_submitted_between_steps_are_those_of_one_call():
     same(out, baseline())
 
 
+def test_running_rows_do_not_wait_for_a_long_prompt():
+    """A part of it a step, with decoding in between; cancelled on the way it leaves nothing behind."""
+    engine = tiny.sampler(chunk=1, window=32, prefill_chunk=8)
+    params, (short, long) = engine.layout(tiny.params()), (tiny.requests()[3], tiny.requests()[2])
+    alone = [engine.generate(params, [r], seed=11)[0] for r in (short, long)]
+    first, calls, out = engine.submit(short, seed=11), [], {}
+    engine.step(params)
+    for cancelled in (True, False):
+        second = engine.submit(long, seed=11)
+        while engine.busy and not (cancelled and len(calls) == 3):
+            before = engine.stats.prefill_calls
+            for event in engine.step(params):
+                if event.completion is not None:
+                    out[event.ticket, event.sample] = event.completion
+            calls.append(engine.stats.prefill_calls - before)
+        if cancelled:
+            assert set(engine.cancel(second)) == {0, 1, 2} and not out and not engine._waiting
+    assert calls[:3] == [1, 1, 1] and sum(calls[3:]) == 8 and calls[3:11] == [1] * 8  # 64 columns, 8 at a time
+    tiny.same([[out[t, i] for i in range(3)] for t in (first, second)], alone)
+
+
 def test_what_is_cancelled_ends_there_and_its_slot_serves_others():
     engine, params = shared()
     requests = [dataclasses.replace(tiny.requests()[i], samples=8, expected=9.0 - i) for i in (0, 3)]
