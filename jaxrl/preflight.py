@@ -144,9 +144,12 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
         "layout", lambda: sampler._layout.lower(params),
         lives - memory.bytes_of(params) + memory.bytes_of(weights), 1, 0, 1,
     )
+    part = min(sampler.cache.prefill_chunk or longest, longest)  # the last one sees all before it
+    seen = (prefilled,) if part < longest else ()
     yield Program(
-        "prefill", lambda: lower(run.prefill, weights, array(i32, prompts, longest), array(i32, prompts)),
-        lives + memory.bytes_of(cache), 1, prompts * longest * hosts, total / prompts,
+        "prefill", lambda: lower(run.prefill, weights, array(i32, prompts, longest), array(i32, prompts), *seen,
+                                 first=longest - part, size=part),
+        lives + memory.bytes_of(cache), 1, prompts * part * hosts, total / prompts * longest / part,
     )
     yield Program(
         "write pages" if paged else "move layer", lambda: lower(*move[0], **move[1]),

@@ -205,6 +205,19 @@ def test_one_chip_is_compiled_for_as_a_tpu():
 
 
 @libtpu
+def test_a_long_prompt_is_compiled_for_in_parts():
+    """The last part runs the kernel over all columns before it, and needs less memory than the whole prompt."""
+    config, needed = small(), []
+    config.sampling.max_prompt, config.sampling.max_tokens = 448, 64
+    mesh = slice_mesh(config, "v5e:1x1")
+    for config.sampling.prefill_chunk in (0, 128):
+        found = {p.name: p for p in preflight.programs(config, build.decoder_config(config), mesh)}
+        needed.append(found["prefill"].lower().compile().memory_analysis().temp_size_in_bytes)
+        assert found["prefill"].tokens * found["prefill"].calls == 8 * 448
+    assert needed[1] < needed[0] / 2
+
+
+@libtpu
 def test_offloaded_moments_take_no_memory_of_the_chip():
     """Each of the two moments is as large as the float32 parameters."""
     config = small()
