@@ -147,7 +147,7 @@ def cache_sizes(config, decoder: DecoderConfig, on) -> dict[str, int]:
     device = (placement.mesh if placement else on).devices.flat[0]
     return memory.cache_sizes(
         decoder, _sampler_dtype(config), placement, device, **_sampler_sizes(config), pages=s.pages,
-        tokens=s.cache_tokens, int8_weights=s.weights == "int8", int8_cache=s.cache == "int8",
+        tokens=s.cache_tokens, chunk=s.chunk, int8_weights=s.weights == "int8", int8_cache=s.cache == "int8",
         lives=lambda: memory.of_learner(config, Learner(config, decoder, on)),
     )
 

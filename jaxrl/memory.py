@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding
 from jaxrl.learner.learner import Learner, needs_reference
 from jaxrl.learner.state import HOST
 from jaxrl.rollout.cache import bucket
-from jaxrl.rollout.paged import PREFILL
+from jaxrl.rollout.paged import PREFILL, Rings
 from jaxrl.rollout.placement import Placement
 from jaxrl.runtime import hardware
 from models.config import DecoderConfig
 from models.decoder import abstract_params
 from models.layout import sampling_layout
-from models.pages import default_page
+from models.pages import default_page, local_layers, local_window
 
 RESERVE = 0.05  # of the memory, left free: decoding's own buffers, and what does not fit together without gaps
 ACTIVATIONS = 12  # arrays as wide as the MLP that prefill holds at once, at most, in the pod configs as compiled
@@ -66,24 +66,27 @@ def of_sampler(decoder: DecoderConfig, dtype, placement: Placement | None, int8:
     return bytes_of(placed(tree, placement.params(decoder)))
 
 
-def of_token(decoder: DecoderConfig, dtype, placement: Placement | None, int8: bool = False) -> float:
-    """Bytes a chip of one token's keys and values."""
+def of_token(decoder: DecoderConfig, dtype, placement: Placement | None, int8: bool = False, *,
+             local: bool | None = None) -> float:
+    """Bytes a chip of one token's keys and values. local: in those layers alone that hold a window (True), or that hold
+    everything (False)."""
     tensor = placement.mesh.shape["tensor"] if placement and placement.rules["kv_heads"] else 1
     entry = decoder.head_dim * (1 if int8 else jax.numpy.dtype(dtype).itemsize) + 4 * int8
-    return 2.0 * decoder.num_layers * decoder.num_kv_heads / tensor * entry
+    layers = sum(local in (None, small) for small in local_layers(decoder))
+    return 2.0 * layers * decoder.num_kv_heads / tensor * entry
 
 
 def free_tokens(decoder: DecoderConfig, dtype, placement: Placement | None, *, memory: float, lives: float,
                 max_prompt: int, int8_weights: bool = False, int8_cache: bool = False) -> int:
     """Tokens that the pages of a host can hold on chips of `memory` bytes, of which `lives` are taken."""
     replicas, tensor = (placement.row_multiple, placement.mesh.shape["tensor"]) if placement else (1, 1)
-    token = of_token(decoder, dtype, placement, int8_cache)
+    token, kept = (of_token(decoder, dtype, placement, int8_cache, local=local) for local in (None, False))
     least = max(4, replicas) / replicas * bucket(max_prompt, 32)  # see PagedCache.prefill_sizes
     prefilled = max(PREFILL, least)  # tokens of one call, on each replica
     wide = max(decoder.intermediate_size / tensor, decoder.hidden_size) * jax.numpy.dtype(dtype).itemsize
     free = memory * (1 - RESERVE) - lives - of_sampler(decoder, dtype, placement, int8_weights)
     free -= prefilled * (2 * token + ACTIVATIONS * wide)  # one batch of prompts waits while the next is prefilled
-    return max(int(free / token), 0) * replicas
+    return max(int(free / kept), 0) * replicas
 
 
 def pages_of(flags: dict, run: dict) -> int:
@@ -92,8 +95,8 @@ def pages_of(flags: dict, run: dict) -> int:
 
 
 def cache_sizes(decoder: DecoderConfig, dtype, placement: Placement | None, device: Any, *, lives, slots: int,
-                max_prompt: int, max_tokens: int, pages: int = -1, tokens: int = 0, int8_weights: bool = False,
-                int8_cache: bool = False) -> dict[str, int]:
+                max_prompt: int, max_tokens: int, pages: int = -1, tokens: int = 0, chunk: int = 64,
+                int8_weights: bool = False, int8_cache: bool = False) -> dict[str, int]:
     """{"pages", "cache_tokens"} for the engine: tokens of a page, 0 for a dense cache, and what they hold together.
 
     pages: -1 for pages where the chip has a kernel for them. tokens: 0 for what the memory has room for, and at most
@@ -109,7 +112,11 @@ def cache_sizes(decoder: DecoderConfig, dtype, placement: Placement | None, devi
     most = -(-(max_prompt + max_tokens) // pages) * pages
     if not tokens and platform != "cpu":
         if memory := hardware.memory(device):
-            tokens = free_tokens(decoder, dtype, placement, memory=memory, lives=lives(), max_prompt=max_prompt,
+            taken = lives()
+            if window := local_window(decoder):
+                rings = Rings(window, pages, chunk, most // pages, slots, replicas)
+                taken += rings.pages * pages * of_token(decoder, dtype, placement, int8_cache, local=True)
+            tokens = free_tokens(decoder, dtype, placement, memory=memory, lives=taken, max_prompt=max_prompt,
                                  int8_weights=int8_weights, int8_cache=int8_cache)
             tokens = max(min(tokens, most * slots), most * replicas)
         else:

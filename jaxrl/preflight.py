@@ -174,11 +174,13 @@ def _cache(sampler, decoder, prompts: int, longest: int, array) -> tuple:
 
     prefilled = dense(prompts, longest).arrays
     if isinstance(paged := sampler.cache, PagedCache):
-        arrays = jax.eval_shape(lambda: run.new_pages(paged.pages * paged.replicas))
+        arrays = jax.eval_shape(lambda: run.new_pages(*paged.counts))
         arrays = memory.placed(arrays, placement.cache(True))
         writes = array(i32, paged.replicas * WRITES)
-        cache = paged.view(arrays, array(i32, sampler.slots, paged.widths[-1]))
-        return cache, prefilled, arrays, ((run.write_pages, arrays, prefilled, writes, writes, writes), {})
+        local = (array(i32, sampler.slots, r.width), array(i32, sampler.slots)) if (r := paged.rings) else None
+        cache = paged.view(arrays, array(i32, sampler.slots, paged.widths[-1]), local)
+        args = ((writes,) * 3, (writes,) * 3 if local else None)
+        return cache, prefilled, arrays, ((run.write_pages, arrays, prefilled, *args), {})
     cache = dense(sampler.slots, width := sampler.cache.windows[-1])
     return cache, prefilled, cache.v[0], ((run.resize, cache.v[0], None, array(i32)), dict(window=width))
 

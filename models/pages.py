@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where a step writes and what it sees. table: int32 [B, M]. positions: int32 [B]. window: last tokens seen, 0:
-    all. implementation: see the module."""
+    """Where a step writes and what it sees. table: int32 [B, M]. positions: int32 [B], from the table's first page on.
+    window: last tokens seen, 0: all. implementation: see the module."""
 
     table: Any
     positions: Any
@@ -48,11 +48,14 @@ class Pages:
 
     kv: one [P, page, 2K, H] array per layer; P pages of every replica, one replica after the other. scales: of an int8
     kv, float32 [P, page, 2K] per layer; else None. table: int32 [B, M], page numbers within the row's own replica.
+    local: (table int32 [B, M'], int32 [B]: the position at which it begins) of the layers that see a window, which hold
+      no more than that; None where all layers hold everything.
     """
 
     kv: tuple
     scales: tuple | None
     table: Any
+    local: tuple | None = None
     implementation: str = flax.struct.field(pytree_node=False, default="xla")
 
     end = None
@@ -76,7 +79,8 @@ class Pages:
 
     def sees(self, positions, window: int) -> Place:
         """What the queries at positions int32 [B, 1] write and see."""
-        return Place(self.table, positions[:, 0], window, self.implementation)
+        table, begin = self.local if window and self.local else (self.table, 0)
+        return Place(table, positions[:, 0] - begin, window, self.implementation)
 
 
 def default_page(platform: str, config: DecoderConfig, int8: bool, tensor: int = 1) -> int:
@@ -103,14 +107,26 @@ def _kernel(platform: str, config: DecoderConfig, page: int, int8: bool, tensor:
     return "triton" if platform == "gpu" and powers else ""
 
 
-def empty_pages(config: DecoderConfig, count: int, size: int, dtype) -> tuple:
-    """The `arrays` of zeroed Pages: `count` pages of `size` tokens. dtype: int8 adds scales."""
-    shape = (count, size, 2 * config.num_kv_heads, config.head_dim)
+def local_window(config: DecoderConfig) -> int:
+    """Tokens that the layers with a window see, at most, where others see everything; else 0: all hold the same."""
+    windows = [kind.window for kind in config.kinds]
+    return max(windows) if 0 in windows else 0
 
-    def zeros(shape, dtype):
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
-    return (zeros(shape, dtype), zeros(shape[:3], jnp.float32))[: 2 if dtype == jnp.int8 else 1]
+def local_layers(config: DecoderConfig) -> tuple[bool, ...]:
+    """Which layers hold a window only."""
+    return tuple(local_window(config) > 0 and config.kinds[kind].window > 0 for kind in config.kind_of_layer)
+
+
+def empty_pages(config: DecoderConfig, count: int, size: int, dtype, local: int = 0) -> tuple:
+    """The `arrays` of zeroed Pages: `count` pages of `size` tokens, `local` pages in local_layers. dtype: int8 adds
+    scales."""
+
+    def zeros(dtype, *rest):
+        counts = (local if small else count for small in local_layers(config))
+        return tuple(jnp.zeros((n, size, 2 * config.num_kv_heads, *rest), dtype) for n in counts)
+
+    return (zeros(dtype, config.head_dim), zeros(jnp.float32))[: 2 if dtype == jnp.int8 else 1]
 
 
 def side_by_side(k, v, axis: int):

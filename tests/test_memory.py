@@ -1,5 +1,6 @@
 """Bytes counted from shapes against arrays that are there, and capacities that fit what they are computed from."""
 
+import dataclasses
 import types
 
 import jax
@@ -10,13 +11,15 @@ from configs.pods.shapes import R1_DISTILL_QWEN_1_5B
 from jaxrl import build, memory
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
+from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.paged import PREFILL
 from jaxrl.runtime import compilers
 from jaxrl.runtime.config import base_config
-from models.config import DecoderConfig
+from models.config import DecoderConfig, LayerKind
 from models.decoder import init_params
 from models.pages import PAGE
 from tests.rollout import tiny
+from tests.rollout.test_paged import WINDOWED
 from tests.test_preflight import pod
 
 SIZES = dict(max_prompt=tiny.MAX_PROMPT, max_tokens=tiny.MAX_TOKENS)
@@ -38,6 +41,20 @@ def test_bytes_of_a_token_and_of_the_weights_are_those_of_the_arrays(cache):
     head = 4 * tiny.CONFIG.vocab_size * tiny.CONFIG.hidden_size  # a CPU gives tied embeddings a head; chips do not
     small = memory.of_sampler(tiny.CONFIG, jnp.float32, None, int8)
     assert held(fused) - (head / 4 + 4 * tiny.CONFIG.vocab_size if int8 else head) == small
+
+
+def test_layers_with_a_window_leave_memory_to_the_others():
+    engine = Engine(WINDOWED, tiny.EOS, slots=8, pages=4, chunk=8, **SIZES)
+    engine.cache.begin(8)
+    everything, local = engine.cache.counts
+    token = {which: memory.of_token(WINDOWED, jnp.float32, None, local=which) for which in (True, False, None)}
+    assert token[True] == token[False] == token[None] / 2
+    assert held(engine.cache.arrays) == 4 * (everything * token[False] + local * token[True])
+    kinds = (LayerKind(1e4), *(LayerKind(1e4, window=512),) * 27)
+    sizes = dict(slots=64, max_prompt=1024, max_tokens=4096, lives=lambda: 8 * GIB)
+    decoders = [dataclasses.replace(DecoderConfig(**R1_DISTILL_QWEN_1_5B), layer_kinds=k) for k in ((), kinds)]
+    plain, small = (memory.cache_sizes(d, jnp.bfloat16, None, chip(), **sizes)["cache_tokens"] for d in decoders)
+    assert plain < 64 * 5120 == small  # all responses of full length fit
 
 
 def test_bytes_of_the_learner_are_those_of_its_state_and_reference():
@@ -116,7 +133,7 @@ def test_pages_are_split_over_replicas_and_heads(name):
     mesh, decoder = build.mesh(config, devices), build.decoder_config(config)
     tokenizer = types.SimpleNamespace(eos_ids=(0, 1), vocab_size=decoder.vocab_size, unused_ids=())
     sampler = build.sampler(config, decoder, tokenizer, mesh)
-    pool = jax.eval_shape(lambda: sampler.programs.new_pages(sampler.cache.pages * sampler.cache.replicas))
+    pool = jax.eval_shape(lambda: sampler.programs.new_pages(*sampler.cache.counts))
     pool = memory.bytes_of(memory.placed(pool, sampler.placement.cache(True)))
     lives = memory.of_learner(config, Learner(config, decoder, mesh))
     weights = memory.of_sampler(decoder, jnp.bfloat16, sampler.placement)

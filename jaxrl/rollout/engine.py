@@ -32,7 +32,7 @@ from jaxrl.rollout.waiting import Start, Waiting
 from jaxrl.types import Completion, concat_columns
 from models.config import DecoderConfig
 from models.layout import sampling_layout
-from models.pages import implementation
+from models.pages import implementation, local_window
 
 REFILL = 0.125  # share of the slots that must be free before a decode call returns early to refill them
 
@@ -106,7 +106,7 @@ class Engine:
         if pages:
             parts = placement.mesh.shape["tensor"] if placement else 1
             how = implementation(spec.platform, config, pages, cache == "int8", parts)
-            sizes |= dict(page=pages, tokens=cache_tokens, implementation=how)
+            sizes |= dict(page=pages, tokens=cache_tokens, implementation=how, local=local_window(config))
         self.cache: KVCache = (PagedCache if pages else DenseCache)(self.runner, **sizes)
         fused = placement.fused if placement else True
         self._layout = jax.jit(

@@ -20,7 +20,7 @@ from jaxrl.rollout.sampling import draw, uniforms
 from models.attention import default_implementation, from_blocks, to_blocks
 from models.config import DecoderConfig
 from models.decoder import AUXILIARY, Decoder, empty_cache, logits
-from models.pages import empty_pages, side_by_side
+from models.pages import empty_pages, local_layers, side_by_side
 
 
 @flax.struct.dataclass
@@ -245,21 +245,22 @@ def _move_columns(array, shift, window: int):
 # ---------------------------------------------------------------------------------------- arrays of the paged cache
 
 
-def new_pages(spec: ProgramSpec, count: int):
-    """The arrays of models.pages.Pages: `count` zeroed pages, of all replicas together."""
-    return jax.tree.map(spec.place, empty_pages(spec.config, count, spec.pages, spec.cache_dtype))
+def new_pages(spec: ProgramSpec, count: int, local: int):
+    """The arrays of models.pages.Pages: `count` zeroed pages, of all replicas together; `local` in local_layers."""
+    return jax.tree.map(spec.place, empty_pages(spec.config, count, spec.pages, spec.cache_dtype, local))
 
 
-def write_pages(spec: ProgramSpec, arrays, prompts, source, first, target):
+def write_pages(spec: ProgramSpec, arrays, prompts, writes, local=None):
     """The arrays of the pool with pages taken from prefilled prompts.
 
-    prompts: from `prefill`. source, first, target: int32 [n]: page target[i] gets the columns of row source[i] from
-    first[i] on; what lies behind the last column is left to later steps. On a mesh n is split over the replicas.
+    prompts: from `prefill`. writes: (source, first, target), int32 [n] each: page target[i] gets the columns of row
+    source[i] from first[i] on; what lies behind the last column is left to later steps. On a mesh n is split over the
+    replicas. local: those of local_layers, or None if there are none.
     """
     k, v, *scales = prompts
     pairs = [(k, v), tuple(scales)] if scales else [(k, v)]
 
-    def taken(x):  # [rows, K, columns, ...] -> [n, page, K, ...]
+    def taken(x, source, first):  # [rows, K, columns, ...] -> [n, page, K, ...]
         columns = jnp.minimum(first[:, None] + jnp.arange(spec.pages), x.shape[2] - 1)
         return x[source[:, None], :, columns]
 
@@ -270,7 +271,13 @@ def write_pages(spec: ProgramSpec, arrays, prompts, source, first, target):
         where = spec.sharding.spec
         specs = (where, where, type(where)(where[0]))
         write = jax.shard_map(write, mesh=spec.sharding.mesh, in_specs=specs, out_specs=where, check_vma=False)
+
+    def filled(pool, a, b, small: bool):
+        *where, target = local if small else writes
+        return write(pool, side_by_side(taken(a, *where), taken(b, *where), 2), target)
+
+    layers = local_layers(spec.config)
     return tuple(
-        tuple(write(pool, side_by_side(taken(a), taken(b), 2), target) for pool, a, b in zip(pools, *pair, strict=True))
+        tuple(filled(*layer) for layer in zip(pools, *pair, layers, strict=True))
         for pools, pair in zip(arrays, pairs, strict=True)
     )

@@ -2,6 +2,8 @@
 
 Each replica of the weights has its own pool, and its rows only use pages of it. When a pool runs out, its youngest
 responses give their pages back and wait; the engine prefills them again later. What is drawn does not depend on it.
+
+Layers that see a window only, beside others that see everything, have pages of their own: a ring for each row.
 """
 
 from __future__ import annotations
@@ -59,19 +61,55 @@ class Pool:
         self.free += [int(page) for page in pages if self.holders[page] == 0]
 
 
+class Rings:
+    """The pages of the layers that see the last `window` tokens: `width` of them for each row, of which page i of a
+    response is the (i mod width)-th, so that what no window reaches is written over. A row always has its ring; prompts
+    are copied into it, not shared. Page 0 of each replica is nobody's."""
+
+    def __init__(self, window: int, page: int, chunk: int, most: int, slots: int, replicas: int):
+        self.window, self.page, self.slots, self.replicas = window, page, slots, replicas
+        self.width = min((window + chunk - 2) // page + 2, most)  # pages that a window and a decode call touch, at most
+        self.pages = self.width * (slots // replicas) + 1
+
+    def begin(self, rows: int) -> None:
+        self.ring = np.arange(rows) % (self.slots // self.replicas)  # of each row, in its replica
+
+    def take(self, rows: np.ndarray, again: np.ndarray) -> None:
+        """As KVCache.take; there is one replica then. again: rows that get a ring that no other has."""
+        self.ring = self.ring[rows]
+        self.ring[again] = np.setdiff1d(np.arange(self.slots), self.ring[~again])[: again.sum()]
+
+    def first(self, used):
+        """The first page that the next token sees, behind `used` tokens."""
+        return np.maximum(used - self.window + 1, 0) // self.page
+
+    def targets(self, row: int, length: int) -> list[tuple[int, int]]:
+        """(page of the prompt, page of the pool) of those that a prompt of this length fills, perhaps in part."""
+        indices = range(int(self.first(length)), -(-length // self.page))
+        return [(i, int(1 + self.ring[row] * self.width + i % self.width)) for i in indices]
+
+    def table(self, used: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(table int32 [rows, width], position at which it begins int32 [rows]); zeros for rows that hold nothing."""
+        first = self.first(used)
+        pages = 1 + self.ring[:, None] * self.width + (first[:, None] + np.arange(self.width)) % self.width
+        return np.where(held[:, None], pages, 0).astype(np.int32), (first * self.page).astype(np.int32)
+
+
 class PagedCache:
     """A KVCache of pages.
 
     Args:
       as of DenseCache, and page: tokens of one. tokens: capacity of all replicas together, 0 for what `slots` rows of
         full length take. implementation: of models.pages; "xla" gathers what the longest row holds, others read only
-        what each row holds, so that one width of the table serves all.
+        what each row holds, so that one width of the table serves all. local: window of the layers that have one beside
+        others that see everything (models.pages.local_window), 0 without such.
 
     Raises UserError for a capacity that does not hold one response of full length on each replica.
     """
 
     def __init__(self, run: Runner, *, slots: int, multiple: int, max_prompt: int, max_tokens: int, chunk: int,
-                 window: int, page: int, tokens: int = 0, implementation: str = "xla", prefill_chunk: int = 0):
+                 window: int, page: int, tokens: int = 0, implementation: str = "xla", prefill_chunk: int = 0,
+                 local: int = 0):
         self.run, self.chunk, self.page, self.replicas = run, chunk, page, multiple
         self.prefill_chunk = prefill_chunk
         self.implementation = implementation
@@ -82,6 +120,7 @@ class PagedCache:
                             f"{multiple} replicas; one response of full length takes {most}: set at least "
                             f"{most * page * multiple}")
         self.pages = count + 1
+        self.rings = Rings(local, page, chunk, most, slots, multiple) if local else None
         self.longest = max_prompt + max_tokens if count < most * (slots // multiple) else 0
         # rows cannot move to another replica's pool
         self.row_sizes = row_sizes(slots, multiple) if multiple == 1 else [slots]
@@ -93,15 +132,21 @@ class PagedCache:
         self.clear()
 
     def clear(self) -> None:
-        self.arrays, self.rows, self.steps, self._writes = None, 0, 0, []
+        self.arrays, self.rows, self.steps, self._writes, self._local = None, 0, 0, [], []
         self.pools = [Pool(self.pages) for _ in range(self.replicas)]
         self.table, self.held = np.zeros((0, self.widths[-1]), np.int32), np.zeros(0, np.int32)
 
     def begin(self, rows: int) -> None:
         self.rows = rows
         self.table, self.held = np.zeros((rows, self.widths[-1]), np.int32), np.zeros(rows, np.int32)
-        count = self.pages * self.replicas
-        self.arrays = self.run.call("new_pages", (count,), count)
+        if self.rings:
+            self.rings.begin(rows)
+        self.arrays = self.run.call("new_pages", self.counts, *self.counts)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Pages of all replicas together, and those of the layers with rings."""
+        return self.pages * self.replicas, self.rings.pages * self.replicas if self.rings else 0
 
     # ---- prompts
 
@@ -144,29 +189,37 @@ class PagedCache:
         (own,) = pool.take(1)  # the last, partial page is copied: the row writes there next
         if prompt.length % self.page:
             self._writes.append((prompt, full, replica, own))
+        if self.rings:
+            self._local += [(prompt, i, replica, to) for i, to in self.rings.targets(row, prompt.length)]
         self.table[row, : full + 1] = [*shared, own]
         self.held[row] = full + 1
         return True
 
     def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Prompt]]) -> None:
-        batches: dict[Prefill, list] = {}  # one write for the prompts of one prefill
-        for write in self._writes:
-            batches.setdefault(write[0].call, []).append(write)
-        self._writes = []
-        for call, batch in batches.items():
-            by_replica = [[w for w in batch if w[2] == replica] for replica in range(self.replicas)]
-            for at in range(0, max(map(len, by_replica)), WRITES):
-                self.arrays = self._write(self.arrays, call, [part[at : at + WRITES] for part in by_replica])
+        batches: dict[Prefill, tuple[list, list]] = {}  # one write for the prompts of one prefill
+        for kind, writes in enumerate((self._writes, self._local)):
+            for write in writes:
+                batches.setdefault(write[0].call, ([], []))[kind].append(write)
+        self._writes, self._local = [], []
+        for call, both in batches.items():
+            parts = [[[w for w in batch if w[2] == r] for r in range(self.replicas)] for batch in both]
+            for at in range(0, max(len(own) for part in parts for own in part), WRITES):
+                now = ([own[at : at + WRITES] for own in part] for part in parts)
+                self.arrays = self._write(self.arrays, call, *now)
 
-    def _write(self, arrays, call: Prefill, parts: Sequence[list]):
-        """The pool with pages of a prefill; parts: a replica's writes each."""
-        source, first, target = np.zeros((3, self.replicas, WRITES), np.int32)
-        for replica, writes in enumerate(parts):
-            for i, (of, index, _, page) in enumerate(writes):
-                source[replica, i], target[replica, i] = of.row, page
-                first[replica, i] = call.columns - of.length + index * self.page
+    def _write(self, arrays, call: Prefill, parts: Sequence[list], local: Sequence[list]):
+        """The pool with pages of a prefill; parts, local: a replica's writes each."""
+
+        def indices(parts):
+            source, first, target = np.zeros((3, self.replicas, WRITES), np.int32)
+            for replica, writes in enumerate(parts):
+                for i, (of, index, _, page) in enumerate(writes):
+                    source[replica, i], target[replica, i] = of.row, page
+                    first[replica, i] = call.columns - of.length + index * self.page
+            return source.ravel(), first.ravel(), target.ravel()
+
         sizes = call.arrays[1][0].shape[0], call.columns
-        args = (source.ravel(), first.ravel(), target.ravel())
+        args = (indices(parts), indices(local) if self.rings else None)
         return self.run.call("write_pages", sizes, arrays, call.arrays, *args)
 
     # ---- rows
@@ -177,6 +230,8 @@ class PagedCache:
         self.table, self.held = self.table[rows], self.held[rows]
         self.table[again], self.held[again] = 0, 0
         self.rows = len(rows)
+        if self.rings:
+            self.rings.take(rows, again)
 
     def release(self, rows: np.ndarray) -> None:
         for row in np.atleast_1d(rows):
@@ -212,15 +267,16 @@ class PagedCache:
 
     def decode(self, params, rows: Rows, settings: SamplingArrays, kind: tuple, refill_at: int) -> tuple:
         width = next(w for w in self.widths if w >= self.held.max())
-        cache = self.view(self.arrays, self.table[:, :width].copy())
+        local = self.rings.table(rows.used, self.held > 0) if self.rings else None
+        cache = self.view(self.arrays, self.table[:, :width].copy(), local)
         args = (params, cache, rows, settings, np.int32(self.steps), np.int32(refill_at))
         cache, *out = self.run.call("decode", (self.rows, width, *kind), *args)
         self.arrays = cache.arrays
         return jax.device_get(tuple(out))
 
-    def view(self, arrays, table) -> Pages:
+    def view(self, arrays, table, local: tuple | None) -> Pages:
         """The cache as the decode program takes it."""
-        return Pages(arrays[0], arrays[1] if len(arrays) > 1 else None, table, self.implementation)
+        return Pages(arrays[0], arrays[1] if len(arrays) > 1 else None, table, local, self.implementation)
 
     # ---- compiling ahead
 
@@ -231,11 +287,13 @@ class PagedCache:
         for P in columns:
             for n in self.prefill_sizes:
                 call = Prefill(self.run, (), n, P, self.prefill_chunk).complete(params)
-                self.arrays = self._write(self.arrays, call, nothing)
+                self.arrays = self._write(self.arrays, call, nothing, nothing)
         for rows in self.row_sizes:
             for width in self.widths:
                 for kind, values in settings.items():
-                    cache = self.view(self.arrays, np.zeros((rows, width), np.int32))
+                    nobody = np.zeros(rows, np.int32)
+                    local = self.rings.table(nobody, nobody > 0) if self.rings else None
+                    cache = self.view(self.arrays, np.zeros((rows, width), np.int32), local)
                     args = (params, cache, idle_rows(rows), values, np.int32(0), np.int32(1))
                     self.arrays = self.run.call("decode", (rows, width, *kind), *args)[0].arrays
         self.clear()

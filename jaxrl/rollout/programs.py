@@ -35,7 +35,7 @@ class SamplerPrograms(NamedTuple):
     decode(params, cache, rows, settings, steps, refill_at); donates the cache.
     score(params, tokens). keys(seed, step, problem [B], sample [B]) -> uint32 [B, 2].
     new_cache(rows, window). write_prompts(array, prompts, source, chosen, end); donates the array.
-    resize(array, rows, shift, window). Of pages: new_pages(count). write_pages(arrays, prompts, source, first, target);
+    resize(array, rows, shift, window). Of pages: new_pages(count, local). write_pages(arrays, prompts, writes, local);
     donates the arrays.
     """
 
@@ -77,7 +77,7 @@ def sampler_programs(spec: ProgramSpec) -> SamplerPrograms:
         new_cache=jitted(kernels.new_cache, static_argnums=(0, 1)),
         write_prompts=jitted(kernels.write_prompts, donate_argnums=0),
         resize=jitted(kernels.resize, static_argnames="window"),
-        new_pages=jitted(kernels.new_pages, static_argnums=0),
+        new_pages=jitted(kernels.new_pages, static_argnums=(0, 1)),
         write_pages=jitted(kernels.write_pages, donate_argnums=0),
     )
 

@@ -192,7 +192,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sampling.window": (Integer(64, 1), "the cache grows in multiples of so many positions"),
     "sampling.pages": (
         Integer(-1, -1),
-        "tokens of a page of the cache, taken as rows grow; 0: dense; -1: 64 where the chip has a kernel for it, else 0",
+        "tokens of a page of the cache, taken as rows grow; 0: dense; -1: 64 where the chip has a kernel, else 0",
     ),
     "sampling.cache_tokens": (
         Integer(0),

@@ -7,6 +7,7 @@ import pytest
 
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Engine
+from models.config import LayerKind
 from tests.rollout import tiny
 from tests.rollout.test_engine import baseline
 from tests.rollout.test_steps import drain, same
@@ -54,6 +55,45 @@ def test_same_completions_as_the_dense_cache(options):
     watch(engine)
     tiny.same(engine.generate(params, tiny.requests(), seed=11), baseline())
     assert engine.stats.tokens == sum(c.length for group in baseline() for c in group)
+
+
+WINDOWED = dataclasses.replace(tiny.CONFIG, layer_kinds=(LayerKind(1e4, window=9), LayerKind(1e4)))
+
+
+def windowed(**options):
+    sizes = dict(max_prompt=tiny.MAX_PROMPT, max_tokens=tiny.MAX_TOKENS, slots=8)
+    engine = Engine(WINDOWED, tiny.EOS, **sizes | options)
+    return engine, engine.layout(tiny.params())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(pages=4, chunk=8, window=32),
+        dict(pages=1, slots=3, chunk=5),
+        dict(pages=3, slots=16, cache_tokens=90, chunk=7, prefill_chunk=12),  # rows that wait come back
+        dict(pages=8, cache="int8", chunk=8, window=32),
+        dict(pages=64, chunk=24),  # a ring that holds everything
+    ],
+    ids=str,
+)
+def test_layers_with_a_window_hold_no_more_and_say_the_same(options):
+    dense, params = windowed(chunk=8, window=32, cache=options.get("cache", "same"))
+    expected = dense.generate(params, tiny.requests(), seed=11)
+    assert any(not np.array_equal(a.tokens, b.tokens) for x, y in zip(expected, baseline(), strict=True)
+               for a, b in zip(x, y, strict=True))  # the window matters
+    engine, params = windowed(**options)
+    watch(engine)
+    sizes, new_pages = [], engine.runner.programs.new_pages
+    engine.runner.programs = engine.runner.programs._replace(
+        new_pages=lambda *counts: sizes.append(counts) or new_pages(*counts))
+    tiny.same(engine.generate(params, tiny.requests(), seed=11), expected, atol=1e-4)
+    everything, local = sizes[0]
+    page, chunk, slots = engine.cache.page, engine.chunk, engine.slots
+    most = -(-(tiny.MAX_PROMPT + tiny.MAX_TOKENS) // page)
+    assert local == 1 + slots * min(most, (9 + chunk - 2) // page + 2)
+    if page < 8 and "cache_tokens" not in options:
+        assert local < everything
 
 
 def test_the_youngest_wait_when_pages_run_out_and_lose_nothing():

@@ -30,7 +30,7 @@ class Device:
     def keys(self, seed, step, problem, sample):
         return np.stack([problem, sample], axis=1).astype(np.uint32)
 
-    def new_pages(self, count):
+    def new_pages(self, count, local):
         self.pool = np.full((self.replicas, count // self.replicas, self.page), -1)
         return (None,)
 
@@ -40,8 +40,8 @@ class Device:
         old[:, first : first + size] = tokens[:, first : first + size]
         return old, (old,)
 
-    def write_pages(self, arrays, prompts, source, first, target):
-        for i, (row, at, to) in enumerate(zip(source, first, target, strict=True)):
+    def write_pages(self, arrays, prompts, writes, local):
+        for i, (row, at, to) in enumerate(zip(*writes, strict=True)):
             taken = prompts[0][row, at : at + self.page]
             self.pool[i // WRITES, to, : len(taken)] = taken
         return arrays

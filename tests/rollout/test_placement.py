@@ -93,6 +93,13 @@ for tensor, tokens in ((1, 8 * 32), (2, 4 * 48), (4, 2 * 64)):  # so few that re
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
         assert a.finish == b.finish
+config = dataclasses.replace(config, layer_kinds=(LayerKind(1e4, window=7), LayerKind(1e4)))
+_, alone = generate(None, params)
+for tensor in (2, 4):  # rings of the first layer
+    _, together = generate(place(config, training, tensor), sharded, pages=4, cache_tokens=256)
+    for a, b in zip(sum(alone, []), sum(together, []), strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 print("passed")
 """
 
