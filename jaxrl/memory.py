@@ -114,7 +114,7 @@ def cache_sizes(decoder: DecoderConfig, dtype, placement: Placement | None, devi
         if memory := hardware.memory(device):
             taken = lives()
             if window := local_window(decoder):
-                rings = Rings(window, pages, chunk, most // pages, slots, replicas)
+                rings = Rings(window, page=pages, chunk=chunk, most=most // pages, slots=slots, replicas=replicas)
                 taken += rings.pages * pages * of_token(decoder, dtype, placement, int8_cache, local=True)
             tokens = free_tokens(decoder, dtype, placement, memory=memory, lives=taken, max_prompt=max_prompt,
                                  int8_weights=int8_weights, int8_cache=int8_cache)

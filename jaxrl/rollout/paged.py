@@ -66,7 +66,7 @@ class Rings:
     response is the (i mod width)-th, so that what no window reaches is written over. A row always has its ring; prompts
     are copied into it, not shared. Page 0 of each replica is nobody's."""
 
-    def __init__(self, window: int, page: int, chunk: int, most: int, slots: int, replicas: int):
+    def __init__(self, window: int, *, page: int, chunk: int, most: int, slots: int, replicas: int):
         self.window, self.page, self.slots, self.replicas = window, page, slots, replicas
         self.width = min((window + chunk - 2) // page + 2, most)  # pages that a window and a decode call touch, at most
         self.pages = self.width * (slots // replicas) + 1
@@ -120,7 +120,7 @@ class PagedCache:
                             f"{multiple} replicas; one response of full length takes {most}: set at least "
                             f"{most * page * multiple}")
         self.pages = count + 1
-        self.rings = Rings(local, page, chunk, most, slots, multiple) if local else None
+        self.rings = Rings(local, page=page, chunk=chunk, most=most, slots=slots, replicas=multiple) if local else None
         self.longest = max_prompt + max_tokens if count < most * (slots // multiple) else 0
         # rows cannot move to another replica's pool
         self.row_sizes = row_sizes(slots, multiple) if multiple == 1 else [slots]

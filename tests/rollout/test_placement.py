@@ -9,12 +9,12 @@ import pytest
 pytestmark = pytest.mark.optimized
 
 SETUP = """
-import jax, jax.numpy as jnp, numpy as np
+import dataclasses, jax, jax.numpy as jnp, numpy as np
 from jaxrl.errors import UserError
 from jaxrl.rollout.engine import Request, Engine
 from jaxrl.rollout.placement import place
 from jaxrl.runtime import mesh as meshes
-from models.config import DecoderConfig
+from models.config import DecoderConfig, LayerKind
 from models.decoder import abstract_params, init_params
 
 config = DecoderConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
