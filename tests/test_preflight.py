@@ -1,6 +1,7 @@
 """Preflight: real TPU compilations of small and of shipped configs (slow), and every way to ask wrongly (fast)."""
 
 import ast
+import dataclasses
 import importlib.metadata
 import importlib.util
 import math
@@ -21,6 +22,7 @@ from jaxrl.rollout import replay
 from jaxrl.runtime import compilers, gpu_targets, hardware
 from jaxrl.runtime import mesh as meshes
 from jaxrl.runtime.config import base_config, parse_config, validate
+from models.config import LayerKind
 from models.decoder import abstract_params
 
 pytestmark = pytest.mark.optimized
@@ -215,6 +217,21 @@ def test_a_long_prompt_is_compiled_for_in_parts():
         needed.append(found["prefill"].lower().compile().memory_analysis().temp_size_in_bytes)
         assert found["prefill"].tokens * found["prefill"].calls == 8 * 448
     assert needed[1] < needed[0] / 2
+
+
+@libtpu
+def test_layers_with_a_window_are_compiled_for_with_rings():
+    """The TPU's kernel takes them; two layers of three hold 256 of 1,024 tokens."""
+    config = small()
+    config.sampling.max_prompt, config.sampling.max_tokens, config.batch.row_tokens = 512, 512, 1024
+    mesh, decoder = slice_mesh(config, "v5e:1x1"), build.decoder_config(config)
+    arguments = []
+    for kinds in ((), (LayerKind(1e4, window=128), LayerKind(1e4, window=128), LayerKind(1e4))):
+        found = preflight.programs(config, dataclasses.replace(decoder, layer_kinds=kinds), mesh)
+        (decode,) = (p for p in found if p.name == "decode")
+        arguments.append(decode.lower().compile().memory_analysis().argument_size_in_bytes)
+    cache = 16 * 1024 * 3 * 2 * 2 * 128 * 2  # slots, tokens, layers, keys and values, heads, bytes
+    assert 0.45 * cache < arguments[0] - arguments[1] < 0.55 * cache
 
 
 @libtpu
