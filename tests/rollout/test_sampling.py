@@ -94,7 +94,7 @@ def chi_square(counts, p, least=20):
     return stat, bins - 1
 
 
-@pytest.mark.parametrize("V, draws", [(5, 20_000), (128, 20_000), (1000, 50_000), (152_064, 60_000)])
+@pytest.mark.parametrize("V, draws", [(5, 20_000), (128, 20_000), (1000, 50_000), (152_064, 20_000)])
 def test_draws_follow_the_softmax(V, draws):
     rng = np.random.default_rng(V)
     z = rng.normal(0, 2, V).astype(np.float32)
