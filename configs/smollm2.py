@@ -61,7 +61,7 @@ def get_config(recipe: str = "grpo"):
         a.selection = "lspo" if recipe == "lspo" else "accuracy"
         c.batch.generation_prompts, c.batch.max_generation_batches = 16, 1
     if about_length:
-        c.sampling.max_prompt, c.sampling.max_tokens = 104, 112
+        c.sampling.max_prompt, c.sampling.max_tokens = 104, 120
         c.batch.row_tokens, c.batch.micro_tokens = 288, 2304  # two sequences a row
         c.batch.prompts, c.batch.group_size = 16, 4  # a step shows as many budgets as it has prompts
         c.optimizer.learning_rate = 5e-4

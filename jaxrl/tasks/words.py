@@ -259,15 +259,18 @@ def _ended(lines: list[str], worked: Worked) -> str:
     return " ".join([*lines, f"The answer is \\boxed{{{worked.steps[-1][2]}}}."])
 
 
+LENGTH = "{tokens}"
 REMARKS = 8  # a solution of chosen length has fewer than that
 
 
 def long_solution(worked: Worked, remarks: int) -> str:
-    """The calculations, a number of remarks, and so many of them, counted down: each is nine tokens of SmolLM2's.
+    """The calculations, the length that was asked for, a number of remarks, and so many of them, counted down: each is
+    nine tokens of SmolLM2's.
 
-    The number is one decision, after which nothing has to be counted: what a small model can learn to make by a budget.
+    The number is one decision, right behind the length that it follows from, and afterwards nothing has to be counted:
+    what a small model can learn. LENGTH stands for the length, which jaxrl.sft fills in.
     """
-    said = [f"{remarks} remarks.", *(f"{i}: no number was left out." for i in range(remarks, 0, -1))]
+    said = [f"Think for {LENGTH} tokens: {remarks} remarks.", *(f"{i}: no number was left out." for i in range(remarks, 0, -1))]
     return _ended([*_steps(worked, 0), *said], worked)
 
 
