@@ -270,7 +270,8 @@ def long_solution(worked: Worked, remarks: int) -> str:
     The number is one decision, right behind the length that it follows from, and afterwards nothing has to be counted:
     what a small model can learn. LENGTH stands for the length, which jaxrl.sft fills in.
     """
-    said = [f"Think for {LENGTH} tokens: {remarks} remarks.", *(f"{i}: no number was left out." for i in range(remarks, 0, -1))]
+    counted = (f"{i}: no number was left out." for i in range(remarks, 0, -1))
+    said = [f"Think for {LENGTH} tokens: {remarks} remarks.", *counted]
     return _ended([*_steps(worked, 0), *said], worked)
 
 
