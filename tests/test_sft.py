@@ -1,6 +1,7 @@
 """The warm start on demonstrations of one's own, and on one phase of the embedded ones only."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -65,3 +66,13 @@ def test_a_missing_solution_is_named(tmp_path):
     config = from_file(tmp_path, [ROWS[0], {k: v for k, v in ROWS[1].items() if k != "solution"}])
     with pytest.raises(UserError, match="demos.jsonl: problem 'demos/1' has no field 'solution'"):
         sft.demonstrations(config, build.tokenizer(config))
+
+
+def test_a_solution_that_says_its_length_says_the_right_one():
+    """Its digits are tokens, too, and so is the end: a letter each here, so that 97 and a number of three digits are 101."""
+    letters = types.SimpleNamespace(encode=list)
+    for text in ("of {tokens}", "x" * 94 + "{tokens}", "x" * 97 + "{tokens}", "{tokens} and {tokens}"):
+        tokens = sft._with_length(text, letters)
+        said = text.replace("{tokens}", str(len(tokens) + 1))
+        assert "".join(tokens) == said, (said, tokens)
+    assert sft._with_length("plain", letters) == list("plain")
