@@ -69,7 +69,7 @@ def test_a_missing_solution_is_named(tmp_path):
 
 
 def test_a_solution_that_says_its_length_says_the_right_one():
-    """Its digits are tokens, too, and so is the end: a letter each here, so that 97 and a number of three digits are 101."""
+    """Its digits are tokens, too, and so is the end: a letter each here: 97 and three digits are 101."""
     letters = types.SimpleNamespace(encode=list)
     for text in ("of {tokens}", "x" * 94 + "{tokens}", "x" * 97 + "{tokens}", "{tokens} and {tokens}"):
         tokens = sft._with_length(text, letters)
