@@ -38,7 +38,7 @@ def get_config(recipe: str = "grpo"):
     # asked for in about their length, so that a length reward has obedience to start from.
     c.sft.data = "words:split=demos:budgets=exact"
     c.sft.batch, c.sft.learning_rate, c.sft.warmup_steps = 16, 1e-4, 5
-    c.sft.steps = c.sft.full_steps = (120 if about_length else 24) if warm else 0
+    c.sft.steps = c.sft.full_steps = (72 if about_length else 24) if warm else 0
     if about_length:  # demonstrations of every length, asked for in exactly that one
         c.sft.data += ":lengths=many"
         c.sft.budget_share, c.sft.budget_error, c.sft.learning_rate = 1.0, 0.0, 3e-4
