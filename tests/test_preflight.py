@@ -466,7 +466,7 @@ def test_small_config_compiles_and_counts_every_loop():
     assert flops("update") == pytest.approx(4 * forward, rel=0.1)
     steps, slots = config.sampling.chunk, config.sampling.slots / 4
     linear = hardware.model_flops_per_token(decoder, 0)
-    assert steps * slots * linear < flops("decode") < 1.6 * steps * slots * linear
+    assert steps * slots * linear <= flops("decode") < 1.6 * steps * slots * linear  # attention is a kernel
     assert rows["decode"].program.passes == steps
     text = [preflight.line(r, chip) for r in rows.values()]
     assert all(len(t) == len(preflight.HEADER) for t in text)
