@@ -14,8 +14,8 @@ With ",gpu" behind the recipe, the sizes of one GPU: configs/smollm2.py:grpo,gpu
 an update's time: export GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 
 On 320 held-out problems the warm start is right in 12.5 % and, after 16 steps of GRPO (a quarter of an hour of one
-core), in 26.2, 29.4 and 18.8 % (seeds 0 to 2). Asked for 40 to 96 tokens, the warm start for lengths is 15 % off them on
-average. docs/results.md, "A real model", has the intervals, and what failed.
+core), in 26.2, 29.4 and 18.8 % (seeds 0 to 2). Asked for 40 to 96 tokens, the warm start for lengths is 15 % off them
+on average. docs/results.md, "A real model", has the intervals, and what failed.
 """
 
 from jaxrl.runtime.config import base_config
