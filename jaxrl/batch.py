@@ -81,7 +81,7 @@ def with_kl_penalty(
         return rollouts
     mine, penalty = [], np.zeros_like(rollouts.reward)
     for data, packing, index in batches[: config.batch.updates]:
-        scores = (own_rows(learner.score(p, data, reference=p is reference)) for p in (params, reference))
+        scores = [own_rows(learner.score(params, data)), own_rows(learner.score(reference, data, reference=True))]
         kl = kl_estimate(*scores, a.kl_kind, a.kl_value_clamp) * data.response_mask
         mine.append(np.add.reduceat(packing.collect(kl), packing.offsets[:-1]) if len(index) else np.zeros(0))
     index = np.concatenate([np.zeros(0, np.int64), *(batch.index for batch in batches[: config.batch.updates])])

@@ -30,7 +30,6 @@ from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.tasks import dial
 from jaxrl.tasks.data import load_problems
 from jaxrl.tasks.templates import encode_prompt, prompt_options
-from jaxrl.tasks.words import LENGTH
 from jaxrl.types import Problem
 from models.weights import save_params
 
@@ -67,7 +66,7 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
     for problem in loaded.problems:
         if "solution" not in problem.info:
             raise UserError(f"config.sft.data={config.sft.data}: problem {problem.id!r} has no field 'solution'")
-        response = _with_length(problem.info["solution"], tokenizer) + eos
+        response = _with_length(problem.info["solution"], problem.info.get("length_as"), tokenizer) + eos
         problem = _asked_for(problem, len(response), config.sft, rng)
         rows.append((encode_prompt(problem, tokenizer, t.template, **prompt_options(t)), response))
     fits = [r for r in rows if len(r[0]) <= config.sampling.max_prompt and len(r[1]) <= config.sampling.max_tokens]
@@ -76,12 +75,15 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
     return fits, fits
 
 
-def _with_length(text: str, tokenizer) -> list[int]:
-    """The tokens of a solution, in which words.LENGTH stands for their number and that of the end token."""
+def _with_length(text: str, mark: str | None, tokenizer) -> list[int]:
+    """The tokens of a solution, in which `mark`, if there is one (field "length_as" of a row), stands for their number
+    and that of the end token."""
+    if not mark:
+        return tokenizer.encode(text)
     number = 0
     for _ in range(8):  # a number of more digits may need more tokens
-        tokens = tokenizer.encode(text.replace(LENGTH, str(number)))
-        if LENGTH not in text or number == len(tokens) + 1:
+        tokens = tokenizer.encode(text.replace(mark, str(number)))
+        if number == len(tokens) + 1:
             break
         number = len(tokens) + 1
     return tokens

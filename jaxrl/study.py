@@ -199,16 +199,12 @@ def run_here(line: list[str]) -> int:
         return 2
 
 
+@storage.user_errors("--out")
 def is_finished(study: dict, label: str, seed: int) -> bool:
     """Whether a run holds the record of its last step; a warm start, the weights; a sweep, its result.
 
     Raises UserError for a store that does not answer.
     """
-    with storage.user_errors("--out"):
-        return _is_finished(study, label, seed)
-
-
-def _is_finished(study: dict, label: str, seed: int) -> bool:
     if label in study["sweeps"]:
         return (sweep_dir(study, label, seed) / "result.json").exists()
     path = run_dir(study, label, seed)
@@ -318,6 +314,7 @@ def read_sweeps(study: dict) -> dict[str, dict]:
     return found
 
 
+@storage.user_errors("--out")
 def write_table(study: dict) -> str:
     """NAME.md and NAME.json in the study's directory; returns the table."""
     results = [compare(study, metric) for metric in study["metrics"]]

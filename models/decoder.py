@@ -266,11 +266,12 @@ class MoE(Part):
 
     @nn.compact
     def __call__(self, x, segment_ids, replayed):
-        """x: [B, T, D] -> [B, T, D]; segment_ids: of packed rows, 0 is padding, or None. replayed: see moe.route."""
+        """x: [B, T, D] -> [B, T, D]; segment_ids: of packed rows, of which x is the last T tokens, 0 is padding; or
+        None. replayed: see moe.route."""
         c = self.config
         logits = linear(x, self.weight("router"))
         probabilities, weights, experts = moe.route(logits, c.experts_per_token, c.normalise_experts, replayed)
-        live = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
+        live = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids[:, -x.shape[1] :] > 0
         self.sow(AUXILIARY, "load", moe.balance(probabilities, experts, live), reduce_fn=lambda _, new: new)
         if segment_ids is None:
             self.sow(AUXILIARY, "experts", experts, reduce_fn=lambda _, new: new)

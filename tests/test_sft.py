@@ -72,7 +72,7 @@ def test_a_solution_that_says_its_length_says_the_right_one():
     """Its digits are tokens, too, and so is the end: a letter each here: 97 and three digits are 101."""
     letters = types.SimpleNamespace(encode=list)
     for text in ("of {tokens}", "x" * 94 + "{tokens}", "x" * 97 + "{tokens}", "{tokens} and {tokens}"):
-        tokens = sft._with_length(text, letters)
+        tokens = sft._with_length(text, "{tokens}", letters)
         said = text.replace("{tokens}", str(len(tokens) + 1))
         assert "".join(tokens) == said, (said, tokens)
-    assert sft._with_length("plain", letters) == list("plain")
+    assert sft._with_length("a set {tokens}", None, letters) == list("a set {tokens}")  # nobody's mark

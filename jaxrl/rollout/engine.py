@@ -77,7 +77,7 @@ class Engine:
         max_tokens: int,
         slots: int = 32,
         chunk: int = 64,
-        prefill_chunk: int = 0,
+        prefill_chunk: int = 2048,
         dtype=jnp.float32,
         window: int = 64,
         placement: Placement | None = None,

@@ -11,8 +11,8 @@
 Settings: split (train, test, demos), kind (sums, other), count, seed, most (the largest number drawn: how hard the
 arithmetic is), budgets (none, exact, max: what demonstrations are asked for), lengths (four: solutions of four styles;
 many: the calculations and up to seven remarks, 25 to 110 tokens). A problem has one to
-three steps and a whole number as its answer. A row holds id, problem, answer, solution, kind, steps and, if
-demonstrations are asked for in a length, mode.
+three steps and a whole number as its answer. A row holds id, problem, answer, solution, kind, steps, if
+demonstrations are asked for in a length, mode, and, if solutions say theirs, length_as: what stands for it in them.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def long_solution(worked: Worked, remarks: int) -> str:
     nine tokens of SmolLM2's.
 
     The number is one decision, right behind the length that it follows from, and afterwards nothing has to be counted:
-    what a small model can learn. LENGTH stands for the length, which jaxrl.sft fills in.
+    what a small model can learn. LENGTH stands for it until jaxrl.sft fills it in.
     """
     counted = (f"{i}: no number was left out." for i in range(remarks, 0, -1))
     said = [f"Think for {LENGTH} tokens: {remarks} remarks.", *counted]
@@ -321,6 +321,8 @@ def rows(spec: str) -> Iterator[dict[str, Any]]:
         row = {"id": f"words/{s['split']}/{s['seed']}/{len(seen) - 1}", "problem": worked.question}
         row |= {"answer": str(worked.steps[-1][2]), "solution": text}
         row |= {"kind": s["kind"], "steps": len(worked.steps)}
+        if s["lengths"] == "many":
+            row |= {"length_as": LENGTH}
         if s["split"] == "demos" and s["budgets"] != "none":
             row |= {"mode": s["budgets"]}
         yield row

@@ -11,7 +11,7 @@ import pytest
 
 from models import moe
 from models.config import from_hf
-from models.decoder import AUXILIARY, Decoder, init_params
+from models.decoder import AUXILIARY, Decoder, empty_cache, init_params
 from models.table import matrix_elements
 from tests.models.hf_cases import CASES
 
@@ -124,3 +124,16 @@ def test_a_token_meets_its_own_experts_only():
     heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     layer = c.hidden_size * (heads + c.num_experts + 2 * 3 * c.expert_size)
     assert matrix_elements(c) == (3 * layer, c.hidden_size * c.vocab_size)
+
+
+def test_a_prompt_cached_in_parts():
+    """As a kernel's prefill does it: the second part names the segments of all columns, and has half of them."""
+    config = from_hf(CASES["qwen3_moe"])
+    params, tokens = init_params(config, jax.random.key(0)), jax.random.randint(jax.random.key(1), (2, 8), 0, 48)
+    cache, ids = empty_cache(config, 2, 8, jnp.float32, scan_layers=True), jnp.ones((2, 8), jnp.int32).at[0, :3].set(0)
+    positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
+    model = Decoder(config)
+    whole = model.apply({"params": params}, tokens, positions, ids, cache)[0]
+    _, cache = model.apply({"params": params}, tokens[:, :4], positions[:, :4], ids[:, :4], cache)
+    part = model.apply({"params": params}, tokens[:, 4:], positions[:, 4:], ids, cache)[0]
+    np.testing.assert_allclose(part, whole[:, 4:], atol=2e-5)
