@@ -1,6 +1,6 @@
 """LSPO on Qwen3-30B-A3B, a mixture of 128 experts of which a token takes 8, over GSPO.
 
-    python -m jaxrl.train --config=configs/lspo_qwen3_30b_a3b.py:gspo
+    python -m jaxrl.train --config=configs/lspo_qwen3_30b_a3b.py:v5p
 
 Eight chips of v5p. Compiled by preflight so far, GiB of 95.73 a chip: layout 66.25, prefill 81.27, decode 81.41, score
 51.96. The update was not: run `python -m jaxrl.preflight` on it before you trust it.
@@ -9,11 +9,18 @@ Eight chips of v5p. Compiled by preflight so far, GiB of 95.73 a chip: layout 66
 from configs.pods.recipes import lspo, pod
 from configs.pods.shapes import QWEN3_30B_A3B
 
+CHIPS = {  # argument -> (topology, type of Adam's moments, slots a host, chips that share the sampler's weights)
+    "v5p": ("v5p:2x2x2", "float32", 256, 4),
+    "v6e": ("v6e:4x8", "bfloat16", 96, 4),
+    "80": ("h100:8", "bfloat16", 256, 4),
+}
 
-def get_config(loss: str = "gspo"):
-    """loss: gspo, grpo or dapo."""
-    c = lspo(pod(f"lspo_{loss}_30b_a3b", "Qwen3-30B-A3B", QWEN3_30B_A3B, 1024, 3072), loss)
-    c.topology = "v5p:2x2x2"
-    c.sampling.slots, c.sampling.tensor = 256, 4
+
+def get_config(chips: str = "v5p"):
+    """chips: v5p (eight), v6e (32), or 80 (one machine of eight cards of 80 GB)."""
+    if chips not in CHIPS:
+        raise ValueError(f"configs/lspo_qwen3_30b_a3b.py:{chips}: choose {', '.join(CHIPS)}")
+    c = lspo(pod("lspo_gspo_30b_a3b", "Qwen3-30B-A3B", QWEN3_30B_A3B, 1024, 3072), "gspo")
+    c.topology, c.optimizer.state_dtype, c.sampling.slots, c.sampling.tensor = CHIPS[chips]
     c.algorithm.balance_coef = 1e-3
     return c

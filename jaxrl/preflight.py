@@ -377,7 +377,12 @@ def find_target(config, topology: str) -> compilers.Target:
     return target
 
 
-def preflight(config, topology: str, out=print) -> bool:
+def print_line(text: str) -> None:
+    """Prints at once, also into a file or a pipe: a program may take minutes to compile."""
+    print(text, flush=True)
+
+
+def preflight(config, topology: str, out=print_line) -> bool:
     """Compile, print the table, and say what to change; True if everything fits.
 
     Raises UserError for a configuration that cannot run, a missing compiler, an unknown topology or a mesh that
