@@ -70,6 +70,14 @@ LLAMA_3_2_3B = dict(
     rope_theta=500000.0,
     max_position_embeddings=131072,
 )
+LLAMA_3_1_8B = dict(
+    LLAMA_3_2_3B,
+    tie_embeddings=False,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+)
 QWEN3_30B_A3B = dict(
     QWEN3_4B,
     model_type="qwen3_moe",
