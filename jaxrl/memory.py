@@ -1,6 +1,6 @@
-"""Memory of a chip in bytes, from shapes alone: what a run keeps there, and what is left for pages of the KV cache.
+"""Memory of a chip in bytes, from shapes alone: what a run keeps there, and what is left for KV-cache pages.
 
-The learner's state stays on the chip while the sampler works. Beside it are the sampler's weights, the prefilled prompts
+The learner's state stays on the chip while the sampler works. Beside it are the sampler's weights, prefilled prompts
 that wait for a slot, and the working memory of prefill. Only the last is an estimate, because the compiler decides it;
 `python -m jaxrl.preflight` compiles the programs and says whether the sum was right.
 """

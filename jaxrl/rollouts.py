@@ -8,7 +8,7 @@ A struct of arrays for N responses to P prompts. Per-token arrays are flat; `off
     reward   [ 1.0     0.0   1.0       ]
 
 Selection, length rewards, advantages, packing, metrics, samples, checkpoints and the exchange between hosts use it.
-A method that needs one more number per response or per token puts it into `columns` or `token_columns`, which go through
+A method that needs one more number per response or token puts it into `columns` or `token_columns`, which go through
 every selection, checkpoint and exchange. Unfinished responses (partial rollouts, prompts begun ahead of time) are kept
 in the same record, with finish "partial".
 """
