@@ -27,8 +27,8 @@ HOST = "pinned_host"  # the memory that a device can copy from and to by itself
 class TrainState:
     """step: int32 [], optimizer updates applied. params: the master copy of what is trained: all of the model, or the
     adapters (models/lora.py) beside a frozen base that is no part of the state. opt_state: optax's. skipped: int32 [],
-    updates not applied because something was not finite. skipped_in_a_row: int32 [], those since the last update that was
-    applied."""
+    updates not applied because something was not finite. skipped_in_a_row: int32 [], those since the last
+    update that was applied."""
 
     step: Any
     params: Any
