@@ -16,8 +16,8 @@ from jaxrl.runtime import distributed
 
 
 class MiniBatch(NamedTuple):
-    """This host's rows of one optimizer update's data, where the tokens went in them, and which responses of the step
-    they hold (index: int64, into the rollouts of the step)."""
+    """The data of one optimizer update, as far as it lies in this host's rows. packing: where the tokens are in them.
+    index: int64, the responses in these rows, as indices into the rollouts of the step."""
 
     data: PackedBatch
     packing: Packing
@@ -31,13 +31,14 @@ def row_length(config) -> int:
 
 
 def most_rows(config, sequences: int) -> int:
-    """Rows that first-fit-decreasing needs at most: all but the last hold as many sequences as the longest would."""
+    """Most rows that first-fit-decreasing can need: every row but the last holds at least as many sequences as fit
+    when all have the greatest length."""
     longest = config.sampling.max_prompt + config.sampling.max_tokens
     return -(-sequences // (row_length(config) // longest))
 
 
 def pack_settings(config, sequences: int, shards: int) -> PackSettings:
-    """How mini-batches of at most so many sequences are packed. shards: data x fsdp of the mesh."""
+    """How mini-batches of at most `sequences` sequences are packed. shards: data x fsdp x expert of the mesh."""
     sizes = (row_length(config), config.batch.micro_tokens, shards, most_rows(config, sequences))
     s = config.sampling
     return PackSettings(
@@ -71,10 +72,11 @@ def make_batches(
 def with_kl_penalty(
     rollouts: Rollouts, batches: list[MiniBatch], config, learner, *, params, reference
 ) -> Rollouts:
-    """Rewards less kl_coef x sum_t KL(policy || reference), if config.algorithm.kl_in_reward says so.
+    """The rollouts with rewards reduced by kl_coef x sum_t KL(policy || reference), if
+    config.algorithm.kl_in_reward is set.
 
-    The packed mini-batches of the first epoch, which hold every graded response once, are what is scored. Each host
-    adds up the responses of its own rows; hosts tell each other one number a response.
+    Scores the packed mini-batches of the first epoch, which hold every graded response once. Each host sums over the
+    responses in its own rows; the hosts then exchange one number per response.
     """
     a = config.algorithm
     if not (a.kl_in_reward and a.kl_coef):
@@ -91,7 +93,8 @@ def with_kl_penalty(
 
 
 def with_advantages(rollouts: Rollouts, config) -> Rollouts:
-    """With a column "advantage", [N] or (from a method that gives one a token) [total], what config.algorithm says."""
+    """The rollouts with the advantages of config.algorithm as column "advantage": [N], or [total] from a method that
+    gives one per token."""
     name = config.algorithm.advantage
     values = advantages(rollouts, name, dict(config.algorithm.advantage_hyper[name]))
     if len(values) == len(rollouts):

@@ -1,4 +1,4 @@
-"""From the configuration to the parts of a run. Functions only; nothing here trains."""
+"""Builds the parts of a run from the configuration. Functions only; nothing here trains."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ from models.tokenizers import Tokenizer, load_tokenizer, vocab_tokenizer
 
 
 def start_backend(config) -> None:
-    """Join the other hosts, if any, and point jax at the compilation cache; before anything touches a device.
+    """Join the other hosts, if any, and set jax's compilation cache. Call it before anything touches a device.
 
-    A GPU's memory is taken at the start as far as preflight counts on it: jax alone takes three quarters.
+    On GPUs it also sets the share of memory that jax allocates at the start to what preflight assumes; jax's own
+    default is three quarters.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(hardware.GPU_MEMORY))
     if config.distributed:
@@ -57,7 +58,7 @@ def mesh(config, devices=None):
 
 
 def decoder_config(config, tokenizer: Tokenizer | None = None) -> DecoderConfig:
-    """The decoder of config.model: of its directory, or of its shape (vocab_size 0 means the tokenizer's)."""
+    """The decoder config of config.model, from its directory or from its shape (vocab_size 0: the tokenizer's)."""
     decoder = _model_config(config.model.path) if config.model.path else _shape_config(config, tokenizer)
     lora = lora_of(config, decoder)
     decoder = dataclasses.replace(decoder, narrow=config.model.products == "bfloat16")
@@ -142,7 +143,7 @@ def _sampler_sizes(config) -> dict[str, int]:
 
 
 def cache_sizes(config, decoder: DecoderConfig, on) -> dict[str, int]:
-    """What config.sampling.pages and cache_tokens come to on the chips of the mesh `on`; see memory.cache_sizes."""
+    """config.sampling.pages and cache_tokens, resolved for the chips of the mesh `on`; see memory.cache_sizes."""
     s, placement = config.sampling, _placement(config, decoder, on)
     device = (placement.mesh if placement else on).devices.flat[0]
     return memory.cache_sizes(
@@ -189,8 +190,8 @@ def checkpointer(config, run: RunDir) -> Checkpointer:
 
 
 def writer(config, run: RunDir, state: dict | None, rewound: bool = False) -> MetricsWriter:
-    """The writer of a run's metrics; state: from a checkpoint, None for a new run. rewound: the run has gone back to
-    it."""
+    """The writer of a run's metrics. state: its state in a checkpoint, None for a new run. rewound: the run has gone
+    back to that checkpoint."""
     trackers = [name for name in ("tensorboard", "wandb") if config.log[name]]
     return MetricsWriter(
         run.local,
@@ -212,7 +213,7 @@ def watchdog(config, run: RunDir):
 
 
 def run_dir(config) -> RunDir:
-    """The run directory, locked; only process 0 writes there, and before `describe_run` nothing but the lock."""
+    """The run directory, locked. Only process 0 writes there, and before `describe_run` it writes only the lock."""
     if not distributed.is_main():
         return RunDir(storage.as_path(config.run_dir, "config.run_dir"))
     return open_run_dir(config.run_dir, config.resume)
@@ -221,10 +222,10 @@ def run_dir(config) -> RunDir:
 def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, step: int) -> list[str]:
     """Writes what others need to read the run: the resolved config, the decoder's config.json, the tokenizer.
 
-    Only once it is known that the checkpoints fit: a start with another model must leave the run readable.
-    step: where the run goes on; rollout samples of later steps are removed, as they will be made again.
+    Call it only when the checkpoints are known to fit: a start with another model must leave the run readable.
+    step: the step from which the run continues; rollout samples of later steps are removed, as they are made again.
 
-    Returns one line for each setting that is another than when the run was started last.
+    Returns one line for each setting that has changed since the last start of the run.
     """
     if not distributed.is_main():
         return []
@@ -242,10 +243,10 @@ def describe_run(run: RunDir, config, decoder: DecoderConfig, tok: Tokenizer, st
 
 def reference(config, run: RunDir, learner, params):
     """Parameters of the frozen reference model (those at step 0), or None if nothing in the config needs it. With
-    adapters it is their base, at no extra memory.
+    adapters it is their frozen base, which takes no extra memory.
 
-    They are kept in run_dir/reference, so that a resumed run compares with the same model. params: of a new run,
-    copied; None reads them back. Raises UserError if they are not there.
+    They are kept in run_dir/reference, so that a resumed run compares with the same model. params: the parameters of a
+    new run, which are copied; None reads the reference back. Raises UserError if it is not there.
     """
     if not needs_reference(config) or learner.lora:
         return learner.frozen
@@ -262,8 +263,8 @@ def reference(config, run: RunDir, learner, params):
 
 
 def keep_base(config, run: RunDir, learner) -> str:
-    """What tells the frozen base of a new run's adapters from another; "" in full training. A base that came of random
-    weights or of a warm start is kept in run_dir/base; one that was read from a directory is read from there again."""
+    """Fingerprint of the frozen base of a new run's adapters; "" in full training. A base from random weights or from a
+    warm start is saved in run_dir/base; a base that was read from a directory will be read from there again."""
     if not learner.lora:
         return ""
     if config.sft.steps or not config.model.path:
@@ -273,7 +274,7 @@ def keep_base(config, run: RunDir, learner) -> str:
 
 
 def find_base(config, run: RunDir, learner, decoder: DecoderConfig, on, *, identity: str) -> None:
-    """Gives the learner of a continued run its base. Raises UserError if it is another than at the beginning."""
+    """Gives the learner of a continued run its frozen base. Raises UserError if it differs from the original base."""
     if not learner.lora:
         return
     found = restore(run.root / "base", {"params": learner.abstract_base()})

@@ -1,8 +1,7 @@
 """Collecting a training batch: prompts -> responses -> grades -> selection, until the batch is full.
 
-The order of problems is a fixed function of (seed, position), and every random choice below it a function of
-(seed, step, position), so a position, the waiting rollouts and a few statistics are all there is to save for
-an exact resume.
+The order of problems is a fixed function of (seed, position), and every later random choice is a function of (seed,
+step, position). An exact resume therefore needs only the position, the waiting rollouts and a few statistics.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class Collector:
         self.pending = records.begin([])  # groups with responses to be continued (sampling.carry_over)
         self.ahead = records.begin([])  # groups of the next generation batch that have begun (sampling.prefetch)
         self.greso = greso_init(config.batch.greso_hyper)
-        self.mean_lengths: dict[str, float] = {}  # last mean response length per problem: longest first
-        self.shaping: dict = {}  # what adapts in the rewards (jaxrl.shaping)
+        self.mean_lengths: dict[str, float] = {}  # last mean response length per problem; the longest start first
+        self.shaping: dict = {}  # adaptive state of the rewards (jaxrl.shaping)
 
     # ---- checkpoints
 
@@ -71,7 +70,7 @@ class Collector:
         return numbers | {"version": STATE_VERSION}, arrays
 
     def restore(self, numbers: dict, arrays: dict[str, np.ndarray]) -> None:
-        """Go on from a `state`. Raises UserError for one of another version."""
+        """Continue from a `state`. Raises UserError if it has another version."""
         if (version := numbers.get("version", 1)) != STATE_VERSION:
             raise UserError(
                 f"the checkpoint's waiting rollouts are of version {version}, this program reads {STATE_VERSION}: go "
@@ -129,9 +128,9 @@ class Collector:
         return batch._replace(metrics=metrics)
 
     def _generate(self, params, step: int, costs: Costs) -> Rollouts:
-        """Sample, grade and shape one generation batch: the groups that it finishes.
+        """Sample, grade and shape one generation batch; returns the groups that are finished.
 
-        A batch has room for generation_prompts groups of running responses: those left by the batch before, then
+        A batch has room for generation_prompts groups of running responses: first those left by the batch before, then
         those begun ahead of time, then new ones.
         """
         c = self.config
@@ -141,7 +140,7 @@ class Collector:
         batch = records.concat([self.pending, self.ahead, self._begin(max(fresh, 0), step)])
         ahead = self._begin(room if c.sampling.prefetch else 0, step)
 
-        # ---- this host's share sampled and graded, then everybody's gathered
+        # ---- sample and grade this host's share, then gather the shares of all hosts
         begin = time.perf_counter()
         me = jax.process_index()
         mine = self._sample(params, batch.take_groups(share(batch, me)), ahead.take_groups(share(ahead, me)), step)
@@ -184,7 +183,7 @@ class Collector:
         return [(p, with_budget(problem, self.config, p, factor)) for p, problem in out]
 
     def _sample(self, params, batch: Rollouts, ahead: Rollouts, step: int) -> tuple[Rollouts, Rollouts]:
-        """Both continued; `ahead` only as far as slots idle while the batch finishes."""
+        """Continue both; `ahead` gets only the slots that idle while the batch finishes."""
         c = self.config
         limit = c.sampling.max_tokens
         first, then = (requests(r, limit, c.sampling.carry_over, self.mean_lengths) for r in (batch, ahead))
@@ -196,7 +195,7 @@ class Collector:
         return batch.extend(completions[:n], step, limit), ahead.extend(completions[n:], step, limit)
 
     def _grade(self, rollouts: Rollouts) -> Rollouts:
-        """Grades for the groups without unfinished responses; the others stay as they are."""
+        """Grade the groups without unfinished responses; the others stay as they are."""
         waiting = rollouts.per_response(rollouts.group_any(rollouts.unfinished))
         index, tokens = np.flatnonzero(~waiting), rollouts.split_tokens()
         texts = [self.tokenizer.decode(tokens[i]) for i in index]
@@ -217,7 +216,7 @@ class Collector:
         return rollouts.replace(**new, columns=columns)
 
     def _learn_from(self, finished: Rollouts) -> None:
-        """What later draws and requests go by: mean response lengths, GRESO's streaks."""
+        """Update the statistics that later draws and requests use: mean response lengths, GRESO's streaks."""
         ids = [p.problem.id for p in finished.prompts]
         lengths = np.nan_to_num(mean_length(finished)).tolist()
         self.mean_lengths |= dict(zip(ids, lengths, strict=True))
@@ -234,11 +233,11 @@ class Collector:
 
 
 def requests(rollouts: Rollouts, limit: int, most: int, mean_lengths: Mapping[str, float]) -> list[Request]:
-    """What is left to sample, in the order of the unfinished responses: one request for a group without tokens,
+    """Requests for what is left to sample, in the order of the unfinished responses: one for a group without tokens,
     otherwise one for each unfinished response, whose tokens so far are prefilled again.
 
-    limit: response tokens allowed in all. most: of them in this call, 0 = no bound. mean_lengths: guessed response
-    length of a problem id.
+    limit: most tokens of a response. most: most new tokens of a response in this call, 0 = no bound. mean_lengths:
+    expected response length by problem id.
     """
     out, tokens, lengths, most = [], rollouts.split_tokens(), rollouts.lengths, most or limit
     begun = rollouts.per_response(rollouts.group_any(lengths > 0))
@@ -252,7 +251,7 @@ def requests(rollouts: Rollouts, limit: int, most: int, mean_lengths: Mapping[st
                     prompt=np.concatenate([prompt.tokens, tokens[i]]),
                     samples=1,
                     max_tokens=min(limit - done, most),
-                    expected=max(expected, limit / 2),  # it has outlived others: start it early
+                    expected=max(expected, limit / 2),  # it outlived others, so start it early
                     first_sample=sample,
                     done=done,
                     **common,
@@ -272,9 +271,9 @@ def share(rollouts: Rollouts, host: int) -> Sequence[int]:
 
 
 def gather(mine: Rollouts, whole: Rollouts) -> Rollouts:
-    """The groups of `whole` with what each host made of its share, in the order of `whole`, on every host.
+    """On every host: all groups of `whole`, in that order, as the hosts have continued them (each its own share).
 
-    Sends the arrays of `mine` without the prompts, which every host has: 8 1/8 bytes a token and a few a response.
+    Sends the arrays of `mine` without the prompts, which every host has: 8 1/8 bytes per token, a few per response.
     """
     if jax.process_count() == 1:
         return mine
@@ -288,6 +287,6 @@ def gather(mine: Rollouts, whole: Rollouts) -> Rollouts:
 
 
 def sampling_settings(config) -> SamplingParams:
-    """What training samples with."""
+    """The sampling parameters of training."""
     s = config.sampling
     return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p)

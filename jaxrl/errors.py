@@ -8,7 +8,7 @@ class UserError(ValueError):
 
 
 def located(error: BaseException, path: str) -> str:
-    """What happened, in one line; if in the file at `path`, where in it."""
+    """The error in one line; with file and line number if it was raised in the file at `path`."""
     cause: BaseException | None = error
     while cause:
         lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == path]

@@ -4,18 +4,18 @@
 
 --model is a Hugging Face directory or a run directory (--step, --all_checkpoints choose its checkpoints).
 --data lists files (jsonl, jsonl.gz, parquet), names of benchmarks, or the embedded task with its settings
-("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over lengths: asked for in the prompt (--budget_mode=exact
-or max), enforced from outside by s1's budget forcing (forced), or only compared with (none).
---template=chat|boxed|plain, --system_prompt=TEXT and --enable_thinking=on|off (of chat templates that have the switch)
-are as a run was trained, unless given; so are --unfinished_thinking=wrong|graded and --need_marker, which say what
-counts as an answer. --reward=module:function grades with a function of yours. --distributed joins
-the processes of several hosts.
---pages says how many tokens a page of the cache holds, 0 for a dense one; not given, it is as a run was trained, and
-pages of 64 where the chip has a kernel for them. --dtype=bfloat16 computes in it, --products=bfloat16 in float32 with
-the factors of matrix products rounded (model.products in training).
---server=http://localhost:8000/v1 asks --model, by its name there, of an OpenAI-compatible server, --slots requests at a
-time. A killed evaluation continues when the same command is given again; if the weights, the tokenizer or template, the
-grader or the reward function's file are others by then, it says so instead.
+("dial:n_max=12:seed=7"). --budgets=512,1024 sweeps over length budgets, which are asked for in the prompt
+(--budget_mode=exact or max), enforced by s1's budget forcing (forced), or only compared with (none).
+--template=chat|boxed|plain, --system_prompt=TEXT and --enable_thinking=on|off (for chat templates that have the switch)
+default to what a run was trained with; so do --unfinished_thinking=wrong|graded and --need_marker, which say what
+counts as an answer. --reward=module:function grades with your own function. --distributed joins the processes of
+several hosts.
+--pages is the number of tokens per page of the KV cache, 0 for a dense cache. By default it is as the run was trained,
+else 64 where the chip has a kernel for pages. --dtype=bfloat16 computes in bfloat16; --products=bfloat16 computes in
+float32 and rounds the inputs of matrix products (model.products in training).
+--server=http://localhost:8000/v1 evaluates the model that an OpenAI-compatible server knows by the name --model, with
+--slots requests at a time. A killed evaluation continues when the same command is given again. If the weights, the
+tokenizer or template, the grader or the reward function's file have changed by then, it stops and says so.
 
 Written to --out: result.json, table.md, and every completion under completions/.
 """
@@ -85,7 +85,7 @@ def evaluate_task(config, sampler: Engine, params: Any, tokenizer, task: Task) -
     """Metrics "eval/..." of the held-out problems of a training run, as config.eval says.
 
     params: in the sampler's layout. With config.length.mode, problems without a budget of their own get one,
-    the same at every call, and the metrics tell how well it was obeyed.
+    the same at every call, and the metrics say how well responses keep to it.
     """
     e = config.eval
     problems = [with_budget(p, config, i) for i, p in enumerate(task.held_out[: e.problems])]
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate_checkpoints(flags: dict, out: storage.Mirror, grader: Grader, reward: UserReward | None):
-    """(one summary a job, what was evaluated) of --model, a Hugging Face or run directory."""
+    """(one summary per job, description of the model) of --model, a Hugging Face or run directory."""
     cli.use_compilation_cache()
     if flags["distributed"]:
         distributed.initialize()
@@ -156,7 +156,7 @@ def evaluate_checkpoints(flags: dict, out: storage.Mirror, grader: Grader, rewar
 
 
 def evaluate_served(flags: dict, out: storage.Mirror, grader: Grader, reward: UserReward | None):
-    """(one summary a job, what was evaluated) of --model as --server calls it."""
+    """(one summary per job, description of the model) of the model that --server calls --model."""
     sets = load_sets(flags["data"], None, flags | {"template": flags["template"] or "chat"}, grader, reward)
     jobs = plan(sets, flags, sys.maxsize, None, lambda data, p: data.text(p))
     identity = {"server": flags["server"], "served": flags["model"]}
@@ -206,7 +206,7 @@ def _budgets(flags: dict) -> list[int]:
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One data set at one budget. prompts: what `answer` takes for each problem: token ids, text or messages. limit:
-    response tokens. budget: None for none. mode: of the budget. step: of the checkpoint, None if there is none."""
+    most response tokens. budget: in tokens, or None. mode: of the budget. step: that of the checkpoint, or None."""
 
     data: EvalSet
     problems: list[Problem]
@@ -218,19 +218,19 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As in the tables."""
+        """Its name in the tables."""
         at = f" @ {self.budget}" if self.budget else ""
         return self.data.name + at + ("" if self.step is None else f" step {self.step}")
 
     @property
     def file(self) -> str:
-        """Of its completions. Left alone, a model answers alike whatever its lengths are compared with."""
+        """File name of its completions. Budgets of mode "none" do not change completions, so they share one file."""
         name = dataclasses.replace(self, budget=None).name if self.mode == "none" else self.name
         return "".join(c if c.isalnum() or c in "._-" else "_" for c in name) + ".jsonl"
 
 
 def plan(sets: Sequence[EvalSet], flags: dict, context: int, step: int | None, prompt: Callable) -> list[Job]:
-    """Every set at every budget, if there are any. prompt(set, problem): what is sent. context: the model's tokens."""
+    """A job for every set at every budget, or without one. prompt(set, problem): what is sent. context: in tokens."""
     mode, jobs = flags["budget_mode"], []
     asked = mode if mode in ("exact", "max") else "none"
     for data in sets:
@@ -247,7 +247,7 @@ def plan(sets: Sequence[EvalSet], flags: dict, context: int, step: int | None, p
 
 
 def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, *, placement=None) -> Callable:
-    """answer(job, indices of its problems) -> records, drawn by a sampler that fits all jobs.
+    """The function answer(job, indices of its problems) -> records; its sampler is large enough for all jobs.
 
     params: as load_model returns them.
     """
@@ -293,10 +293,10 @@ def sampled(config, params, tokenizer, jobs: Sequence[Job], flags: dict, *, plac
 
 
 def run(job: Job, answer: Callable, identity: dict, flags: dict, out: storage.Mirror) -> dict:
-    """Samples and grades what the job's file does not hold yet, some problems at a time; returns its summary. A store
-    has each part once it is graded.
+    """Samples and grades the problems that the job's file does not hold yet, some at a time; returns the job's summary.
+    On an object store, each part is uploaded as soon as it is graded.
 
-    answer(job, indices) -> records. identity: digests of what answers, see evaluation.identity.
+    answer(job, indices) -> records. identity: digests of model and grader, see evaluation.identity.
     """
     store = Store(out.local / "completions" / job.file, _settings(job, identity, flags))
     unreadable = sum(not prompt for prompt in job.prompts)
@@ -304,7 +304,7 @@ def run(job: Job, answer: Callable, identity: dict, flags: dict, out: storage.Mi
         note = "hold text that the model has no tokens for; they count as answered wrongly"
         print(f"{job.name}: {unreadable} of {len(job.prompts)} prompts {note}", file=sys.stderr)
     texts = [job.data.shown(prompt) for prompt in job.prompts]
-    done = {key: (r["prompt"], r["answer"]) for key, r in store.records.items()}  # of another text: asked again
+    done = {key: (r["prompt"], r["answer"]) for key, r in store.records.items()}  # other text: asked again
     todo = [i for i, p in enumerate(job.problems) if done.get(p.id) != (texts[i], p.answer)]
     todo.sort(key=lambda i: len(job.prompts[i]))  # prompts of one prefill bucket together
     size = flags["batch"] or max(1, math.ceil(4 * flags["slots"] / flags["samples"]))
@@ -333,10 +333,10 @@ def run(job: Job, answer: Callable, identity: dict, flags: dict, out: storage.Mi
 
 
 class Store:
-    """The records of one set as jsonl, appended batch by batch: what is there need not be sampled again.
+    """The records of one job as jsonl, appended batch by batch, so that a restart samples only what is missing.
 
-    The first line holds the settings; other settings on the same file raise UserError. A last line torn by a
-    kill is cut off. Of several hosts the first reads and writes the file. records: {problem id: record}.
+    The first line holds the settings; opening the file with other settings raises UserError. A last line that was only
+    partly written is cut off. Only the first of several hosts reads and writes the file. records: {problem id: record}.
     """
 
     def __init__(self, path: pathlib.Path, settings: dict):
@@ -348,7 +348,7 @@ class Store:
             except UserError as e:
                 mine = str(e)
         opened = distributed.broadcast(mine)
-        if isinstance(opened, str):  # on every host, or the others would wait for this one
+        if isinstance(opened, str):  # raised on every host, or the others would wait for this one
             raise UserError(opened)
         self.records: dict[str, dict[str, Any]] = {record["id"]: record for record in opened}
 

@@ -2,9 +2,9 @@
 
     python -m jaxrl.export RUN OUT_DIR [--adapters] [--format=orbax]
 
-Weights of the newest checkpoint (--step=N for another) in the dtype they have there (--dtype=bfloat16 for another),
-config, tokenizer with its chat template, and a generation config that samples as training did. Adapters of a run that
-trained such (config.model.lora) are merged into their base; with --adapters they alone are written, as peft loads them.
+Writes the weights of the newest checkpoint (--step=N for another) in the dtype they have there (--dtype=bfloat16 for
+another), config, tokenizer with its chat template, and a generation config that samples as training did. If the run
+trained adapters (config.model.lora), they are merged into their base; --adapters writes only them, in peft's format.
 --format=orbax writes OUT_DIR/params, which orbax's StandardCheckpointer restores in other JAX code: the tree of
 models/table.py, layers stacked on axis 0; config.json and the tokenizer lie beside it. OUT_DIR must be new or empty.
 """

@@ -5,9 +5,9 @@
 DIR is a Hugging Face directory or a run directory. The prompt goes through the tokenizer's chat template if it has
 one and --chat is not false. Flags and their defaults: --max_new_tokens=256 --temperature=1.0 --top_k=0 --top_p=1.0
 --min_p=0.0 --seed=0 --samples=1 --chat=true --dtype=float32 --products= (bfloat16: as model.products in training)
---pages=-1 (tokens of a page of the cache, 0 for a dense one; -1: as a run was trained) --prompt_logprobs=false (true:
-the log-probability of each token of the prompt but the first). --system_prompt=TEXT and --enable_thinking=on|off (of
-templates that have the switch) are as a run was trained, unless given. Text goes to stdout, the rest to stderr.
+--pages=-1 (tokens per page of the KV cache, 0 for a dense cache; -1: as a run was trained) --prompt_logprobs=false
+(true: the log-probability of each token of the prompt but the first). --system_prompt=TEXT and --enable_thinking=on|off
+(for templates that have the switch) default to what a run was trained with. Text goes to stdout, the rest to stderr.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def main(argv: list[str]) -> int:
 
 
 def encode(tokenizer, text: str, chat: bool, system: str = "", enable_thinking: bool | None = None):
-    """int32 [p] prompt ids: the chat template's (system, enable_thinking: see encode_prompt), or the plain text's
-    after BOS. Raises UserError if empty, or for text or options that the tokenizer cannot encode.
+    """int32 [p] prompt ids: by the chat template (system, enable_thinking: see encode_prompt), or BOS and the plain
+    text. Raises UserError if there are none, or for text or options that the tokenizer cannot encode.
     """
     import numpy as np
 
@@ -113,7 +113,7 @@ def stream(sampler, params, tokenizer, prompt, *, limit: int, sample: int, seed:
                 completion = event.completion
                 yield from event.tokens.tolist()
 
-    # a tokenizer may drop the space before the first token it sees, so it sees the prompt's last one too
+    # a tokenizer may drop the space before the first token, so that token is the last one of the prompt
     last = int(prompt[-1])
     skip = len(tokenizer.decode([last]))
     for text in stream_text(tokenizer, itertools.chain([last], ids())):

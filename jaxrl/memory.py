@@ -1,7 +1,7 @@
-"""What lives on a chip, in bytes and from shapes alone, and what of its memory that leaves to the pages of the cache.
+"""Memory of a chip in bytes, from shapes alone: what a run keeps there, and what is left for KV-cache pages.
 
-The learner's state stays where it is while the sampler works; beside it lie the sampler's weights, the prompts that
-were prefilled and wait for a slot, and what prefill works in. Only that last one is not exact: the compiler decides it.
+The learner's state stays on the chip while the sampler works. Beside it are the sampler's weights, prefilled prompts
+that wait for a slot, and the working memory of prefill. Only the last is an estimate, because the compiler decides it;
 `python -m jaxrl.preflight` compiles the programs and says whether the sum was right.
 """
 
@@ -25,38 +25,38 @@ from models.decoder import abstract_params
 from models.layout import sampling_layout
 from models.pages import default_page, local_layers, local_window
 
-RESERVE = 0.05  # of the memory, left free: decoding's own buffers, and what does not fit together without gaps
-ACTIVATIONS = 12  # arrays as wide as the MLP that prefill holds at once, at most, in the pod configs as compiled
+RESERVE = 0.05  # share of the memory left free for decoding's own buffers and for fragmentation
+ACTIVATIONS = 12  # most arrays of the width of the MLP that prefill holds at once, as compiled for the pod configs
 
 log = logging.getLogger(__name__)
 
 
 def placed(tree, shardings):
-    """Shapes with shardings: a tree of them, or one for all."""
+    """Shapes with shardings. shardings: a tree, or one for all."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def bytes_of(tree) -> float:
-    """Bytes of a tree of placed shapes or arrays on one chip; what is offloaded to the host takes none."""
+    """Bytes of a tree of placed shapes or arrays on one chip; arrays offloaded to the host count 0."""
     leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def of_reference(config, learner: Learner) -> float:
-    """Bytes a chip of the frozen reference model, if a run keeps one; adapters' is their base."""
+    """Bytes per chip of the frozen reference model, 0 without one; with adapters it is their base and adds 0."""
     return bytes_of(learner.abstract_state().params) if needs_reference(config) and not learner.lora else 0.0
 
 
 def of_learner(config, learner: Learner) -> float:
-    """Bytes a chip of everything that the learner keeps while the sampler works."""
+    """Bytes per chip of everything that the learner keeps while the sampler works."""
     kept = bytes_of(learner.abstract_state()) + bytes_of(learner.abstract_base())
     return kept + of_reference(config, learner)
 
 
 def of_sampler(decoder: DecoderConfig, dtype, placement: Placement | None, int8: bool = False) -> float:
-    """Bytes a chip of the sampler's weights."""
+    """Bytes per chip of the sampler's weights."""
     fused, untied = placement.fused if placement else True, placement and placement.platform == "cpu"
     tree = jax.eval_shape(
         lambda p: sampling_layout(p, decoder, dtype, fused, untie=untied, int8=int8), abstract_params(decoder)[0]
@@ -68,8 +68,8 @@ def of_sampler(decoder: DecoderConfig, dtype, placement: Placement | None, int8:
 
 def of_token(decoder: DecoderConfig, dtype, placement: Placement | None, int8: bool = False, *,
              local: bool | None = None) -> float:
-    """Bytes a chip of one token's keys and values. local: in those layers alone that hold a window (True), or that hold
-    everything (False)."""
+    """Bytes per chip of one token's keys and values. local: only in layers that keep a window of tokens (True), or only
+    in layers that keep all tokens (False)."""
     tensor = placement.mesh.shape["tensor"] if placement and placement.rules["kv_heads"] else 1
     entry = decoder.head_dim * (1 if int8 else jax.numpy.dtype(dtype).itemsize) + 4 * int8
     layers = sum(local in (None, small) for small in local_layers(decoder))
@@ -78,7 +78,7 @@ def of_token(decoder: DecoderConfig, dtype, placement: Placement | None, int8: b
 
 def free_tokens(decoder: DecoderConfig, dtype, placement: Placement | None, *, memory: float, lives: float,
                 max_prompt: int, int8_weights: bool = False, int8_cache: bool = False) -> int:
-    """Tokens that the pages of a host can hold on chips of `memory` bytes, of which `lives` are taken."""
+    """Tokens that the pages of a host can hold on chips of `memory` bytes, of which `lives` bytes are in use."""
     replicas, tensor = (placement.row_multiple, placement.mesh.shape["tensor"]) if placement else (1, 1)
     token, kept = (of_token(decoder, dtype, placement, int8_cache, local=local) for local in (None, False))
     least = max(4, replicas) / replicas * bucket(max_prompt, 32)  # see PagedCache.prefill_sizes
@@ -97,10 +97,10 @@ def pages_of(flags: dict, run: dict) -> int:
 def cache_sizes(decoder: DecoderConfig, dtype, placement: Placement | None, device: Any, *, lives, slots: int,
                 max_prompt: int, max_tokens: int, pages: int = -1, tokens: int = 0, chunk: int = 64,
                 int8_weights: bool = False, int8_cache: bool = False) -> dict[str, int]:
-    """{"pages", "cache_tokens"} for the engine: tokens of a page, 0 for a dense cache, and what they hold together.
+    """{"pages", "cache_tokens"} for the engine: tokens per page (0: a dense cache), and tokens that all pages hold.
 
-    pages: -1 for pages where the chip has a kernel for them. tokens: 0 for what the memory has room for, and at most
-    what `slots` responses of full length take. lives: a function that gives the bytes a chip that others take.
+    pages: -1 for pages where the chip has a kernel for them. tokens: 0 for what the memory has room for, at most what
+    `slots` responses of full length take. lives: a function that returns the bytes per chip that are already in use.
     """
     platform = {"cuda": "gpu"}.get(device.platform, device.platform)
     if pages < 0:

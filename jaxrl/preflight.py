@@ -4,17 +4,17 @@
     python -m jaxrl.preflight --config=configs/gpus/lspo_qwen25_math_7b.py --topology=2xh100:8     # two hosts of eight
 
 Compiles the programs that training runs, from shapes alone (no weights, no data), for a TPU slice, several slices,
-or GPU hosts (default: config.topology). Memory is the compiler's own buffer assignment plus what else lives on the
-chip in that phase: during rollouts the learner's state, during scoring its optimizer moments. Of a GPU's memory a run
-takes a share at its start; what cuDNN works in is not known to the compiler and not counted.
+or GPU hosts (default: config.topology). Memory is the compiler's own buffer assignment plus what else is on the chip
+in that phase: the learner's state during rollouts, its optimizer moments during scoring. On a GPU, a run allocates a
+share of the memory at its start; cuDNN's workspace is not known to the compiler and not counted.
 
-The table's time is, for TPU, the compiler's cycle estimate of every operation times how often it runs, with
-hand-written kernels at half of the peak, which have none, and collectives at link speed, between slices at the
-network's: those that the compiler made asynchronous hide behind the rest, the others do not. Measured against single
-operations the compiler's estimate is within 15 % for large matrix products and about twice too slow for pure copies.
-A GPU's compiler estimates nothing: jaxrl/runtime/roofline.py says what is assumed of its kernels. The roofline is what
-the chip could do at best: FLOPs at peak, or reading all arguments once (once per token in decoding), whichever is
-longer.
+For TPU, the table's time is the compiler's cycle estimate of every operation times how often it runs. Hand-written
+kernels have no estimate and count at half of the peak. Collectives count at link speed, between slices at the network's
+speed; those that the compiler made asynchronous overlap with other operations, the others do not. Compared with
+measured single operations, the compiler's estimate is within 15 % for large matrix products and about twice too slow
+for pure copies. A GPU's compiler estimates nothing: jaxrl/runtime/roofline.py says what is assumed of its kernels. The
+roofline is the best time the chip could reach: FLOPs at peak, or reading all arguments once (once per token in
+decoding), whichever takes longer.
 
 Exit code 0 if everything fits, 1 if not (with the largest buffers and settings that would make it fit), 2 for
 an error in the input.
@@ -50,14 +50,14 @@ from models.lora import join
 
 GIB = hardware.GIB
 SAMPLING = ("layout", "prefill", "move layer", "write pages", "decode")
-MEDIAN, SIGMA = 0.43, 0.75  # of answers, in parts of the limit and as a log-normal's: half of the limit on average
+MEDIAN, SIGMA = 0.43, 0.75  # of log-normal answer lengths, as a part of the limit; their mean is half of it
 
 
 class Program(NamedTuple):
-    """One compiled program of a run. lower: makes the lowering. resident: bytes on each chip besides its own.
+    """One compiled program of a run. lower: makes the lowering. resident: bytes on each chip that others hold.
     trips: iterations of its data-dependent loop. tokens: positions or tokens that one call works on, all chips.
-    calls: calls per training step. passes: how often a call has to read its arguments. cache: bytes of them that are
-    keys and values."""
+    calls: calls per training step. passes: how often a call has to read its arguments. cache: bytes of the arguments
+    that are keys and values."""
 
     name: str
     lower: Callable
@@ -144,7 +144,7 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
         "layout", lambda: sampler._layout.lower(params),
         lives - memory.bytes_of(params) + memory.bytes_of(weights), 1, 0, 1,
     )
-    part = min(sampler.cache.prefill_chunk or longest, longest)  # the last one sees all before it
+    part = min(sampler.cache.prefill_chunk or longest, longest)  # the last part attends to all before it
     seen = (prefilled,) if part < longest else ()
     yield Program(
         "prefill", lambda: lower(run.prefill, weights, array(i32, prompts, longest), array(i32, prompts), *seen,
@@ -163,8 +163,8 @@ def _sampler_programs(config, decoder, mesh, params, lives: float) -> Iterator[P
 
 
 def _cache(sampler, decoder, prompts: int, longest: int, array) -> tuple:
-    """Shapes of (the cache, prefilled prompts, what a program that moves parts of the cache takes in and gives back),
-    and that program with its arguments. array: makes a small shape."""
+    """(cache, prefilled prompts, moved, program with its arguments), all as shapes. The program moves parts of the
+    cache: it takes `moved` and gives it back. array: makes a small shape."""
     placement, run, spec, i32 = sampler.placement, sampler.programs, sampler.spec, jnp.int32
 
     def dense(rows, window):
@@ -188,8 +188,8 @@ def _cache(sampler, decoder, prompts: int, longest: int, array) -> tuple:
 def sampling_refused(mesh, chip: hardware.Chip) -> str:
     """Why a host cannot sample on its own chips of this slice; "" if it can.
 
-    libtpu compiles for part of a slice where every chip reaches every other (v5p), or where the slice is small;
-    on a larger one it stops the whole process, so it must not be tried.
+    libtpu compiles for a part of a slice if every chip reaches every other (v5p), or if the slice is small. On a larger
+    slice it stops the whole process, so it must not be tried.
     """
     hosts = {d.process_index for d in mesh.devices.flat}
     if len(hosts) == 1 or mesh.size <= 8 or chip.name not in ("v5e", "v6e"):
@@ -201,7 +201,7 @@ def sampling_refused(mesh, chip: hardware.Chip) -> str:
 
 
 def mean_tokens(config) -> float:
-    """What is assumed where it matters: prompts of a quarter of the limit, answers of half of it."""
+    """Assumed mean tokens of a sequence: a prompt of a quarter of its limit, an answer of half of its limit."""
     return config.sampling.max_prompt / 4 + config.sampling.max_tokens / 2
 
 
@@ -254,10 +254,10 @@ ASSUMED = (
 
 def rollout_seconds(rows: list[Row], config, layers: int, mesh, *, pages: int = 0,
                     tokens: int = 0) -> tuple[float, list[replay.Rollout]]:
-    """Seconds until every host has its answers, whose lengths differ, and what the scheduler did on some hosts.
+    """(seconds until every host has its answers, the replayed schedules of up to four hosts). Answer lengths differ.
 
-    A decode step takes the compiled one's time in proportion to what it reads: weights, and the cache of its slots
-    and window. Other programs: in proportion to their tokens. pages, tokens: of the cache as the engine has it.
+    The time of the compiled decode step is scaled by what a step reads: weights, and the cache of its slots and window.
+    The times of other programs are scaled by their tokens. pages, tokens: of the cache as the engine has it.
     """
     s, b, by = config.sampling, config.batch, {r.program.name: r for r in rows}
     hosts = len({d.process_index for d in mesh.devices.flat})
@@ -289,8 +289,7 @@ def rollout_seconds(rows: list[Row], config, layers: int, mesh, *, pages: int = 
 
 
 def summary(rows: list[Row], config, decoder, mesh) -> str:
-    """What a whole training step adds up to, with answers that are not all of the same length: a wave of them lasts as
-    long as its longest."""
+    """One line about a whole training step, with answers of different lengths."""
     cache = build.cache_sizes(config, decoder, mesh)
     sizes = dict(pages=cache["pages"], tokens=cache["cache_tokens"])
     rollout, found = rollout_seconds(rows, config, decoder.num_layers, mesh, **sizes)
@@ -357,14 +356,14 @@ def _remedies(name: str, config) -> Iterator[tuple[str, Any]]:
 
 
 def slices_of(mesh) -> tuple[int, ...]:
-    """Of each device, in the mesh's order: the TPU slice, or the host of a GPU; what is between them is the network."""
+    """The TPU slice, or the GPU host, of each device in the mesh's order. Between two of them is the network."""
     return tuple(getattr(d, "slice_index", None) or 0 if d.platform == "tpu" else d.process_index
                  for d in mesh.devices.flat)
 
 
 def find_target(config, topology: str) -> compilers.Target:
-    """The target of `topology`. Raises UserError where the config's slots, which are each host's, were chosen for a
-    slice with another number of hosts."""
+    """The target of `topology`. Raises UserError if config.sampling.slots, which counts per host, was chosen for a
+    topology with another number of hosts."""
     target = compilers.target(topology)
     if target.hosts > 1 and config.topology and config.topology != topology:
         hosts = compilers.target(config.topology).hosts

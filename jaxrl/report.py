@@ -4,9 +4,9 @@
 
 Runs that differ only by seed are drawn as one line with a band over the seeds. The page needs no network and
 follows the light or dark theme of its reader; it is written to RUN/report.html, or for several runs to
-./report.html, the PNGs beside it in report_png/. At its end one can browse the completions that training stored
-(config.log.samples says how many a step), by problem, step, outcome, length and fate. --max_mb: of the page at most;
-completions of steps in between are left out where all do not fit.
+./report.html, the PNGs beside it in report_png/. At its end is a browser of the completions that training stored
+(config.log.samples says how many per step), by problem, step, outcome, length and fate (kept or dropped). --max_mb:
+largest size of the page; if not all completions fit, those of some steps are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step's rollouts say: the metrics of its record (docs/metrics.md explains them), the rows of its samples."""
+"""A step's rollouts as the metrics of its record (docs/metrics.md explains them) and as the rows of its samples."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Collected(NamedTuple):
     """One step's collection.
 
     chosen: what to train on. sampled: everything that was finished in this step. reason: object [N] of `sampled`, why
-    selection dropped the response ("lspo/middle"), "" for kept ones. step: the version of the parameters; older tokens
-    are stale. metrics: for the step's record.
+    selection dropped the response ("lspo/middle"), "" for kept ones. step: the version of the current parameters;
+    tokens of older versions are stale. metrics: for the step's record.
     """
 
     chosen: Rollouts
@@ -91,13 +91,13 @@ def length_histogram(lengths: np.ndarray, bins: int = 32) -> list[list[int]]:
 
 
 def sample_rows(collected: Collected, trained: Rollouts, tokenizer, most: int) -> list[dict[str, Any]]:
-    """What samples/step_*.jsonl shows of a step: all responses of the first `most` kept groups and as many dropped
-    ones, with their tokens, log-probs, rewards and advantages. "reason" says why selection dropped the response
+    """The rows of samples/step_*.jsonl: all responses of the first `most` kept groups and of as many dropped groups,
+    with their tokens, log-probs, rewards and advantages. "reason" says why selection dropped the response
     ("lspo/middle"), or is empty.
 
-    trained: the step's rollouts with their advantages. "advantage" is None for responses that are not trained on, and
-    the mean over the tokens where there is one a token, which are "advantages" then. versions: [step whose parameters
-    drew them, tokens] of each run of tokens.
+    trained: the step's rollouts with their advantages. "advantage" is None for responses that are not trained on. If
+    the method gives one advantage per token, "advantages" holds them and "advantage" is their mean. versions: [step
+    whose parameters drew them, number of tokens] for each run of tokens.
     """
     _, sampled, reason, step, _ = collected
     values, each = trained.column("advantage"), {}

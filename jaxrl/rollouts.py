@@ -7,10 +7,10 @@ A struct of arrays for N responses to P prompts. Per-token arrays are flat; `off
     group    [ 0       0     1         ]    response 2 answers prompt 1
     reward   [ 1.0     0.0   1.0       ]
 
-Selection, length rewards, advantages, packing, metrics, samples, checkpoints and hosts among each other all speak it.
-A method that needs one more number a response or a token puts it into `columns` or `token_columns`; it then goes along
-through every selection, checkpoint and host. What is not finished yet (partial rollouts, prompts begun ahead of time)
-is the same record with finish "partial".
+Selection, length rewards, advantages, packing, metrics, samples, checkpoints and the exchange between hosts use it.
+A method that needs one more number per response or token puts it into `columns` or `token_columns`, which go through
+every selection, checkpoint and exchange. Unfinished responses (partial rollouts, prompts begun ahead of time) are kept
+in the same record, with finish "partial".
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ WORDS = ("finish", "outcome")
 class Prompt:
     """One problem as it was drawn for a batch; its responses are a group.
 
-    tokens: int32 [p]. samples: responses sampled for it, also those that selection has dropped since.
-    position: in the order of problems, and step: the training step it was drawn in; both are part of the random keys.
+    tokens: int32 [p]. samples: how many responses are sampled for it, including those that selection drops later.
+    position: its place in the order of problems. step: the training step in which it was drawn. Both are part of the
+    random keys.
     """
 
     problem: Problem
@@ -141,7 +142,7 @@ class Rollouts:
         return np.bincount(response, np.asarray(values, np.float64), len(self))
 
     def token_count(self, which: np.ndarray) -> np.ndarray:
-        """int64 [N]: of how many tokens of each response `which` [T] is True."""
+        """int64 [N]: the number of tokens of each response for which `which` [T] is True."""
         out, some = np.zeros(len(self), np.int64), np.flatnonzero(self.lengths)
         if len(some):
             out[some] = np.add.reduceat(np.asarray(which, bool), self.offsets[some], dtype=np.int64)
@@ -178,12 +179,12 @@ class Rollouts:
     # ---- parts, sums, changes
 
     def take(self, index: Sequence[int]) -> Rollouts:
-        """The responses `index` in that order; groups are numbered as they first appear, empty ones go."""
+        """The responses `index` in that order; groups are renumbered as they first appear, empty groups are dropped."""
         index = np.asarray(index, np.int64)
         if len(index) == len(self) and (np.diff(index, prepend=-1) == 1).all() and self._groups_in_order():
-            return self  # all of it, as after a rule that dropped nothing: tokens need no copy
+            return self  # everything, as after a rule that dropped nothing: no copy
         offsets = np.concatenate([[0], np.cumsum(self.lengths[index])])
-        # tokens are copied in runs of neighbours, whole groups as a rule: several times as fast as one by one
+        # tokens are copied in runs of neighbours, mostly whole groups: several times faster than one by one
         cuts = np.flatnonzero(np.diff(index) != 1) + 1
         runs = [slice(self.offsets[run[0]], self.offsets[run[-1] + 1]) for run in np.split(index, cuts) if len(run)]
         tokens = lambda values: np.concatenate([values[:0], *(values[run] for run in runs)])  # noqa: E731
@@ -209,7 +210,7 @@ class Rollouts:
         return self.take(np.flatnonzero(keep))
 
     def part(self, start: int, stop: int) -> Rollouts:
-        """The responses from start to stop, whole groups, without a copy."""
+        """The responses from start to stop, which must be whole groups, without a copy."""
         low, high = self.offsets[start], self.offsets[stop]
         groups = self.group[start:stop]
         first, last = (groups[0], groups[-1] + 1) if stop > start else (0, 0)
@@ -231,14 +232,14 @@ class Rollouts:
         return self.take(order[rank[self.group][order] >= 0])
 
     def split_groups(self, first: int) -> tuple[Rollouts, Rollouts]:
-        """(the first so many groups, the others)."""
+        """(the first `first` groups, the others)."""
         return self.take_groups(range(self.num_groups)[:first]), self.take_groups(range(self.num_groups)[first:])
 
     def extend(self, completions: Sequence[Completion], step: int, limit: int) -> Rollouts:
-        """With what was sampled for the unfinished responses, in their order, at their ends.
+        """The record with completions appended to the unfinished responses, one for each, in their order.
 
-        step: the version of the new tokens. limit: response tokens allowed in all; whatever stopped at "length" below
-        it is still unfinished.
+        step: the version of the new tokens. limit: most tokens of a response; a response that stopped at "length" below
+        this is still unfinished.
         """
         running = np.flatnonzero(self.unfinished)
         new = [(c, np.ones(len(c.tokens), bool) if c.sampled is None else c.sampled) for c in completions]
@@ -262,7 +263,7 @@ class Rollouts:
         )
 
     def replace(self, **changes) -> Rollouts:
-        """With other values in some of the fields."""
+        """The record with other values in some of the fields."""
         return dataclasses.replace(self, **changes)
 
     # ---- plain arrays, for checkpoints and between hosts
@@ -270,7 +271,7 @@ class Rollouts:
     def to_arrays(self, prompts: bool = True) -> dict[str, np.ndarray]:
         """The record as arrays of numbers; `from_arrays` gives it back bit for bit.
 
-        A token takes 8 1/8 bytes: `sampled` is packed to bits, `version` to its runs. Problems, and the names of
+        A token takes 8 1/8 bytes: `sampled` is packed to bits, `version` is stored as runs. Problems, and the names of
         outcomes, are JSON as bytes. prompts=False leaves the prompts out, for a reader that has them.
         """
         starts = np.flatnonzero(np.diff(self.version, prepend=-1))
@@ -289,7 +290,7 @@ class Rollouts:
 
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray], prompts: Sequence[Prompt] | None = None) -> Rollouts:
-        """Inverse of `to_arrays`. prompts: where they were left out."""
+        """Inverse of `to_arrays`. prompts: needed if `to_arrays` left them out."""
         if prompts is None:
             rows = _from_json(arrays["prompts"])
             tokens = np.split(arrays["prompt_tokens"], np.cumsum([n for _, n, *_ in rows])[:-1])
@@ -381,8 +382,8 @@ def concat(parts: Sequence[Rollouts]) -> Rollouts:
 
 
 def merge(parts: Sequence[Rollouts], places: Sequence[Sequence[int]]) -> Rollouts:
-    """The groups of all parts in one order: group g of part i is number places[i][g]. Within each part the responses
-    are in the order of its groups. Like `concat` and `take_groups` in one pass over the tokens.
+    """The groups of all parts in one order: group g of part i becomes group places[i][g]. Within each part, responses
+    must be in the order of its groups. Like `concat` and `take_groups`, but in one pass over the tokens.
     """
     pieces = []
     for part, where in zip(parts, places, strict=True):

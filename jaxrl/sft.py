@@ -39,8 +39,8 @@ Pair = tuple[Sequence[int], Sequence[int]]  # prompt tokens, response tokens
 def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
     """Demonstrations as (prompt, response) tokens, end token included: (first phase, second phase).
 
-    The dial task has two phases, full working and then sloppy; a jsonl file (config.sft.data, fields problem and
-    solution) is the same in both. Raises UserError naming the file for missing solutions.
+    The dial task has two phases: fully worked demonstrations, then sloppy ones. A jsonl file (config.sft.data, fields
+    problem and solution) is used in both. Raises UserError naming the file for missing solutions.
     """
     eos = [tokenizer.eos_ids[0]]
     if config.task.name == "dial" and not config.sft.data:
@@ -76,12 +76,12 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
 
 
 def _with_length(text: str, mark: str | None, tokenizer) -> list[int]:
-    """The tokens of a solution, in which `mark`, if there is one (field "length_as" of a row), stands for their number
-    and that of the end token."""
+    """The tokens of a solution. If `mark` is given (field "length_as" of a row), it is replaced in the text by the
+    number of these tokens, the end token included."""
     if not mark:
         return tokenizer.encode(text)
     number = 0
-    for _ in range(8):  # a number of more digits may need more tokens
+    for _ in range(8):  # a number with more digits may need more tokens
         tokens = tokenizer.encode(text.replace(mark, str(number)))
         if number == len(tokens) + 1:
             break
@@ -90,11 +90,10 @@ def _with_length(text: str, mark: str | None, tokenizer) -> list[int]:
 
 
 def _asked_for(problem: Problem, length: int, sft, rng: np.random.Generator) -> Problem:
-    """The problem of a demonstration, its response named in the prompt with about its length, sft.budget_share of the
-    time.
+    """The problem of a demonstration; for a share sft.budget_share, with a budget of about the response's length.
 
-    Only for rows that carry a budget mode (field "mode"). RL with a length reward learns obedience from such
-    examples, sloppy ones too (sft.budget_error); without any, lengths first collapse to the mean of what is asked.
+    Only for rows that have a budget mode (field "mode"). Such examples, even inexact ones (sft.budget_error), let RL
+    with a length reward learn to follow budgets; without any, lengths first collapse to the mean of the budgets.
     """
     mode, most = problem.info.get("mode", "none"), 1 + sft.budget_error
     if mode == "none" or rng.random() < 1 - sft.budget_share:

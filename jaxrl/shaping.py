@@ -1,8 +1,8 @@
-"""From grades to the rewards that are trained on: named rewards with weights, the length reward, what adapts with it.
+"""From grades to the rewards that are trained on: named rewards with weights, the length reward, its adaptive state.
 
 Every response has named rewards, columns "reward/NAME" of the rollouts, each with a weight, "weight/NAME": `correct`
 (what the task's grader gives) or what a reward function returns (`user`, or the names of its dict), `length` (the
-length reward less correctness) and, where config.rewards.weights names it, `format`. A reward is their weighted sum.
+length reward minus correctness) and, if config.rewards.weights names it, `format`. The reward is their weighted sum.
 
 Pure functions of rollouts, of the config, and of one small dict that JSON can hold, which the collector keeps.
 """
@@ -32,7 +32,7 @@ def reward_weights(text: str) -> dict[str, float]:
 
 
 def named_columns(grades: Sequence[Grade], index: np.ndarray, total: int, config) -> dict[str, np.ndarray]:
-    """float32 [total] a name, "reward/NAME": the named rewards of the graded responses `index`, 0 for the others.
+    """{"reward/NAME": float32 [total]}: the named rewards of the graded responses `index`, 0 for the others.
 
     A reward without a name is `correct`, or `user` where config.task.reward is a function.
     """
@@ -68,7 +68,7 @@ def length_weight(config, step: int, state: dict | None = None) -> float:
 
 
 def budget_factor(config, state: dict) -> float:
-    """What drawn budgets are multiplied with: the factor of config.length.control where that steers budgets."""
+    """What drawn budgets are multiplied with: the factor of config.length.control if it steers budgets, else 1."""
     return _factor(config, state) if config.length.control.steers == "budget" else 1.0
 
 
@@ -77,7 +77,7 @@ def _factor(config, state: dict) -> float:
 
 
 def length_inputs(rollouts: Rollouts, config, state: dict) -> LengthInputs:
-    """What the length reward sees: the valid responses. state: of `adapt`."""
+    """The inputs of the length reward: the valid responses. state: as `adapt` returns it."""
     r, v = rollouts, rollouts.valid
     lengths = r.lengths if config.length.count == "response" else r.columns["thinking_tokens"]
     return LengthInputs(
@@ -94,12 +94,12 @@ def length_inputs(rollouts: Rollouts, config, state: dict) -> LengthInputs:
 
 
 def shape_rewards(rollouts: Rollouts, config, weight: float = 1.0, state: dict | None = None) -> Rollouts:
-    """Graded responses with their rewards: the weighted sum of the named ones, of which `length` is made here; invalid
-    responses keep out of its statistics.
+    """Graded responses with their rewards, the weighted sums of the named rewards. The named reward `length` is made
+    here; invalid responses are left out of its statistics.
 
-    weight: of the length term at this step, beside its weight among the rewards. The term is weight x (shaped -
-    correct), so that the value of a user's reward function is kept and the term can be warmed up. Rollouts without
-    named rewards are taken by their `reward`.
+    weight: of the length term at this step, times its weight among the named rewards. The term is weight x (shaped -
+    correct), so that the value of a user's reward function is kept and the term can be warmed up. For rollouts without
+    named rewards, their `reward` counts as one.
     """
     name, r = config.length.reward, rollouts
     if not len(r):
@@ -126,8 +126,8 @@ def shape_rewards(rollouts: Rollouts, config, weight: float = 1.0, state: dict |
 
 
 def adapt(state: dict, sampled: Rollouts, config, step: int) -> dict:
-    """The state for the next step, after everything that this one has sampled: of the length reward, and of the control
-    (which waits while the length term is warmed up)."""
+    """The state of the length reward and of the control for the next step, updated with everything that this step has
+    sampled. The control is not updated while the length term is warmed up."""
     name, control = config.length.reward, config.length.control
     if not sampled.valid.any():
         return state
@@ -140,8 +140,8 @@ def adapt(state: dict, sampled: Rollouts, config, step: int) -> dict:
 
 
 def measure(target: str, inputs: LengthInputs) -> float:
-    """What config.length.control steers by. Violations are responses above their budget, or above the token limit where
-    nobody has a budget."""
+    """The quantity that config.length.control holds. Violations are responses above their budget; if no response has a
+    budget, those above the token limit."""
     if target == "accuracy":
         return float(inputs.correct.mean())
     if target == "length":
@@ -151,7 +151,7 @@ def measure(target: str, inputs: LengthInputs) -> float:
 
 
 def shaping_metrics(state: dict, config, step: int) -> dict[str, float]:
-    """What the step's rewards were shaped with: weight of the length term, state of the length reward and control."""
+    """Metrics of the step's shaping: weight of the length term, state of the length reward and control."""
     out = {} if config.length.reward == "none" else {"length/weight": length_weight(config, step, state)}
     if config.length.control.target != "none":
         out["length/control"] = _factor(config, state)

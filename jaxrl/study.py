@@ -4,14 +4,14 @@
         --print_commands    only print the commands of what is missing
         --table             only the table of what is there
         --images=DIR        with the table, its figures as SVG
-        --in_process        run here instead of in a process each: saves their start, but a crash ends the study
+        --in_process        run here instead of in one process per run: saves start-up time, but a crash ends the study
         --only=a,b --seeds=0,1      a part of the grid
-        --out=DIR           in place of the study's own; gs:// and s3://, too
+        --out=DIR           in place of the study's own directory; gs:// and s3://, too
 
-A finished run is not run again and an unfinished one is continued, so the same command resumes a study, and
-commands printed with --print_commands can be spread over machines that share the directory. The table and the
-figures behind it are written to it as NAME.md and NAME.json, NAME being that of the study file. Studies may share
-a directory: a label names the same run in all of them.
+Finished runs are skipped and unfinished runs are continued, so the same command resumes a study, and commands printed
+with --print_commands can be spread over machines that share the directory. The table and its numbers are written there
+as NAME.md and NAME.json, where NAME is the name of the study file. Studies may share a directory; a label then means
+the same run in all of them.
 
 A study file has get_study(), which returns a dict:
 
@@ -24,8 +24,8 @@ A study file has get_study(), which returns a dict:
     curves    methods to draw over generated tokens (--images)
     pools     {name: methods}: tabulated as their mean, seed by seed, and compared with the first pool
 
-Two pseudo-keys of a method or stage: "start" names a stage (or method) whose run of the same seed it starts
-from, in place of a warm start of its own; "entry": "sft" makes a stage that only does the warm start.
+Two special keys of a method or stage: "start" names a stage (or method) whose run of the same seed it starts
+from, instead of doing its own warm start; "entry": "sft" makes a stage that only does the warm start.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
             if flags["print_commands"]:
                 continue
             before = source(study, label)
-            if before and not is_finished(study, before, seed):  # its checkpoint is not the one that is meant
+            if before and not is_finished(study, before, seed):  # its newest checkpoint is not its last
                 print(f"not started: {before} seed {seed} is not finished", file=sys.stderr)
                 failed.append(f"{label} seed {seed}")
             elif (run_here if flags["in_process"] else run_apart)(line):
@@ -124,7 +124,7 @@ def load_study(path: str) -> dict[str, Any]:
 
 
 def source(study: dict, label: str) -> str | None:
-    """The label whose run of the same seed comes first: what a run starts from, or a sweep evaluates."""
+    """The label whose run of the same seed must come first: a run starts from it, or a sweep evaluates it."""
     if label in study["sweeps"]:
         return study["sweeps"][label]["run"]
     return (study["stages"] | study["methods"])[label].get("start")
@@ -146,7 +146,7 @@ def plan(study: dict, wanted: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def run_dir(study: dict, label: str, seed: int) -> epath.Path:
-    """Where a run of the study lives: on a disk or a store."""
+    """The directory of a run, local or on an object store."""
     return storage.as_path(study["out"], "--out") / _slug(label) / f"seed{seed}"
 
 
@@ -162,14 +162,14 @@ def command(study: dict, label: str, seed: int) -> list[str]:
     if start:
         source = run_dir(study, start, seed)
         source = source / "model" if everything[start].get("entry") == "sft" else source
-        overrides |= {"model.path": str(source), "sft.steps": 0}  # whatever the warm start's settings in common
+        overrides |= {"model.path": str(source), "sft.steps": 0}  # even if `common` sets a warm start
     overrides |= {"run_dir": str(run_dir(study, label, seed)), "seed": seed}
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [sys.executable, "-m", f"jaxrl.{entry}", f"--config={study['config']}", *flags]
 
 
 def sweep_dir(study: dict, label: str, seed: int) -> epath.Path:
-    """Where a sweep of the study lives: in the run that it evaluates."""
+    """The directory of a sweep, inside the run that it evaluates."""
     return run_dir(study, study["sweeps"][label]["run"], seed) / f"sweep-{_slug(label)}"
 
 
@@ -181,7 +181,7 @@ def sweep_command(study: dict, label: str, seed: int) -> list[str]:
 
 
 def run_apart(line: list[str]) -> int:
-    """The exit code of a command. Ctrl-C reaches it as well, and it has the time to save."""
+    """Runs a command as a process; returns its exit code. Ctrl-C reaches the process, too; it has time to save."""
     with subprocess.Popen(line) as child:
         try:
             return child.wait()
@@ -191,7 +191,7 @@ def run_apart(line: list[str]) -> int:
 
 
 def run_here(line: list[str]) -> int:
-    """The same without a process of its own; `line` is [python, "-m", module, flag, ...]."""
+    """The same in this process; `line` is [python, "-m", module, flag, ...]."""
     try:
         return importlib.import_module(line[2]).main(line[2:]) or 0
     except UserError as e:
@@ -201,7 +201,7 @@ def run_here(line: list[str]) -> int:
 
 @storage.user_errors("--out")
 def is_finished(study: dict, label: str, seed: int) -> bool:
-    """Whether a run holds the record of its last step; a warm start, the weights; a sweep, its result.
+    """Whether a run has the record of its last step, a warm start its weights, or a sweep its result.
 
     Raises UserError for a store that does not answer.
     """
@@ -283,7 +283,7 @@ def compare(study: dict, metric: str) -> dict[str, Any]:
 
 
 def _pool(values: dict[str, dict[int, Any]], labels: Sequence[str]) -> dict[int, list[float]]:
-    """{seed: means over the labels}, of the seeds that all of them have."""
+    """{seed: means over the labels}, for the seeds that all labels have."""
     seeds = set.intersection(*(set(values.get(label, {})) for label in labels))
     return {seed: np.mean([values[label][seed] for label in labels], axis=0).tolist() for seed in sorted(seeds)}
 
@@ -330,7 +330,7 @@ def write_table(study: dict) -> str:
 
 
 def write_images(study: dict, where: pathlib.Path) -> list[pathlib.Path]:
-    """NAME.svg and what else there is to draw, in the directory `where`; returns the files."""
+    """Writes NAME.svg and the other figures of the study to the directory `where`; returns the files."""
     settings = []
     for label in study["curves"]:
         paths = [run_dir(study, label, seed) for seed in study["seeds"] if is_finished(study, label, seed)]

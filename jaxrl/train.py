@@ -52,9 +52,9 @@ def train(config) -> int:
 
 
 class Trainer:
-    """The parts of a run and where it stands: step, state, reference (a frozen model, or None), rollbacks.
+    """The parts of a run and its progress: step, state, reference (a frozen model, or None), rollbacks.
 
-    Begins a new run or continues the newest checkpoint. What must be closed at the end goes onto `stack`.
+    Begins a new run or continues from the newest checkpoint. `stack` closes at the end what must be closed.
     """
 
     def __init__(self, config, stack: contextlib.ExitStack):
@@ -90,7 +90,7 @@ class Trainer:
             self._begin()
 
     def _begin(self) -> None:
-        """A new run: parameters, warm start, held-out results before RL, checkpoint 0."""
+        """Begin a new run: parameters, warm start, held-out results before RL, checkpoint 0."""
         config, learner = self.config, self.learner
         self.console.note(f"{build.describe(config, self.decoder, self.mesh)}\nrun directory: {self.run.root}")
         params = build.params_maker(config, self.decoder, self.mesh)()
@@ -106,7 +106,7 @@ class Trainer:
         self.save(record)
 
     def _continue(self, found, changed: list[str]) -> None:
-        """Where the checkpoint `found` left off. changed: what is set otherwise than then, a line each."""
+        """Continue from the checkpoint `found`. changed: one line for each setting that has changed since."""
         then = found.host.get("data", {})
         changed += [f"config.{k}: its rows are others than before" for k, v in then.items() if v != self.data[k]]
         self.console.note("\n".join([f"continuing {self.run.root} after step {self.step}", *changed]))
@@ -139,14 +139,14 @@ class Trainer:
         s = self.config.sampling
         if s.warmup:
             continued = bool(s.carry_over or s.prefetch)
-            settings = (sampling_settings(self.config), SamplingParams())  # the latter: evaluation cuts nothing off
+            settings = (sampling_settings(self.config), SamplingParams())  # the latter: evaluation truncates nothing
             seconds = self.sampler.warmup(self.sampling_params(), settings, continued)
             self.console.note(f"sampler: {len(self.sampler.shapes)} shapes ready in {seconds:.0f} s")
 
     # ---- one step
 
     def train_step(self) -> int | None:
-        """Rollouts, advantages, updates, records; returns the exit code of the process where the run ends here."""
+        """Rollouts, advantages, updates, records; returns the exit code if the run ends here, else None."""
         config, learner, begin = self.config, self.learner, time.perf_counter()
         collected = self.collector.collect(self.sampling_params(), self.step)
         shards = num_batch_shards(self.mesh)
@@ -176,7 +176,7 @@ class Trainer:
         if self.main and config.log.samples:
             rows = sample_rows(collected, chosen, self.tokenizer, config.log.samples)
             self.run.write_samples(self.step, rows)
-        # In the middle of skipped updates nothing is saved: that is not a state to go back to.
+        # While updates are being skipped nothing is saved: the run should not go back to such a state.
         in_trouble = skipped and int(self.state.skipped_in_a_row) and config.nonfinite.max_in_a_row
         if last or ((stopping or self.step % config.checkpoint.every == 0) and not in_trouble):
             self.save(record)
@@ -185,7 +185,7 @@ class Trainer:
         return self.stop.exit_code if stopping and not last else None
 
     def _rolled_back(self, skipped: dict) -> bool:
-        """Keep the mini-batches of skipped updates; whether they were too many in a row, so that the run went back."""
+        """Store the mini-batches of skipped updates; True if too many in a row were skipped and the run went back."""
         config, in_a_row = self.config, int(self.state.skipped_in_a_row)
         if self.main:
             nonfinite.store_batches(self.run.local, self.step, skipped)
@@ -200,7 +200,7 @@ class Trainer:
         self.console.note(f"{in_a_row} updates in a row were not finite: back from step {self.step} to {found.step}")
         self.state, self.step = found.arrays, found.step
         self.collector.restore(found.host["collector"], found.blobs)
-        self.collector.position = ahead  # on with other problems
+        self.collector.position = ahead  # continue with other problems
         self.writer.close()
         self.writer = build.writer(config, self.run, found.host["writer"], rewound=True)
         self.stack.enter_context(contextlib.closing(self.writer))

@@ -1,4 +1,4 @@
-"""What goes into the sampler and what comes out: a problem, a completion. Batches of them: `jaxrl.rollouts`."""
+"""`Problem` goes into the sampler, `Completion` comes out. Batches of them: `jaxrl.rollouts`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Completion:
         "partial" (to be continued).
     sampled: bool [n], False where a token was forced by somebody else than the policy (a tool's result, budget
         forcing): its log-prob is 0 and it takes no gradient. None: all were drawn.
-    columns: what else the sampler records of each token, name -> [n, ...]; 0 says nothing of a token.
+    columns: what else the sampler records for each token, name -> [n, ...]; 0 means that nothing was recorded.
     """
 
     tokens: np.ndarray
@@ -59,7 +59,7 @@ class Completion:
         return dataclasses.replace(self, finish="partial", **begun)
 
     def joined(self, rest: Completion) -> Completion:
-        """This and its continuation, which says how it ends."""
+        """This completion with its continuation appended; `finish` is that of the continuation."""
         both, sampled = (self, rest), None
         if any(c.sampled is not None for c in both):
             sampled = np.concatenate([np.ones(c.length, bool) if c.sampled is None else c.sampled for c in both])
@@ -69,14 +69,14 @@ class Completion:
             self, tokens=tokens, logprobs=logprobs, finish=rest.finish, sampled=sampled, columns=columns)
 
     def forced(self, tokens) -> Completion:
-        """This with tokens appended that the policy did not draw, to be continued."""
+        """This completion with tokens appended that the policy did not draw; to be continued."""
         tokens = np.asarray(tokens, np.int32)
         zeros = np.zeros(len(tokens), np.float32)
         return self.joined(Completion(tokens, zeros, "partial", sampled=zeros > 0))
 
 
 def concat_columns(parts: Sequence[tuple[dict, int]]) -> dict[str, np.ndarray]:
-    """The columns of parts, (name -> [n, ...], n) each, one behind another. A column that a part lacks is 0 there."""
+    """The columns of all parts, concatenated. A part is (name -> [n, ...], n); a column that it lacks is 0 there."""
     some = {name: values for columns, _ in parts for name, values in columns.items()}
     missing = lambda values, n: np.zeros((n, *values.shape[1:]), values.dtype)  # noqa: E731
     return {k: np.concatenate([c[k] if k in c else missing(v, n) for c, n in parts]) for k, v in some.items()}

@@ -1,8 +1,8 @@
 """Advantages: one number per response from the rewards of its group, or one per token. NumPy float64, on the host.
 
-Every entry is `fn(rollouts, hyper) -> [N]`, one advantage a response, or `[total]`, one a token. rollouts holds graded
-responses only (jaxrl.rollouts.Rollouts); the methods here read its `reward`, `group` and `lengths` [N]. Where a method
-subtracts the group mean, a group whose rewards are exactly equal gets exactly 0 (decided by comparison, not by
+Every entry is `fn(rollouts, hyper) -> [N]`, one advantage per response, or `[total]`, one per token. rollouts holds
+graded responses only (jaxrl.rollouts.Rollouts); the methods here read its `reward`, `group` and `lengths` [N]. Where a
+method subtracts the group mean, a group whose rewards are exactly equal gets exactly 0 (decided by comparison, not by
 rounding), and a group of one follows hyper["singleton"]: "reward" keeps its reward as advantage (verl: mean 0, std 1),
 "zero" gives 0.
 """
@@ -84,8 +84,8 @@ def rloo(rollouts, hyper):
 def reinforce_pp_baseline(rollouts, hyper):
     """REINFORCE++-baseline (2501.03262): R - group mean, then whitened over the response tokens of the batch.
 
-    Each completion counts `lengths` times in mean and (unbiased) variance; divided by sqrt(variance + eps), eps 1e-8 as
-    verl. Whitening subtracts a batch mean, so a group of equal rewards does NOT get exactly 0 here.
+    Mean and (unbiased) variance count each completion once per response token; divided by sqrt(variance + eps), eps
+    1e-8 as verl. Whitening subtracts a batch mean, so a group of equal rewards does NOT get exactly 0 here.
     """
     return _whitened(_centre(_groups(rollouts), hyper), rollouts.lengths, hyper["eps"])
 
@@ -137,10 +137,10 @@ def gdpo(rollouts, hyper):
 
         A = B(sum_k w_k (r_k - group mean) / (group std + eps)),   B(x) = x / (batch std + eps)
 
-    The named rewards are the columns "reward/NAME" of the rollouts and their weights "weight/NAME" (jaxrl.shaping),
-    without such columns the reward alone. hyper: eps (1e-4 the released TRL form), ddof, over: "responses" (TRL; the
-    batch mean is 0 by construction but for groups of one, so it is not subtracted) or "tokens", B whitens over
-    response tokens as the released verl form (which subtracts the mean, so that a group of equal rewards is not 0).
+    The named rewards are the columns "reward/NAME" of the rollouts, with weights "weight/NAME" (jaxrl.shaping); without
+    such columns `reward` is the only one. hyper: eps (1e-4 in the released TRL code), ddof, over: "responses" (TRL; the
+    batch mean is not subtracted, as it is 0 by construction except for groups of one) or "tokens" (released verl code:
+    B whitens over response tokens and subtracts the mean, so that a group of equal rewards does not get 0).
     """
     named = {k.removeprefix("reward/"): v for k, v in rollouts.columns.items() if k.startswith("reward/")}
     total = np.zeros(len(rollouts.group))
@@ -175,10 +175,10 @@ ADVANTAGES: dict[str, Method] = {
 
 
 def advantages(rollouts, name: str, overrides: Mapping | None = None) -> np.ndarray:
-    """Advantages of a step's selected responses: float64 [N], or [total] from a method that gives one a token.
+    """Advantages of a step's selected responses: float64 [N], or [total] from a method that gives one per token.
 
-    Responses with valid False are left out of every statistic and get 0. Raises ValueError as `resolve`, or for a
-    method that returns another shape.
+    Responses with valid False are left out of every statistic and get 0. Raises ValueError as `resolve`
+    does, or for a method that returns another shape.
     """
     entry, hyper = resolve(ADVANTAGES, "advantage", name, overrides)
     valid = np.asarray(rollouts.valid, bool)

@@ -1,7 +1,7 @@
 """From per-token losses to one number. All denominators are global counts.
 
-A micro-batch contributes its sum divided by the counts of the whole mini-batch, so the contributions of
-micro-batches (and of devices) add up to the same value and gradient however the mini-batch was cut.
+A micro-batch contributes its sum divided by the counts of the whole mini-batch. The contributions of micro-batches (and
+of devices) therefore add up to the same value and gradient, however the mini-batch is split.
 """
 
 from __future__ import annotations

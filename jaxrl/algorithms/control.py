@@ -1,13 +1,14 @@
-"""Controls that adapt: a factor, on the weight of the length term or on budgets, is moved until a measured quantity is
-where it should be. Pure functions of one small dict that JSON can hold; settings: config.length.control.
+"""Adaptive control: a factor on the weight of the length term, or on budgets, is adapted until a measured quantity
+reaches its target. Pure functions of one small dict that JSON can hold; settings: config.length.control.
 
-The factor is integral control in its logarithm, log f += rate x error, kept within [low, high], with
+The factor f follows integral control of its logarithm, log f += rate x error, and is kept within [low, high], with
 
     accuracy      error = accuracy - (baseline - value)       high accuracy leaves room for shorter answers
     length        error = mean length / value - 1             too long
     violations    error = share above the budget - value      too often above it
 
-A positive error raises the weight. Budgets it shrinks for accuracy and length, and widens for violations.
+A positive error raises the weight. If the factor is on budgets, a positive error shrinks them for accuracy and length,
+and widens them for violations.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ HELD = ("accuracy", "length", "violations")
 
 
 def control_factor(state: Mapping) -> float:
-    """What the weight or the budgets are multiplied with: 1 before the first update."""
+    """The factor on the weight or on the budgets: 1 before the first update."""
     return state.get("factor", 1.0)
 
 
 def control_update(state: Mapping, measured: float, settings: Mapping) -> dict[str, float]:
-    """The state after a step that measured so much of settings["target"], a name in HELD.
+    """The state after a step that measured the value `measured` of settings["target"], a name in HELD.
 
     settings: target, value, baseline (of accuracy; 0 for the first one measured, which the state keeps), rate, low,
     high, steers ("weight" or "budget").

@@ -99,10 +99,10 @@ CORRECTIONS: dict[str, Method] = {
 
 
 def effective_mask(response_mask: jax.Array, weights: jax.Array, hyper: dict) -> jax.Array:
-    """The mask that denominators count [R, T]: with hyper["drop_rejected"], tokens of weight 0 leave it.
+    """The mask [R, T] of the tokens that denominators count; hyper["drop_rejected"] removes tokens of weight 0 from it.
 
-    False (default, as TRL): rejected tokens stay in the denominator, so rejection shrinks the step. True
-    (as slime argues): they leave it.
+    False (default, as TRL): rejected tokens stay in the denominator, so rejection makes the step smaller. True (as
+    slime argues): they are removed.
     """
     return response_mask * (weights > 0) if hyper["drop_rejected"] else response_mask
 

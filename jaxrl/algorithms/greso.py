@@ -1,9 +1,9 @@
-"""GRESO (2506.02177): skip prompts before sampling that have been giving groups without spread. NumPy, host.
+"""GRESO (2506.02177): before sampling, skip prompts whose last groups had no spread. NumPy, host.
 
 The state is a plain dict that JSON can hold, {"explore": {"easy": p, "hard": p}, "streaks": {problem id: [kind, n]}},
 so it goes into a checkpoint as it is. A prompt whose last n groups were all correct ("easy") or all wrong ("hard") is
-sampled with probability max(p^n, floor), p the exploration probability of its kind; others always. hyper: a value for
-each constant of GRESO.
+sampled with probability max(p^n, floor), where p is the exploration probability of its kind. Other prompts are always
+sampled. hyper: a value for each constant of GRESO.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def greso_init(hyper: Mapping) -> dict:
 
 
 def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyper: Mapping):
-    """Which of the prompts to sample, bool [len(ids)]. One random number is drawn per prompt, streak or
-    not, so that the stream does not depend on the state.
+    """Which of the prompts to sample, bool [len(ids)]. One random number is drawn for every prompt, with a streak or
+    without, so that the random stream does not depend on the state.
     """
     drawn = rng.random(len(ids))
     probability = np.ones(len(ids))

@@ -1,7 +1,7 @@
-"""A method and its constants: what every table of methods holds, and looking one up by name.
+"""A method and its constants, as every table of methods holds them, and the lookup of a method by name.
 
-A constant says its default and which values it takes, so that a wrong one is refused where it is set, by name, and
-not met in a training step:
+A constant has a default and says which values it accepts, so that a wrong value is refused by name when it is set, not
+in a training step:
 
     Number(0.2, 0, 1)                a finite number, here in [0, 1]
     Number(1e-6, 0, above=True)      greater than 0
@@ -10,8 +10,8 @@ not met in a training step:
     Choice("linear", ("linear", "inf"))
     Flag(False)
 
-`Text` and `Words` are for settings of the configuration, which are made of the same (`jaxrl.runtime.config`). Each has
-`default`, `accepts(value)`, and as text what it accepts.
+`Text` and `Words` are for settings of the configuration (`jaxrl.runtime.config`), which uses all of these classes. Each
+has `default` and `accepts(value)`; its str() says what it accepts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A finite number in [low, high]; above, below: without the end itself. off: one more value, outside the range."""
+    """A finite number in [low, high]; above, below: that end is excluded. off: one more value, outside the range."""
 
     default: float
     low: float = 0.0
@@ -38,7 +38,7 @@ class Number:
     off: float | None = None
 
     def accepts(self, value: Any) -> bool:
-        """Whether the value is such a number; NumPy's scalars are, booleans are not."""
+        """Whether the value is such a number. NumPy scalars are accepted, booleans are not."""
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
             return False
         if self.off is not None and value == self.off:
@@ -66,7 +66,7 @@ class Integer:
     off: int | None = None
 
     def accepts(self, value: Any) -> bool:
-        """Whether the value is such an integer; NumPy's are, booleans are not."""
+        """Whether the value is such an integer. NumPy integers are accepted, booleans are not."""
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             return False
         return value == self.off or (value >= self.low and (self.high is None or value <= self.high))
@@ -152,7 +152,7 @@ class Method:
 
     def __post_init__(self):
         names = list(inspect.signature(self.fn).parameters)
-        if len(names) != 2:  # columns one by one were the form of the first edition
+        if len(names) != 2:  # the first edition passed arrays one by one
             raise ValueError(
                 f"a method is fn(inputs, hyper) or fn(rollouts, hyper), not {self.fn.__name__}({', '.join(names)}); "
                 "docs/extending.md shows the form of each table"

@@ -17,14 +17,14 @@ LOGP_FLOOR = -1e5
 
 
 class LossInputs(NamedTuple):
-    """All [R, T]; log-probabilities and entropy in nats, of the tempered distribution (log-probabilities with
-    sampling.replay: of what top-k, top-p and min-p left of it).
+    """All [R, T]; log-probabilities and entropy in nats, of the tempered distribution (with sampling.replay,
+    log-probabilities are those of what top-k, top-p and min-p left of it).
 
     logp: of each token under the policy that is trained, with gradient. old_logp: under the policy at the beginning of
     the step (for tokens that older parameters drew: under those). advantages: one number per token. mask: 1 at response
     tokens. segment_ids: contiguous runs. sampler_logp: as the sampler recorded it. entropy: of the whole distribution
-    at that position, with gradient. ref_logp: under the reference model. What nobody computed is None; a loss
-    declares that it needs `ref_logp` (see losses.Loss), everything else is always there in training.
+    at that position, with gradient. ref_logp: under the reference model. Arrays that were not computed are
+    None: a loss declares that it needs `ref_logp` (see losses.Loss), all others are always there in training.
     """
 
     logp: jax.Array

@@ -18,13 +18,13 @@ from jaxrl.algorithms.hyper import Choice, Flag, Integer, Method, Number, resolv
 
 @dataclasses.dataclass(frozen=True)
 class LengthInputs:
-    """What a length reward sees of N graded responses; whatever is given becomes an array of the type below.
+    """What a length reward sees of N graded responses; values given are converted to arrays of the types below.
 
     correct: float64 [N], 0 or 1. lengths: float64 [N], response tokens as config.length.count counts them (the whole
     response, or thinking only). max_length: the response limit in tokens. budgets: float64 [N], requested tokens, 0 for
     none. modes: [N] of "none", "exact", "max", what the prompt asks for. group: int64 [N], the same number for
     responses of one prompt. truncated: bool [N], the response ran into the limit. columns: those of the rollouts, [N].
-    state: what the reward's own `update` returned last, {} before.
+    state: what the reward's `update` returned last, {} at first.
     """
 
     correct: np.ndarray
@@ -45,7 +45,7 @@ class LengthInputs:
             object.__setattr__(self, name, array)
 
     def by_group(self, fn: Callable, *arrays: np.ndarray) -> np.ndarray:
-        """float64 [N]: fn of the arrays of each group, the results back in place."""
+        """float64 [N]: fn applied to the arrays of each group, results in the order of the responses."""
         out = np.zeros(len(self.group))
         for g in np.unique(self.group):
             members = self.group == g

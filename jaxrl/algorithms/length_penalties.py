@@ -1,5 +1,5 @@
-"""Newer length rewards: relative to the group (GR3, prime-rl's, quantile slack), and with a multiplier that adapts
-(Leash, A-DLP). Entries of LENGTH_REWARDS (length.py), where their constants stand; `inputs` is a LengthInputs.
+"""Newer length rewards: relative to the group (GR3, prime-rl's, quantile slack), and with an adaptive multiplier
+(Leash, A-DLP). LENGTH_REWARDS (length.py) lists them with their constants; `inputs` is a LengthInputs.
 
 An adaptive reward reads its state, a dict that JSON can hold, from `inputs.state` ({} at first) and has an
 `update(inputs, hyper) -> state`, called once a step with everything that the step has sampled.
@@ -13,11 +13,11 @@ import numpy as np
 def gr3(inputs, hyper):
     """GR3 (2603.10535): r = I / (1 + a len / mean length of the group), a <= alpha.
 
-    hyper: alpha (0.33: prime-rl's; 0.3 elsewhere), calibration, whom the rescaling must not push below the group's mean
-    reward: "representative", a correct response of mean length, 1 / (1 + a) >= mean(r) (what the paper's
-    advantage-aware calibration protects, as others describe it; solved here for each group), "correct", every
-    correct response, min(r over the correct) >= mean(r), "none" (prime-rl). a is alpha, or what
-    bisection between 0 and alpha finds to hold; in a group that is all correct only 0 does, unless lengths are equal.
+    hyper: alpha (0.33: prime-rl's; 0.3 elsewhere), calibration: which responses the rescaling must not push below the
+    group's mean reward. "representative": a correct response of mean length, 1 / (1 + a) >= mean(r) (what the paper's
+    advantage-aware calibration protects, as others describe it; solved here for each group). "correct": every correct
+    response, min(r over the correct) >= mean(r). "none" (prime-rl). a is alpha if that satisfies the condition, else
+    bisection finds an a below alpha that does; in a group that is all correct only 0 does, unless lengths are equal.
     """
 
     def rescaled(right, length, a):
@@ -42,11 +42,11 @@ def gr3(inputs, hyper):
 
 
 def linear(inputs, hyper):
-    """prime-rl's linear penalty (#2901): r = I - coef p len / L, p the group's accuracy: nothing where nobody succeeds.
+    """prime-rl's linear penalty (#2901): r = I - coef p len / L, p the group's accuracy (0: no penalty).
 
     hyper: coef 0.25; per: what L is, "group" for the longest response of the group (#2901), "limit" for max_length
-    (#2702). gated: on correct responses only (#3376), so that among wrong ones the short do not come out ahead. Its
-    terms for prompt tokens and turns are the same for all responses here and would not change an advantage.
+    (#2702). gated: only for correct responses (#3376), so that short wrong ones are not preferred. prime-rl's terms for
+    prompt tokens and turns are left out: they are equal for all responses here and would not change an advantage.
     """
 
     def penalty(right, length):
@@ -75,12 +75,12 @@ def efficiency(inputs, hyper):
 
 
 def quantile_slack(inputs, hyper):
-    """Correct responses pay for length beyond a slack over their siblings (miles #1573).
+    """Penalty on correct responses that exceed the length of their siblings by more than a slack (miles #1573).
 
         r = max(min(floor, I), I - min(cap, beta (len - allowed) / ref))  where len > allowed
         ref = quantile of the lengths of the group's correct responses,  allowed = ref (1 + slack) + tokens
 
-    Groups with fewer than 2 correct responses are left alone. hyper: quantile, slack, tokens, beta, cap, floor.
+    Groups with fewer than 2 correct responses get no penalty. hyper: quantile, slack, tokens, beta, cap, floor.
     """
 
     def score(right, length):
@@ -95,11 +95,11 @@ def quantile_slack(inputs, hyper):
     return inputs.by_group(score, inputs.correct, inputs.lengths)
 
 
-# ---- rewards with a multiplier that adapts
+# ---- rewards with an adaptive multiplier
 
 
 def multiplier(inputs, hyper) -> float:
-    """The multiplier of an adaptive reward: of its state, or hyper["start"]."""
+    """The multiplier of an adaptive reward: from its state, hyper["start"] before the first update."""
     return inputs.state.get("multiplier", hyper["start"])
 
 

@@ -2,9 +2,9 @@
 
     cov_t = (A_t - mean A) (log pi_t - mean log pi)         means over all response tokens of the mini-batch
 
-Entropy falls by this covariance (2505.22617); so a few tokens with much of it are left out of the gradient, or held.
-The means and the choice of tokens are made for the whole mini-batch by `prepare`, so that micro-batches, packing and
-devices do not matter.
+Entropy falls by this covariance (2505.22617), so a few tokens with a large covariance are left out of the gradient
+(Clip-Cov), or held near their old log-probability (KL-Cov). `prepare` computes the means and chooses the tokens for the
+whole mini-batch, so that the result does not depend on micro-batches, packing or devices.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _covariance(tokens: LossInputs, hyper):
 
 
 def _how_many(tokens: LossInputs, hyper):
-    """Tokens that `ratio` of the mini-batch means: at least one, none with a ratio of 0."""
+    """How many tokens the share `ratio` of the mini-batch is: at least one, but 0 for a ratio of 0."""
     return jnp.where(hyper["ratio"] > 0, jnp.maximum(jnp.floor(hyper["ratio"] * jnp.sum(tokens.mask) + 1e-4), 1), 0)
 
 
@@ -36,8 +36,8 @@ def _how_many(tokens: LossInputs, hyper):
 
 
 def clip_cov_loss(inputs: LossInputs, hyper):
-    """Clip-Cov (2505.22617 eq. 10, 11): PPO's clip, and no gradient from a random few of the tokens with a covariance
-    within (cov_low, cov_high) that the clip leaves alone.
+    """Clip-Cov (2505.22617 eq. 10, 11): PPO's clip; in addition, a few tokens get no gradient, chosen at random among
+    the unclipped tokens with a covariance within (cov_low, cov_high).
 
     hyper: clip_low, clip_high, ratio (share of all tokens that is left out), cov_low, cov_high, log_ratio_clamp, and
     what `clip_cov_choice` found. Extra sum: left_out.
@@ -100,7 +100,7 @@ def kl_cov_loss(inputs: LossInputs, hyper):
 
 
 def kl_cov_choice(inputs: LossInputs, hyper) -> dict:
-    """The means of the mini-batch, and the least covariance of its `ratio` of tokens with the most."""
+    """The means of the mini-batch, and the smallest covariance in the share `ratio` of tokens that have the largest."""
     tokens = guarded(inputs)
     hyper = {**hyper, **_means(tokens)}
     ranked = jnp.sort(jnp.where(tokens.mask > 0, _covariance(tokens, hyper), -jnp.inf).ravel())

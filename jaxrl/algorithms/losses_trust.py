@@ -1,4 +1,4 @@
-"""Losses that keep the policy near by other means than a clip of the ratio: DPPO, VESPO, DRO."""
+"""Losses that keep the policy close to the old one by other means than clipping the ratio: DPPO, VESPO, DRO."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def _masked_gradient(tokens: LossInputs, outside, hyper):
 
 
 def dppo_tv_loss(inputs: LossInputs, hyper):
-    """DPPO with the total variation of the sampled token (2602.04879): a token whose probability has moved by more
-    than `high` the way a positive advantage pushes, or by more than `low` the other way, gives no gradient.
+    """DPPO with the total variation of the sampled token (2602.04879): a token gives no gradient once its probability
+    has risen by more than `high` (A > 0), or fallen by more than `low` (A <= 0).
 
         outside = pi - pi_old > high for A > 0,   pi_old - pi > low for A <= 0
 

@@ -78,7 +78,7 @@ def thresholds(values, fractions: Sequence[float], quantile: str) -> list[float]
     values = np.sort(np.asarray(values, np.float64))
     if quantile == "linear":
         return [float(np.percentile(values, 100 * a)) for a in fractions]
-    ranks = (math.ceil(a * len(values) - 1e-9) for a in fractions)  # 0.28 of 25 is 7, not the 8 of its rounding
+    ranks = (math.ceil(a * len(values) - 1e-9) for a in fractions)  # 0.28 of 25 is 7, not 8 by rounding
     return [float(values[max(rank, 1) - 1]) for rank in ranks]
 
 
@@ -97,8 +97,8 @@ def lspo(rollouts, hyper):
 
         keep  L(q) <= Q(low)  or  Q(high) <= L(q) <= Q(max),   L(q) the mean response length
 
-    Thresholds are taken over the accuracy survivors of these groups (one generation batch), comparisons are
-    inclusive: no survivor keeps nothing, one survivor or equal lengths keep all. hyper: low, high, max as
+    Thresholds are taken over the groups of the generation batch that pass the accuracy filter. Comparisons are
+    inclusive, so one such group, or groups of equal lengths, are all kept. hyper: low, high, max as
     fractions (0.30, 0.65, 0.95; the released script runs 0.30, 0.60, 0.90), quantile (see `thresholds`), statistic:
     what L(q) is, a name in STATISTICS ("accuracy": LSPO's ablation on accuracy).
     Reasons beyond accuracy's: middle, longest; on another statistic middle_NAME, top_NAME.
@@ -219,8 +219,8 @@ def pods(rollouts, hyper):
 def gfpo(rollouts, hyper):
     """GFPO (2508.09726): keep each group's k = hyper["keep"] shortest responses, or the most rewarding per token.
 
-    hyper: metric, "length" or "efficiency" (reward / length). The rest gets no gradient and advantages are normalised
-    over the kept ones, which is what removing the rest does. Ties go by order. Reason: unselected_completions.
+    hyper: metric, "length" or "efficiency" (reward / length). The rest is removed, so it gets no gradient and
+    advantages are normalised over the kept ones. Ties go by order. Reason: unselected_completions.
     """
     cost = rollouts.lengths.astype(np.float64)
     if hyper["metric"] == "efficiency":
@@ -285,7 +285,7 @@ def select(
 
 
 def dropped(rollouts, reason: np.ndarray) -> dict[str, int]:
-    """{"name/reason": how many}, in the order of the names: groups, or responses where it ends in "completions"."""
+    """{"name/reason": count}, sorted: how many groups, or responses if the reason ends in "completions"."""
     return {
         str(why): int((reason == why).sum()) if why.endswith("completions") else
         int(rollouts.group_any(reason == why).sum())
@@ -294,10 +294,10 @@ def dropped(rollouts, reason: np.ndarray) -> dict[str, int]:
 
 
 def group_reasons(rollouts, reason: np.ndarray) -> np.ndarray:
-    """object [P]: why no response of the group is kept, "" for groups with a response that is."""
+    """object [P]: why no response of the group is kept, "" for groups with a kept response."""
     out = np.full(rollouts.num_groups, "", object)
     single = np.array([why.endswith("completions") for why in reason], bool)
-    for which in (single, ~single):  # what dropped the whole group counts before what dropped single responses of it
+    for which in (single, ~single):  # a reason that dropped the whole group takes precedence
         out[rollouts.group[which]] = reason[which]
     out[rollouts.group_any(reason == "")] = ""
     return out

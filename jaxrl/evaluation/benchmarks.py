@@ -53,7 +53,7 @@ def load_dial(spec: str, tokenizer, limit: int) -> EvalSet:
     """The embedded task's held-out problems: "dial", or "dial:n_max=12:seed=7:mode=exact".
 
     Settings: count, seed, n_min, n_max, mode (none, exact, max: problems with a feasible budget each),
-    max_budget. Seed 1 is not what training looks at when it evaluates (seed 0).
+    max_budget. The default seed 1 gives other problems than those that training evaluates on (seed 0).
     """
     settings = dict(count=512, seed=1, n_min=2, n_max=8, mode="none", max_budget=22)
     for part in spec.split(":")[1:]:
@@ -141,7 +141,7 @@ def _shown(prompt: str | list, tokenizer) -> str:
 
 
 def _encode(problem: Problem, tokenizer, asked: dict) -> list[int]:
-    """The prompt's tokens; [] if the tokenizer has no tokens for its text, as that of a toy model may not."""
+    """The prompt's tokens; [] if the tokenizer cannot encode its text, which happens with toy models."""
     try:
         return encode_prompt(problem, tokenizer, **asked)
     except UserError:
@@ -194,7 +194,7 @@ def _vote(problem: Problem, text: str, grader: Grader) -> str | None:
 def load_sets(
     specs: str, tokenizer, flags: dict, grader: Grader, reward: UserReward | None = None
 ) -> list[EvalSet]:
-    """The data sets of --data, each with a name of its own.
+    """The data sets of --data, each with a unique name.
 
     Raises UserError for what is neither a file nor a known name, and for a set that is listed twice.
     """

@@ -1,6 +1,6 @@
-"""What a result is a result of, by content: two evaluations are the same only if these digests are.
+"""Digests of what a result depends on: two evaluations are the same only if these are equal.
 
-A path names a place, not a model: weights can be replaced, a run trained again, a reward function edited.
+A path is not enough, because weights can be replaced, a run trained again, or a reward function edited.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def model_identity(model: str, step: int | None) -> dict[str, str]:
         # a checkpoint's manifest holds the digests of all its files
         path = dict(manifest.step_paths(root / "checkpoints")).get(step)
         weights = digest_files([path / manifest.MANIFEST]) if path and storage.exists(path / manifest.MANIFEST) else ""
-    elif storage.is_remote(root):  # by the store's own digests, or all weights would cross the network for a name
+    elif storage.is_remote(root):  # the store's own digests: otherwise all weights would be downloaded
         weights = storage.fingerprint(root, ".safetensors")
     else:
         weights = digest_files(p for pattern in WEIGHTS for p in root.glob(pattern))

@@ -58,7 +58,7 @@ def length_metrics(records: Records, tolerance: int = 500) -> dict[str, float]:
     """Of all samples of records with a budget; {} if none has one. Fractions.
 
     mean_error: (E[n] - n_gold) / n_gold, signed, so that too short and too long cancel (L1's figure).
-    mean_deviation: E|n - n_gold| / n_gold, in which they do not. rmse: of the relative deviation.
+    mean_deviation: E|n - n_gold| / n_gold, where they do not cancel. rmse: of the relative deviation.
     hard_violation: share above the budget; soft_violation: above it by more than `tolerance` tokens.
     """
     pairs = [(s["tokens"], r["budget"]) for r in records if r["budget"] for s in r["samples"]]
@@ -70,7 +70,7 @@ def length_metrics(records: Records, tolerance: int = 500) -> dict[str, float]:
 
 
 def length_profile(records: Records, parts: int = 4) -> dict[str, Any]:
-    """How correctness goes with length, over all graded samples; {} if there are none.
+    """How correctness depends on length, over all graded samples; {} if there are none.
 
     tokens_correct, tokens_wrong: mean lengths of either kind (None where there is none). by_length: the samples in
     `parts` groups of about equal number from short to long, each {"up_to": longest of the group in tokens, "accuracy",
@@ -93,7 +93,7 @@ def length_profile(records: Records, parts: int = 4) -> dict[str, Any]:
 def log_linear_slope(tokens: Sequence[float], accuracies: Sequence[float]) -> float:
     """Least-squares slope of accuracy against ln(mean tokens): accuracy gained per e-fold of tokens.
 
-    Times ln 2 it is the gain per doubling. NaN where counts lie within 5 %: that slope would be one of noise.
+    Times ln 2 it is the gain per doubling. NaN if the counts lie within 5 %, where the slope would be noise.
     """
     x, y = np.log(np.maximum(np.asarray(tokens, np.float64), 1e-9)), np.asarray(accuracies, np.float64)
     x = x - x.mean() if len(x) else x
@@ -101,7 +101,7 @@ def log_linear_slope(tokens: Sequence[float], accuracies: Sequence[float]) -> fl
 
 
 def sweep_metrics(rows: Sequence[dict]) -> dict[str, float]:
-    """What a sweep over budgets amounts to; rows: one summary per budget with budget, mean_tokens, accuracy.
+    """Summary figures of a sweep over budgets. rows: one summary per budget with budget, mean_tokens, accuracy.
 
     mean_error: mean over budgets of |mean_error|. slope: see log_linear_slope. control, scaling (per 1000
     tokens; NaN where slope is) and performance: s1's three figures (2501.19393 section 4), the budget being the limit.

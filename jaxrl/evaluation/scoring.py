@@ -1,4 +1,4 @@
-"""Sampling answers to problems, and what their grades amount to: accuracy, pass@k, maj@k, with intervals.
+"""Samples answers to problems and summarises their grades: accuracy, pass@k, maj@k, with intervals.
 
 A record is one problem with its graded samples, JSON-able, and all statistics are functions of records, so
 that an interrupted evaluation can be finished and old completions can be summarised anew.
@@ -49,8 +49,8 @@ def evaluate_problems(
       grade: as Task.grade; called once with problems repeated for their samples.
       max_tokens: limit per response; None is the sampler's own. Prompts that leave less room than that in
         the model's context get what is left.
-      vote: (problem, text) -> the answer in a normal form for majority voting, None if there is none. The
-        votes of correct samples are one and the same whatever their form. None leaves maj@k out.
+      vote: (problem, text) -> the answer in a normal form for majority voting, None if there is none. All
+        correct samples get the same vote, whatever form their answer has. None leaves maj@k out.
       generate: in place of sampler.generate. room: tokens that the context must leave for a response.
 
     A problem's completions depend on (seed, problem id, sample index) only: not on which others are
@@ -75,8 +75,8 @@ def evaluate_problems(
         if fit
     ]
     drawn = iter(generate(params, requests, seed=seed, step=EVALUATION_STEP, sampling=sampling))
-    # A prompt without room for an answer, or in no words the model knows, is answered wrongly, not left out: that
-    # would flatter.
+    # A prompt that leaves no room for an answer, or that the tokenizer cannot encode, counts as answered wrongly:
+    # leaving it out would raise the accuracy.
     groups = [
         [{"text": tokenizer.decode(c.tokens), "tokens": c.length, "finish": c.finish} for c in next(drawn)]
         if fit
@@ -94,8 +94,8 @@ def graded_records(
     problems: Sequence[Problem], prompt_tokens: Sequence[int], groups: Sequence[list[dict]], grade: Callable,
     vote: Callable | None,
 ) -> Records:  # fmt: skip
-    """Records of sampled answers. groups: the samples of each problem, {"text", "tokens", "finish"}; text None is an
-    answer that could not be asked for. grade, vote: as in evaluate_problems."""
+    """Records of sampled answers. groups: the samples of each problem, {"text", "tokens", "finish"}; text None: the
+    prompt could not be sampled. grade, vote: as in evaluate_problems."""
     asked = [(p, s["text"]) for p, group in zip(problems, groups, strict=True) for s in group if s["text"] is not None]
     grades = iter(grade([p for p, _ in asked], [text for _, text in asked]))
 

@@ -1,4 +1,4 @@
-"""Answers from a model that somebody else serves, over the OpenAI-compatible API (vLLM, SGLang, llama.cpp, ...).
+"""Answers from a model behind a server with the OpenAI-compatible API (vLLM, SGLang, llama.cpp, ...).
 
 A "chat" prompt goes to /chat/completions as messages, so that the server's own chat template is used; any other goes to
 /completions as text. A response's length is what the server counted (usage.completion_tokens).
@@ -22,8 +22,9 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # the server may do it later
 
 
 class Server:
-    """A served model. url: up to and including /v1. model: its name there. retries: further tries of a request that
-    fails in a way that can pass, after 1, 2, 4 ... seconds. timeout: seconds a request may take. wait: for tests."""
+    """A served model. url: up to and including /v1. model: its name there. retries: further tries, after 1, 2,
+    4 ... seconds, of a request that fails for a reason that may pass. timeout: seconds a request may take. wait: for
+    tests."""
 
     def __init__(self, url: str, model: str, *, key: str = "", concurrency: int = 8, retries: int = 6,
                  timeout: float = 600.0, wait: Callable[[float], Any] = time.sleep):
@@ -40,7 +41,7 @@ class Server:
         self.client.close()
 
     def post(self, path: str, body: dict) -> dict:
-        """The server's answer to a request. Raises UserError, one line, when it refuses or stays away."""
+        """The server's answer to a request. Raises UserError, one line, if it refuses or does not answer."""
         said = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -86,7 +87,7 @@ def ask(
     """Records (see scoring.evaluate_problems) of `samples` answers to every problem, many requests at a time.
 
     settings: temperature and what else the API takes. The seed of a sample is a function of (seed, problem id, sample
-    index); whether the server heeds it is its own affair. Raises UserError as Server.post does.
+    index); a server may ignore it. Raises UserError as Server.post does.
     """
     jobs = [
         server.pool.submit(server.complete, prompt, settings | {"max_tokens": max_tokens, "seed": _seed(seed, p, i)})

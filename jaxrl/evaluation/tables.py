@@ -47,7 +47,7 @@ def length_table(results: Sequence[dict]) -> str:
     """One row per result with a budget: how far lengths are from it, and the accuracy reached."""
     header = ["data", "mode", "budget", "mean tokens", "mean error", "mean deviation", "RMSE"]
     header += ["over budget", "over by more", "accuracy"]
-    voted = [f"maj@{r['samples']}" for r in results]  # what sampling settles on, beside the mean of what it does
+    voted = [f"maj@{r['samples']}" for r in results]  # the majority's accuracy, beside the mean over samples
     header += ["maj@k"] if any(key in r for key, r in zip(voted, results, strict=True)) else []
     keys = ("mean_error", "mean_deviation", "rmse", "hard_violation", "soft_violation")
     rows = [
@@ -60,8 +60,8 @@ def length_table(results: Sequence[dict]) -> str:
 
 
 def profile_table(results: Sequence[dict]) -> str:
-    """One row per result: lengths of correct and of wrong answers, and accuracy from the shortest to the longest part
-    of the answers (evaluation.lengths.length_profile), "at most so many tokens: accuracy"."""
+    """One row per result: lengths of correct and of wrong answers, and the accuracy of each part of the answers, from
+    the shortest to the longest, as "most tokens: accuracy" (evaluation.lengths.length_profile)."""
     rows = []
     for r in results:
         means = ["-" if r[k] is None else f"{r[k]:.1f}" for k in ("tokens_correct", "tokens_wrong")]

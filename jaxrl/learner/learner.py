@@ -89,8 +89,8 @@ def lora_of(config, decoder: DecoderConfig) -> LoRA | None:
 class Learner:
     """Builds the programs of a configuration once and runs them on the mini-batches of each step.
 
-    lora: the adapters that are trained, or None. frozen: their base, once `init` or `attach` was called; it is no part
-    of the state, so no update copies it and no checkpoint holds it.
+    lora: the adapters that are trained, or None. frozen: their base, once `init` or `build.find_base` has set it. It is
+    not part of the state, so no update copies it and no checkpoint holds it.
     """
 
     def __init__(self, config, decoder: DecoderConfig, mesh):
@@ -150,17 +150,17 @@ class Learner:
         return init_state(*parts, key=key, params=start, param_dtype=self.param_dtype, lora=self.lora)
 
     def weights(self, state: TrainState):
-        """All parameters of the model, adapters beside their matrices: what `score` and the sampler's layout take."""
+        """All parameters of the model, adapters beside their matrices: for `score` and the sampler's layout."""
         return join(self.frozen, state.params)
 
     @property
     def compiles(self) -> int:
-        """Programs compiled so far: one for each shape and capacity of the batches seen, and kind."""
+        """Programs compiled so far: of update and of score, one for each shape and capacity of the batches seen."""
         return self.programs.update._cache_size() + self.programs.score._cache_size()
 
     def score(self, params, batch: PackedBatch, *, reference: bool = False):
         """Log-probs of every response token under params: float32 [M, R, T], zero elsewhere. reference: params are of
-        another model than the one that drew, and choose their own experts."""
+        another model than the one that sampled, so they choose their own experts."""
         batch = batch.replace(experts=None) if reference else batch
         return self.programs.score(params, place_batch(batch, self.mesh))[0]
 
@@ -177,7 +177,7 @@ class Learner:
         scored, records = [self._scored(state, batch, reference) for batch in batches], []
         for batch, scores in zip(batches, scored, strict=True):
             ready = place_batch(batch, self.mesh).replace(**scores)
-            jax.block_until_ready(records[-1:])  # so that at most two mini-batches lie on the devices
+            jax.block_until_ready(records[-1:])  # so that at most two mini-batches are on the devices
             with compiles.program("update", batch.tokens.shape):
                 state, metrics = self.programs.update(state, ready, self.frozen)
             records.append(metrics)

@@ -7,14 +7,14 @@ times z, as flash attention does. Backward computes each chunk's logits again an
 
     dL/dz_v = g [v = y] - p_v (g + e (log p_v + H))          g = dL/dlogp, e = dL/dH
 
-from which dHead's chunk is final at once (one product over all tokens: nothing is accumulated, so there is no
-second fp32 copy of the head) and only dHidden [tokens, D] is summed over chunks.
+This gives the chunk's part of dHead at once (one product over all tokens; nothing is accumulated, so there is no second
+fp32 copy of the head). Only dHidden [tokens, D] is summed over chunks.
 
-With `least` the log-prob is that of a truncated distribution, of the tokens that reach a given probability, and of y:
+With `least` the log-prob is that of a truncated distribution, over the tokens that reach a given probability, and y:
 
     logp = z_y - lse_S(z),   S = {v : p_v >= least} + {y}        H as before
 
-That walks the vocabulary a second time, since S is known once lse is; S itself has no gradient.
+This needs a second pass over the vocabulary, since S is known only after lse. S itself has no gradient.
 
 Only the positions that predict a response token reach the head: they are first gathered into `capacity`
 slots. On a mesh all of this runs inside `shard_map`, so the collectives are the ones written here: per chunk
@@ -88,8 +88,8 @@ def logprobs_and_entropy(hidden, head, targets, mask, capacity: int, *, settings
       targets: int32 [N]. mask: [N], nonzero where asked.
       capacity: static; at least the number of masked positions in each of the mesh's batch shards (positions
         beyond it would be dropped: jaxrl.learner.packing counts them on the host).
-      least: float32 [N], a probability: logp is that of the distribution of the tokens that reach it, and of the
-        target; 0 keeps everything, as None does.
+      least: float32 [N], a probability: logp is that of the distribution over the target and the tokens that reach
+        this probability; 0 keeps all tokens, as None does.
 
     Returns:
       (logp [N], entropy [N]) float32, in nats, 0 where mask is 0. Differentiable in hidden and head.
@@ -216,7 +216,7 @@ def _log_mass_kept(s: HeadSettings, h, y, head, *, lse, logp, least, saved):
 
     others, _ = _over_vocabulary(s, head, step, jnp.zeros_like(logp), saved.shape[0], saved)
     others = lax.psum(others, "tensor") if s.size("tensor") > 1 else others
-    return jnp.logaddexp(logp, jnp.log(others))  # the target apart: all others may have gone
+    return jnp.logaddexp(logp, jnp.log(others))  # the target apart: perhaps no other token is kept
 
 
 def _kept(log_p, least):
@@ -225,7 +225,7 @@ def _kept(log_p, least):
 
 
 def _lower(total, weighted, top, new_top):
-    """sum e^(z - top) and sum e^(z - top) (z - top), referred to a higher top. Relative to the top, because
+    """sum e^(z - top) and sum e^(z - top) (z - top), converted to a higher top. They are relative to the top, because
     lse - E[z] would lose the digits of large logits."""
     scale = jnp.exp(top - new_top)
     return total * scale, (weighted + total * (top - new_top)) * scale

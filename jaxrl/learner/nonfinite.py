@@ -1,8 +1,8 @@
-"""Updates that were skipped because loss, gradient or step were not finite: kept for a look, and not for ever.
+"""What happens after updates that were skipped because loss, gradient or step were not finite.
 
-The update itself leaves the state as it was (jaxrl/learner/update.py). The training loop then stores the
-mini-batch here and, when too many in a row were skipped, goes back to the last checkpoint once and draws other
-problems from there: with the same ones a deterministic run would only come to the same end.
+The update itself leaves the state as it was (jaxrl/learner/update.py). The training loop then stores the mini-batch
+with `store_batches`. When too many in a row were skipped, it goes back to the last checkpoint once and continues with
+other problems: with the same problems a deterministic run would fail again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def store_batches(run_dir: str | os.PathLike, step: int, batches: Mapping[int, P
 
 
 def whole_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
-    """The rows of all processes, on every process, from each one's own. All of them must call it."""
+    """The batch with the rows of all processes, from the own rows of each. All processes must call it."""
     if jax.process_count() == 1:
         return batch
     shards, rows = num_batch_shards(mesh), {k: v for k, v in vars(batch).items() if np.ndim(v) == 3}
@@ -68,7 +68,7 @@ def must_roll_back(in_a_row: int, limit: int, rollbacks: int, step: int, run_dir
     """Whether the run should go back to its last checkpoint after `in_a_row` skipped updates.
 
     limit: config.nonfinite.max_in_a_row, 0 = never. rollbacks: how often this run has gone back already.
-    Raises UserError instead of a second time.
+    Raises UserError where the run would have to go back a second time.
     """
     if not 0 < limit <= in_a_row:
         return False

@@ -1,17 +1,17 @@
-"""Sequences of any length into a few static shapes: rows of packed segments, cut into micro-batches. NumPy only.
+"""Packs sequences of any length into a few static shapes: rows of segments, split into micro-batches. NumPy only.
 
 Length-aware selection keeps the shortest and the longest answers on purpose, so padding every row to the
 longest would waste most of the update. Rows are filled first-fit-decreasing; attention stays inside a
 segment (`segment_ids`), and each segment counts its own positions.
 
-With `share_prompts`, the responses to one prompt stand behind one copy of it, a bundle, and cost it once:
+With `share_prompts`, the responses to one prompt stand behind one copy of it, which is computed once (a bundle):
 
     row      p p p p | p r r r | p r r | ...        p: prompt, r: response; the prompt's last token is repeated, because
     segment  1 1 1 1 | 2 2 2 2 | 3 3 3 | ...        from it each response's first token is predicted
     parent   0 0 0 0 | 1 1 1 1 | 1 1 1 | ...        a token sees its own segment and the parent's, causally
 
 Shapes are [M, R, T]: M micro-batches (only the first `num_micro` hold anything and only those are computed), R rows
-(one of two counts), T tokens. A shape is a compilation, so M does not depend on the lengths.
+(one of two counts), T tokens. Every shape is compiled, so M does not depend on the lengths.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class PackedBatch:
     of the mini-batch, the denominators of every aggregation.
     capacity: static; most response tokens that one micro-batch has on one batch shard, rounded up.
     parents: int32 [M, R, T], the id of one more segment that a token sees, 0 for none; None if prompts are not shared.
-    least: float32 [M, R, T], what tells the set that a token was drawn from (jaxrl.rollout.sampling.kept_set); None if
-    that is not replayed. experts: unsigned [M, R, T, L, k], those that the sampler chose for a token, of L layers,
-    counted from 1, zeros where it did not say; None if they are not replayed.
+    least: float32 [M, R, T], the probability that defines the set from which a token was drawn
+    (jaxrl.rollout.sampling.kept_set); None without replay. experts: unsigned [M, R, T, L, k], the experts that the
+    sampler chose for a token in L layers, counted from 1, zeros where it recorded none; None without router replay.
     """
 
     tokens: Any
@@ -66,13 +66,13 @@ class PackedBatch:
 class PackSettings:
     """The sizes of a mini-batch.
 
-    row_tokens: T, tokens of a row. micro_tokens: positions (padding included) of one micro-batch over all devices; at
-    least one row a shard is used however small it is. shards: data x fsdp of the mesh; R is a multiple of it, and
-    response tokens are dealt evenly. most_rows: how many rows the mini-batches of a run can fill
-    (`jaxrl.batch.most_rows`): all of them get an M for that many; 0: M is the next power of two. share_prompts: the
+    row_tokens: T, tokens of a row. micro_tokens: positions (padding included) of one micro-batch over all devices;
+    every shard gets at least one row, however small this is. shards: data x fsdp x expert of the mesh; R is a multiple
+    of it, and response tokens are spread evenly over shards. most_rows: the most rows that a mini-batch of the run can
+    fill (`jaxrl.batch.most_rows`); M is large enough for them; 0: M is the next power of two. share_prompts: the
     responses to one prompt stand behind one copy of it. replay: log-probs are those of the truncated distributions
-    that the tokens were drawn from, by the rollouts' token columns "kept" and "least". experts: so are experts, by
-    "experts".
+    that the tokens were drawn from (token columns "kept" and "least" of the rollouts). experts: the learner uses the
+    sampler's experts (token column "experts").
     """
 
     row_tokens: int
@@ -86,9 +86,9 @@ class PackSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a plan is made of, one number a response: the same on every host, whoever holds the tokens.
+    """The input of `plan`, numbers per response: every host has all of them, whichever host holds the tokens.
 
-    group: equal for the responses to one prompt. prompt, response: tokens. trained: response tokens that are trained
+    group: equal for the responses to one prompt. prompt, response: lengths. trained: response tokens that are trained
     on. All int64 [N].
     """
 
@@ -98,12 +98,12 @@ class Sizes:
     trained: np.ndarray
 
     def take(self, index) -> Sizes:
-        """Those of the responses `index`."""
+        """The sizes of the responses `index`."""
         return Sizes(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
 
 
 def sizes(rollouts: Rollouts) -> Sizes:
-    """Trained on are the tokens that the policy drew (`sampled`) of valid responses."""
+    """The sizes of rollouts. Trained on are the tokens of valid responses that the policy drew (`sampled`)."""
     r = rollouts
     prompt = r.per_response([len(p.tokens) for p in r.prompts], np.int64)
     return Sizes(r.group, prompt, r.lengths, r.token_count(r.sampled) * r.valid)
@@ -111,16 +111,17 @@ def sizes(rollouts: Rollouts) -> Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where the responses of a mini-batch go, and what of them lies in this host's own rows (on one host: all).
+    """Where the responses of a mini-batch go: those in this host's own rows (on one host: all).
 
-    shape: (M, R, T), R the own rows of a micro-batch. responses: int64 [n], the responses in them, ascending; first,
-    segment, shared: int64 [n], where each begins among the M x R x T tokens, the id of its segment, and how many tokens
-    of its prompt stand before it in a segment of their own, whose id is `parent` (0: none). index: int64 [total], the
-    position of each token of those responses; offsets: int64 [n + 1], of the responses in it.
+    shape: (M, R, T), R the own rows of a micro-batch. responses: int64 [n], the responses in the own rows, ascending.
+    first, segment, shared, parent: int64 [n], for each of them: where it begins among the M x R x T tokens, the id of
+    its segment, how many tokens of its prompt stand before it in a segment of their own, and the id of that segment
+    (0: none). index: int64 [total], the position of each token of these responses. offsets: int64 [n + 1], where each
+    response begins in `index`.
 
     Of the whole mini-batch: num_micro, num_tokens, num_sequences, capacity (see PackedBatch). tokens: of prompts and
-    responses. context: how many tokens one of them sees, on average. waste: share of the computed positions that hold
-    padding. waste_to_longest: what it would be with one sequence per row, padded to the longest.
+    responses. context: how many tokens one of them attends to, on average. waste: share of the computed positions that
+    hold padding. waste_to_longest: that share with one sequence per row, padded to the longest.
     """
 
     shape: tuple[int, int, int]
@@ -141,8 +142,8 @@ class Packing:
     waste_to_longest: float
 
     def spread(self, values, dtype=np.float32, before: int = 0) -> np.ndarray:
-        """[M, R, T, ...] with values ([n], one a response, or [total, ...], one a token) at the responses, or so many
-        tokens before; 0 elsewhere."""
+        """[M, R, T, ...] with values ([n], one per response, or [total, ...], one per token) at the response tokens, or
+        `before` positions earlier; 0 elsewhere."""
         values = np.asarray(values)
         if len(values) != len(self.index):
             values = np.repeat(values, np.diff(self.offsets))
@@ -167,7 +168,7 @@ def pack(
 
 
 def plan(of: Sizes, settings: PackSettings, own: Sequence[int] | None = None) -> Packing:
-    """A row and a column for every response. Deterministic, and a function of sizes alone: all hosts agree.
+    """Assigns a row and a column to every response. Deterministic and a function of sizes alone, so all hosts agree.
 
     own: the batch shards (0 to settings.shards - 1, ascending) whose rows this host holds; None: all.
     Raises UserError: no response, an empty prompt or response, or a sequence longer than a row.
@@ -213,10 +214,10 @@ def plan(of: Sizes, settings: PackSettings, own: Sequence[int] | None = None) ->
 
 
 def fill(packing: Packing, mine: Rollouts, advantages, settings: PackSettings, step: int | None = None) -> PackedBatch:
-    """The mini-batch's arrays, of the own rows of `packing`.
+    """The arrays of a mini-batch, for the own rows of `packing`.
 
-    mine: its responses (`packing.responses`), in that order. advantages: [n], one a response, or [total], one a token.
-    step: tokens drawn before this training step are stale; None: none is.
+    mine: the responses `packing.responses`, in that order. advantages: [n], per response, or [total], per token.
+    step: tokens drawn before this training step are stale; None: no token is.
     """
     r, shape = mine, packing.shape
     tokens, positions, segments, parents = np.zeros((4, np.prod(shape)), np.int32)
@@ -255,7 +256,7 @@ def fill(packing: Packing, mine: Rollouts, advantages, settings: PackSettings, s
 
 
 def _triangle(n):
-    """1 + 2 + ... + n: what n tokens of a segment see together."""
+    """1 + 2 + ... + n: how many tokens the n tokens of a segment attend to, added up."""
     return n * (n + 1) // 2
 
 
@@ -287,8 +288,8 @@ def _bundles(of: Sizes, T: int, share: bool):
 
 
 def _segments(bundle, row_of, begin, shared):
-    """(id of each response's segment, that of its prompt's, 0 if they are one): ids count up from 1 within a row, from
-    left to right, a shared prompt before the responses behind it."""
+    """(segment id of each response, segment id of its shared prompt or 0 if it has none). Ids count up from 1 within a
+    row, from left to right; a shared prompt comes before its responses."""
     order = np.lexsort((begin, row_of))
     head = np.diff(bundle[order], prepend=-1) != 0  # of its bundle
     id_ = np.cumsum(1 + (head & (shared[order] > 0)))
@@ -314,8 +315,9 @@ def _first_fit_decreasing(lengths, T: int):
 
 
 def _row_count(rows: int, T: int, micro_tokens: int, shards: int) -> tuple[int, int]:
-    """(R, micro-batches in use): the budget's row count where at least four of them are filled to the last percent,
-    else its quarter. Not what is best for each batch: that would be many shapes."""
+    """(R, micro-batches in use). R is the row count that micro_tokens allows, or a quarter of it: the quarter if fewer
+    than four full micro-batches would be filled, or if the full count computes over 1 % more rows. Choosing the best R
+    for each batch would give many shapes."""
     most = max(1, micro_tokens // (T * shards))
     R, quarter = most * shards, max(1, most // 4) * shards
     if rows < 4 * R or -(-rows // R) * R > 1.01 * -(-rows // quarter) * quarter:
@@ -325,7 +327,7 @@ def _row_count(rows: int, T: int, micro_tokens: int, shards: int) -> tuple[int, 
 
 def _deal(row_of, response_lengths, num_micro: int, shards: int):
     """Deals the rows to num_micro x shards bins, so that each gets about the same number of response tokens: sorted by
-    them, the rows go to the bins from the first to the last, then back, and so on.
+    response tokens, rows go to the bins from the first to the last, then from the last to the first, and so on.
 
     Returns (bin of each sequence, its row there, the largest number of response tokens in one bin).
     """

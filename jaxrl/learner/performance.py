@@ -10,7 +10,7 @@ from jaxrl.runtime import hardware
 
 def needed_flops(decoder, packing: Packing) -> float:
     """Matrix FLOPs of one forward pass: the decoder on all tokens, each attending to those before it in its own
-    sequence and itself, the head on response tokens. Padding and recomputation are not work."""
+    sequence and itself, the head on response tokens. Padding and recomputation are not counted."""
     head = 2.0 * decoder.hidden_size * decoder.vocab_size
     body = hardware.model_flops_per_token(decoder, packing.context) - head
     return float(packing.tokens * body + packing.num_tokens * head)
@@ -19,8 +19,8 @@ def needed_flops(decoder, packing: Packing) -> float:
 def performance(packings: list[Packing], learner, seconds: float) -> dict[str, float]:
     """The perf/ metrics of a step's updates, which took `seconds` in all (compiling included, if they did).
 
-    padding_waste and padding_waste_unpacked: share of the computed positions that held padding, and what it would
-    have been with one sequence a row. update_tokens_per_second: prompt and response tokens. mfu: needed FLOPs (three
+    padding_waste and padding_waste_unpacked: share of the computed positions that held padding, and that share
+    with one sequence per row. update_tokens_per_second: prompt and response tokens. mfu: needed FLOPs (three
     forward passes for an update, one for a scoring pass) over the chips' bf16 peak; left out where the peak is
     unknown, as on a CPU. learner_compiles: since the start. See `hardware.peak_memory` for the rest.
     """

@@ -27,7 +27,8 @@ HOST = "pinned_host"  # the memory that a device can copy from and to by itself
 class TrainState:
     """step: int32 [], optimizer updates applied. params: the master copy of what is trained: all of the model, or the
     adapters (models/lora.py) beside a frozen base that is no part of the state. opt_state: optax's. skipped: int32 [],
-    updates not applied because something was not finite. skipped_in_a_row: int32 [], of these the latest."""
+    updates not applied because something was not finite. skipped_in_a_row: int32 [], those since the last
+    update that was applied."""
 
     step: Any
     params: Any
@@ -38,7 +39,7 @@ class TrainState:
 
 class Optimizer(NamedTuple):
     """transform: optax gradient transformation. schedule: updates applied so far -> learning rate. offload: its
-    state rests in the host's memory and visits the device only while it is applied."""
+    state is kept in host memory and is on the device only during the update."""
 
     transform: optax.GradientTransformation
     schedule: Callable
@@ -130,7 +131,7 @@ def _round_stochastically(key, x):
 
 def add_updates(params, updates, step):
     """params + updates in the dtype of params. bfloat16 ones are rounded stochastically, as moments are: a step of 1e-6
-    is far below half the distance of two neighbours, so that rounded to nearest nothing would ever move."""
+    is far below half the distance of two bfloat16 neighbours, so rounding to nearest would never change a parameter."""
 
     def add(i, p, u):
         total = p.astype(jnp.float32) + u

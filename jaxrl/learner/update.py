@@ -1,4 +1,4 @@
-"""Where a token's gradient comes from: one optimizer step on one packed mini-batch.
+"""One optimizer step on one packed mini-batch, from tokens to the update.
 
     hidden = decoder(tokens, positions, segment_ids)                     models/decoder.py
     logp, entropy of the response tokens                                 learner/logprobs.py
@@ -8,9 +8,9 @@
     token = loss(logp, old, A) x correction weight + kl_coef x KL(reference) - entropy_coef x H
     loss  = aggregate(token) with the mini-batch's own counts as denominators
 
-Micro-batches are folded one after another and their float32 gradients added up; since every denominator is
-global, the sum is the gradient of the whole mini-batch however it was cut. Then one clipped AdamW step, or
-none at all if loss, gradient or the step's result are not finite.
+Micro-batches are computed one after another and their float32 gradients added up. Every denominator counts the whole
+mini-batch, so the sum is the gradient of the whole mini-batch, however it is split. Then comes one clipped AdamW step,
+or none if loss, gradient or the step's result are not finite.
 
 `build_programs` makes the two programs (update, score) for a model, a mesh and an objective. They lower from
 abstract arguments (`abstract_state`, `abstract_batch`), so that `preflight` can compile them without data.
@@ -61,7 +61,7 @@ from models.table import NORM, kinds
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
              "sampler_logprobs", "ref_logprobs", "stale")
-OPTIONAL = ("parents", "least", "experts")  # also something of each token, or None
+OPTIONAL = ("parents", "least", "experts")  # further arrays with values per token, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Objective:
     sampling; log-probs and entropy are those of the tempered distribution. on_policy: exactly one update per
     batch, so old_logp = stop_gradient(logp) and no scoring pass is needed. kl_coef: weight of KL(pi || reference),
     with estimator kl_kind, clamped at kl_value_clamp, and weighted by pi / pi_old if kl_unbiased. entropy_coef:
-    entropy bonus. entropy_advantage: (alpha, kappa) or None. balance_coef: of the load-balancing loss of a mixture of
-    experts, which is that of each micro-batch, weighted by its share of the response tokens.
+    entropy bonus. entropy_advantage: (alpha, kappa) or None. balance_coef: weight of the load-balancing loss of a
+    mixture of experts, computed per micro-batch and weighted by the micro-batch's share of the response tokens.
     """
 
     loss: str = "grpo"
@@ -135,7 +135,7 @@ class Whole(NamedTuple):
     num_sequences: Any
 
 
-@functools.lru_cache(maxsize=8)  # runs after each other in one process share what is traced and compiled
+@functools.lru_cache(maxsize=8)  # consecutive runs in one process share what is traced and compiled
 def build_programs(
     config: DecoderConfig,
     mesh: Mesh,
@@ -173,7 +173,7 @@ def build_programs(
         frozen=lora is not None,
         narrow=config.narrow,
     )
-    # Results lie exactly as the inputs do, so that no second call compiles again.
+    # Outputs have the shardings of the inputs, so that a second call does not compile again.
     resting = sharding_of(abstract_state(config, optimizer, mesh, rules=rules, lora=lora))
     model = Decoder(config, dtype=dtype, remat=remat, attention=attention)
     parts = Parts(objective, loss, loss_hyper, correction, correction_hyper, optimizer, model, head, mesh, rules,
@@ -211,7 +211,8 @@ def _update(parts: Parts, moments_rest, state: TrainState, batch: PackedBatch, f
 
 
 def _whole(parts: Parts, params, batch: PackedBatch) -> Whole:
-    """The constants of a loss that depend on the whole mini-batch, and the denominators without rejected tokens."""
+    """The constants of a loss that depend on the whole mini-batch, and the denominators. With drop_rejected,
+    they count no rejected tokens."""
     loss, on_policy, drops = parts.loss, parts.objective.on_policy, parts.correction_hyper["drop_rejected"]
     hyper, num_tokens, num_sequences = parts.loss_hyper, batch.num_tokens, batch.num_sequences
     if loss.prepare is None and not drops:
@@ -380,8 +381,8 @@ def _metrics(loss, grad_norm, sums, maxima, num_tokens, *, lr, ok):
 
 
 def place_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
-    """The batch on the mesh, rows split over data and fsdp. Every process gives the rows of its own shards
-    (`runtime.mesh.own_shards`), one process all."""
+    """The batch on the mesh, rows split over data, fsdp and expert. Every process gives the rows of its own shards
+    (`runtime.mesh.own_shards`); a single process gives all."""
     own, shards = own_shards(mesh), num_batch_shards(mesh)
 
     def put(x):
@@ -401,7 +402,7 @@ def place_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
 
 
 def own_rows(array: jax.Array) -> np.ndarray:
-    """The inverse for one array [M, R, T] that lies so: this process's rows of it."""
+    """The inverse of `place_batch` for one array [M, R, T]: this process's rows of it."""
     parts = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=1)
 

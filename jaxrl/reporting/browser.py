@@ -1,8 +1,8 @@
 """The rollout browser of a report page: what is embedded in it, so that browser.js can show any of it on demand.
 
-A page holds, for each run, an index and one blob a step, each JSON, gzipped and base64-encoded, in a <script> that
-is not run. The index has what filters need (length, outcome and fate of every answer), so that they need no blob; a
-blob is decoded when a group of its step is on the screen. The fields: `index_of`, `blob_of`.
+A page holds, for each run, an index and one blob per step, each as gzipped and base64-encoded JSON in a <script> that
+is not executed. The index has what filters need (length, outcome and fate of every answer), so they decode no blob; a
+blob is decoded when a group of its step is on the screen. `index_of` and `blob_of` describe the fields.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def style() -> str:
 def section(runs: Sequence[tuple[str, Run]], room: int) -> str:
     """The browser as HTML that takes at most about `room` bytes; "" if no run has samples.
 
-    runs: (label, run). Each gets an equal share, and more where others need less. Where that is too little, steps are
-    left out evenly, and the page says how many.
+    runs: (label, run). Each run gets an equal share of the room, and more if others need less. If its share is too
+    small, steps are left out evenly, and the page says how many.
     """
     runs = [(label, run) for label, run in runs if run.samples]
     if not runs:
         return ""
     script = (HERE / "browser.js").read_text(encoding="utf-8")
-    room -= len(script) + 1000  # of the tags
+    room -= len(script) + 1000  # for the tags
     sizes = [sum(file.stat().st_size for file in run.samples) for _, run in runs]
     embedded = [""] * len(runs)
     for done, i in enumerate(sorted(range(len(runs)), key=sizes.__getitem__)):
@@ -68,7 +68,7 @@ def _embedded(name: str, label: str, run: Run, room: int) -> str:
 
 
 def _spread(n: int) -> list[int]:
-    """range(n) in an order whose every beginning is spread over it: the ends, the middle, the quarters, ..."""
+    """range(n) in an order whose every prefix is spread over the range: the ends, the middle, the quarters, ..."""
     order, stride = dict.fromkeys([n - 1, 0][: max(n, 0)]), 1 << max(n - 1, 1).bit_length()
     while stride >= 1 and n > 0:
         order |= dict.fromkeys(range(0, n, stride))
@@ -92,13 +92,13 @@ def read_samples(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def pack(value: Any) -> str:
-    """JSON, gzip, base64: the text holds no character that HTML knows. The same text for the same value."""
+    """JSON, gzipped, base64-encoded: no character has a meaning in HTML. Equal values give equal text."""
     data = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
     return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 
 def groups_of(rows: Sequence[dict]) -> list[list[dict]]:
-    """The rows by prompt; those of one stand together in a samples file."""
+    """The rows grouped by prompt; a samples file has the rows of one prompt in sequence."""
     groups: list[list[dict]] = []
     key = None
     for row in rows:
@@ -111,7 +111,7 @@ def groups_of(rows: Sequence[dict]) -> list[list[dict]]:
 
 
 def facts_of(rows: Sequence[dict]) -> list[tuple[str, str, list[int], str]]:
-    """Of each group of a step: its problem's id, the head of its prompt, lengths, and a hex digit an answer."""
+    """For each group of a step: its problem's id, the head of its prompt, lengths, and one hex digit per answer."""
     found = []
     for group in groups_of(rows):
         digits = [

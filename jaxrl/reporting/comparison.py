@@ -40,9 +40,9 @@ def draw(result: dict, curves: Sequence[Setting], sweeps: dict[str, dict], stem:
 
 
 def forest(ax, result: dict) -> None:
-    """One line per method, filled at equal updates and hollow at equal tokens: the paired difference to the baseline
-    (the method without one), because seeds differ more than methods do; the mean where there is no baseline. Methods
-    whose labels end alike share a colour."""
+    """One line per method: its difference to the baseline (the method without a difference), or its mean if there is no
+    baseline; filled at equal updates, hollow at equal tokens. Differences are paired by seed, because seeds differ more
+    than methods do. Methods whose labels end in the same word share a colour."""
     rows = [row for row in result["rows"] if row["difference_updates"]]
     prefix, base = ("difference_", next(r["method"] for r in result["rows"] if r not in rows)) if rows else ("", "")
     rows = rows or result["rows"]

@@ -1,4 +1,4 @@
-"""The figures of a report. Each takes an axes and settings (or one run) and returns False if it has nothing.
+"""The figures of a report. Each takes an axes and settings (or one run) and returns False if there is nothing to draw.
 
 Lines are means over the seeds of a setting with a band of the 95 % t interval; single seeds of a noisy
 metric are drawn thin behind their running mean.
@@ -15,7 +15,7 @@ import numpy as np
 from jaxrl.reporting.runs import Run, Setting, majority, t_half_width
 from jaxrl.reporting.style import MUTED, PAPER, SERIES, label_ends, line_style, smooth
 
-# A fate or a part of a step has one colour in every figure and every run; others follow in turn.
+# A fate (kept, or why dropped) or a part of a step has the same colour in every figure and every run.
 FATES = dict(kept=0, all_correct=1, all_wrong=5, all_equal=1, middle=4, longest=3, shortest=2)
 FATES |= dict(middle_accuracy=4, top_accuracy=3)
 PARTS = dict(rollout=0, grading=1, update=2, other=3)
@@ -61,7 +61,7 @@ def lines(
 
 
 def _keep_lines_in_view(ax, settings: Sequence[Setting], percent: bool) -> None:
-    """Bands over two or three seeds may be many times as high as the lines: they run out of the figure instead."""
+    """Limits the y axis by the lines: bands over two or three seeds may be many times as high, and are cut off."""
     if all(len(setting.runs) == 1 for setting in settings):
         return
     heights = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in ax.lines])
@@ -272,12 +272,12 @@ def time_split(ax, run: Run, colour: str = "") -> bool:
 
 
 def _tint(name: str, known: dict[str, int]) -> str:
-    """The colour of a fate or a part; for a name of somebody else's, one that depends on the name only."""
+    """The colour of a fate or a part; an unknown name gets a colour that depends on the name only."""
     return SERIES[known.get(name, zlib.crc32(name.encode())) % len(SERIES)]
 
 
 def _stack(ax, rows, counts, names, colours) -> bool:
-    """Stacked shares in percent, named at the right end. Running medians: a compilation is not a trend."""
+    """Stacked shares in percent, named at the right end. Running medians hide single slow steps (compilations)."""
     steps = [r["step"] for r in rows]
     counts = np.array(counts, np.float64)
     window = max(1, len(steps) // 12)

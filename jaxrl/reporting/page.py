@@ -1,4 +1,4 @@
-"""The HTML page around the figures: self-contained, light and dark; only the completions need a script, its own."""
+"""The HTML page around the figures: self-contained, light and dark; only the completions need a script (embedded)."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _text(value: object) -> str:
 
 
 def _grid(panels: Sequence[Figure]) -> str:
-    """Two figures a row; wide ones, and one that would stand beside nothing, have a row to themselves."""
+    """Two figures per row; wide figures, and a figure without a neighbour, have a row to themselves."""
     parts, left = [], True
     for i, figure in enumerate(panels):
         last = i + 1 == len(panels) or panels[i + 1].wide
@@ -212,7 +212,7 @@ def _summary(settings: Sequence[Setting]) -> str:
 
 
 def _evaluations(settings: Sequence[Setting]) -> str:
-    """What jaxrl.evaluate measured of the runs, where its results lie in the run directories."""
+    """Results of jaxrl.evaluate, if they are in the run directories."""
     head = ["evaluation", "problems", "samples each", "accuracy, %", "95 % interval", "majority, %", "mean tokens"]
     head += ["tokens, correct", "tokens, wrong", "mean error, %"]
     rows = []

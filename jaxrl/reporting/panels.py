@@ -12,7 +12,7 @@ class Panel(NamedTuple):
     """name: file name. draw(ax, settings) for compared settings, or draw(ax, run, colour) with `single`: one
     figure per setting.
 
-    unseen: the part of the caption that only holds on a page about one setting. wide: across the whole page there.
+    unseen: the part of the caption that only holds on a page about one setting. wide: over the full width there.
     """
 
     name: str

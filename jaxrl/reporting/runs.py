@@ -1,4 +1,4 @@
-"""What a report is made of: the records of runs, grouped so that seeds of one setting belong together."""
+"""The records of runs, as a report needs them: grouped so that seeds of one setting belong together."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 def group_runs(runs: Sequence[Run]) -> list[Setting]:
     """Settings in order of first appearance, labelled by the settings in which they differ.
 
-    A key that a run does not record, being older than the key, counts as its default.
+    A run that is older than a key and does not record it counts as having its default.
     """
     defaults = flatten(base_config().to_dict())
     runs = [dataclasses.replace(run, config=defaults | run.config) for run in runs]
@@ -123,7 +123,7 @@ def group_runs(runs: Sequence[Run]) -> list[Setting]:
     configs = [members[0].config for members in groups.values()]
     keys = sorted({k for c in configs for k in c if not k.startswith(_NOT_METHOD)})
     differing = [k for k in keys if len({json.dumps(c.get(k), default=str) for c in configs}) > 1]
-    # constants follow from the method more often than not: named only where methods do not tell runs apart
+    # constants mostly follow from the method, so they are named only if methods do not tell runs apart
     tries = [[k for k in _METHOD if k in differing], [k for k in differing if "hyper" not in k], differing]
     labels = [[_label(c, keys) for c in configs] for keys in tries]
     labels = next((names for names in labels if len(set(names)) == len(configs)), labels[0])
@@ -140,5 +140,5 @@ def _label(config: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def _name(key: str, value: Any) -> str:
-    """A setting in a label: method names speak for themselves, numbers need their key."""
+    """A setting in a label: names of methods stand alone, numbers come with their key."""
     return str(value) if isinstance(value, str) and value else f"{key.rsplit('.', 1)[-1]} {value}"

@@ -108,7 +108,7 @@ def line_style(i: int) -> dict:
 def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
     """Names lines at their right ends, (x, y, text, colour) each, moved apart where they would overlap.
 
-    More than fit beside the axes are left to the key of the page.
+    If there are too many to fit, none is named here; the key of the page names them.
     """
     ends = sorted((e for e in ends if np.isfinite(e[1])), key=lambda e: e[1])
     if not ends or len(ends) > MOST_LABELS:
