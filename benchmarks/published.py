@@ -3,8 +3,8 @@
     python benchmarks/published.py
 
 Qwen3-8B in bfloat16 over four chips (tensor 4). Published: SGLang-JAX's figures, vLLM's beside them. Ours is an
-estimate from shapes, of nothing that was run or compiled: rollout_goals.py says what it assumes and leaves out; its
-known error is there, too: preflight's compiled estimates of dense decoding were 1.5 to 2.4 times as long.
+estimate from shapes; nothing was run or compiled. rollout_goals.py says what the estimate assumes and leaves out. Its
+known error applies here, too: preflight's compiled estimates of dense decoding were 1.5 to 2.4 times as long.
 """
 
 from __future__ import annotations

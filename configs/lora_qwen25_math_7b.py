@@ -1,11 +1,11 @@
-"""LSPO on Qwen2.5-Math-7B by adapters of rank 32, on little: a card of 48 or 80 GB, or four v5e chips.
+"""LSPO on Qwen2.5-Math-7B with adapters of rank 32, on little hardware: a card of 48 or 80 GB, or four v5e chips.
 
     python -m jaxrl.train --config=configs/lora_qwen25_math_7b.py:80
 
 An eighth of the paper's step. Preflight, GiB: on a6000:1 (int8 base, 43.61 a card) layout 37.39, decode 37.56, score
 9.92, update 11.61, a step of 1,536 answers 1,375 s as assumed; on h100:1 (bfloat16 base, 72.68 a card) layout 43.46,
 decode 50.77, score 16.05, update 17.53, a step 240 s. On v5e:2x2 base (int8) and state rest in 2.03 + 0.71 GiB of each
-chip's 15.8, counted from their shapes; what the programs need beside that is for `python -m jaxrl.preflight` to say.
+chip's 15.8, counted from their shapes; `python -m jaxrl.preflight` says what the programs need beside that.
 """
 
 from configs.pods.recipes import adapters, lspo, pod

@@ -14,6 +14,6 @@ def get_config(loss: str = "gspo"):
     """loss: gspo, grpo or dapo."""
     c = lspo_qwen25_math_7b.get_config(loss)
     c.topology = "v5p:4x8x8"
-    c.mesh.fsdp, c.mesh.tensor = 64, 4  # 64 rows a micro-batch: a mini-batch of 256 answers does not fill 256
+    c.mesh.fsdp, c.mesh.tensor = 64, 4  # 64 rows a micro-batch: a mini-batch of 256 answers does not fill 256 rows
     c.sampling.slots, c.sampling.tensor = 192, 1  # 12288 answers on 64 hosts: each starts all of its own at once
     return c

@@ -117,7 +117,7 @@ def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=
 
     Returns:
       token: int32 [B]. logp: float32 [B], at most 0, under softmax(logits / temperature) over the whole vocabulary
-      and *before* truncation, which is what the learner recomputes; a greedy row reports temperature 1. With `record`
+      and *before* truncation, as the learner recomputes it; a greedy row reports temperature 1. With `record`
       {"kept", "least"}, both float32 [B] (see `kept_set`).
     """
     V, greedy = logits.shape[-1], temperature <= 0

@@ -1,7 +1,7 @@
 """The configuration: one table of all settings, one validation, one way to read it from the command line.
 
-`SETTINGS` holds every key with its default, what it may be, and what it means; `base_config()` is made of it, and
-docs/config.md. A file in configs/ changes some keys in `get_config`; the command line changes more
+`SETTINGS` holds every key with its default, what it may be, and what it means; `base_config()` and docs/config.md are
+made from it. A file in configs/ changes some keys in `get_config`; the command line changes more
 (`--config.algorithm.loss=maspo`). `validate` runs once, before anything is compiled.
 """
 
@@ -414,7 +414,7 @@ def _flat(tree: dict, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def mismatch_warning(config: ConfigDict) -> str:
-    """One line where the sampler rounds and nothing corrects for it; "" where all is well."""
+    """A line of warning if the sampler is quantised and nothing corrects for that; else ""."""
     s = config.sampling
     rounded = " and ".join(f"sampling.{key}=int8" for key in ("weights", "cache") if s[key] == "int8")
     if not rounded or config.algorithm.correction != "none":
