@@ -1,8 +1,8 @@
-"""Compares the metrics of two runs bit for bit, but for what depends on the clock or the machine.
+"""Compares the metrics of two runs bit for bit, except those that depend on the clock or the machine.
 
     python benchmarks/compare_runs.py OLD/metrics.jsonl NEW/metrics.jsonl [ignored_key_prefix ...]
 
-The first steps that both have are compared, every key of either; differences are listed, the first of each key. Exit
+Compares all steps that both runs have, in every key of either run, and lists the first difference of each key. Exit
 code 0: equal.
 """
 

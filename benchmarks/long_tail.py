@@ -2,12 +2,12 @@
 
     python benchmarks/long_tail.py --slots=64
 
-Steps of 16 prompts x 8 samples, lengths log-normal (median 32, sigma 0.9) and cut at 256, a 5k-parameter model: what
-counts is how many decode steps the slots run, not how fast. The collector's own rules decide what runs when.
+Steps of 16 prompts x 8 samples, lengths log-normal (median 32, sigma 0.9) and cut at 256, a 5k-parameter model: it
+measures how many decode steps the slots run, not how fast they are. The collector's own rules decide what runs when.
 
     plain       each step samples its prompts and waits for the longest answer
     prefetch    config.sampling.prefetch: the next step's prompts run in slots that idle meanwhile
-    carry_over  config.sampling.carry_over=64: a generation batch ends after 64 tokens, what is unfinished goes on later
+    carry_over  config.sampling.carry_over=64: a generation batch ends after 64 tokens; unfinished answers go on later
 """
 
 from __future__ import annotations

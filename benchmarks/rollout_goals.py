@@ -3,13 +3,14 @@
     python benchmarks/rollout_goals.py [--configs=l1_r1_distill_1_5b,maspo_qwen3_4b]
 
 For every config of configs/pods/, log-normal lengths (median a quarter of the limit, and half of it on average, both
-cut there) go through the engine's own scheduler with the pages that the chip's memory leaves room for. Printed: the
-bytes that a decode step reads over those it cannot avoid (weights once and the sum of the contexts), responses in
-flight at most over the slots of the dense cache before, and the expected seconds of the rollout over those that the
-same arithmetic gives the dense cache as preflight took it then: all slots full, answers of mean length.
+cut there) go through the engine's own scheduler with the pages that the chip's memory leaves room for. Printed are
+three ratios. 1: the bytes that a decode step reads, to those that it cannot avoid (weights once and the sum of the
+contexts). 2: the most responses in flight, to the slots of the earlier dense cache. 3: the expected seconds of the
+rollout, to those of the dense cache by the same arithmetic, with preflight's assumptions then: all slots full, answers
+of mean length.
 
-These are estimates. A step is taken to read its bytes at 90 % of the bandwidth, or to multiply at 70 % of the peak,
-prefill to reach half of it. Left out: collectives, moving weights, saves, grading, the host's own work.
+These are estimates. A step is taken to read its bytes at 90 % of the bandwidth, or to multiply at 70 % of the peak;
+prefill is taken to reach half of the peak. Left out: collectives, moving weights, saves, grading, the host's own work.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Host(NamedTuple):
         return steps + self.prefill(sum(c.rows * c.columns for c in rollout.of("prefill")))
 
     def reads(self, rollout: Rollout) -> float:
-        """Bytes that decoding reads over weights once a step and every row's own context."""
+        """Bytes that decoding reads, divided by those of the weights once a step and of every row's own context."""
         weights = sum(c.steps for c in rollout.of("decode")) * self.weights * self.replicas
         return (weights + rollout.read * self.token) / (weights + rollout.contexts * self.token)
 

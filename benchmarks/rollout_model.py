@@ -5,8 +5,9 @@
     python benchmarks/rollout_model.py --config=configs/smollm2.py:grpo --measured=RUN_DIR
 
 Prints for answers log-normal around a quarter of the limit (and cut there), around half of it, all of the limit, and
-for those that a run recorded: decode steps, slots that draw a token, and the columns of cache that decoding reads, over
-the sum of the contexts. Times are preflight's affair: it multiplies the same calls by the compiled programs' times.
+for those that a run recorded: decode steps, the share of slots that draw a token, and the columns of cache that
+decoding reads, divided by the sum of the contexts. For times, see preflight: it multiplies the same calls by the
+compiled programs' times.
 
 --measured compares the model with a run: what a decode step costs is taken from the first half of the run's steps, and
 the rollout seconds of the second half are predicted from their lengths alone.

@@ -16,8 +16,8 @@ at the rate measured for 32-row matrix products, plus the cache at the copy rate
 
 Each engine is its own process; with --peers they run in turn, --rounds times, and the ratios are of the same
 round. --cores=1 pins everything to one core and compares CPU seconds, which hold up under other load; --cores=0
-leaves threads alone and compares wall time, which needs a quiet machine. Peers get what they can make best of
-the ragged work without knowing lengths: static batches of 32 in request order, each ending with its longest row.
+leaves threads alone and compares wall time, which needs a quiet machine. Peers get the ragged work in the form that
+suits them best without knowing lengths: static batches of 32 in request order, each ending with its longest row.
 """
 
 from __future__ import annotations

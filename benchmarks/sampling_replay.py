@@ -3,8 +3,9 @@
     python benchmarks/sampling_replay.py [--out=runs/sampling_replay] [--seeds=5]
 
 Pairs of runs with the same warm start and seed, 30 steps of four updates. "bias": the mean of ratio less 1 over the
-tokens of a run's updates, which is 0 when the ratio is that of the distribution that drew. Means over the runs' steps
-and seeds with 95 % t intervals; the last line of each is the paired difference. A finished run is not run again.
+tokens of a run's updates, which is 0 if the ratio is to the distribution that the tokens were drawn from. Means over
+the runs' steps and seeds with 95 % t intervals; the last line of each is the paired difference. A finished run is not
+run again.
 """
 
 import argparse

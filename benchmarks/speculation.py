@@ -9,8 +9,8 @@
    right is counted exactly, since accepting the drawn token when it equals the proposed one leaves the distribution as
    it is: tokens per verifying call = 1 + accepted. Siblings: "none"; "finished", those that have ended by then if all
    began together, as they do when the slots hold the group; "all", as if the others had been sampled before.
-2. A verifying call decodes T = K + 1 tokens a row. Its time against that of T = 1, at batch 8 and 32, is what the
-   tokens per call must exceed. Rows would also leave the shared clock, which is not charged here.
+2. A verifying call decodes T = K + 1 tokens a row. Speculation pays if the tokens per call exceed the ratio of its time
+   to that of T = 1, at batch 8 and 32. Rows would also leave the shared clock, which is not charged here.
 
 CPU seconds of one core, so other load does not matter much; --rounds=0 leaves step 2 out.
 """

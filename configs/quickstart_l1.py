@@ -20,8 +20,9 @@ def get_config(mode: str = "exact"):
     c.length.reward = f"lcpo_{mode}"
     c.length.hyper.lcpo_exact.alpha = 0.06
     c.length.hyper.lcpo_max.alpha, c.length.hyper.lcpo_max.delta = 0.1, 0.5
-    # Skill before control: the length term rises over 40 steps, and advantages are scaled by the batch's spread.
-    # Scaled by the group's own, groups that differ by a token in length shout down those that differ in the answer.
+    # The policy first learns to answer: the length term rises over 40 steps. Advantages are scaled by the spread of
+    # the batch: scaled by that of each group, groups that differ only by a token in length would outweigh those that
+    # differ in the answer.
     c.length.warmup_steps = 40
     c.algorithm.advantage = "dler"
     c.algorithm.selection = "none"

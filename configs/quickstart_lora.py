@@ -1,9 +1,9 @@
-"""The quickstart with adapters: the warm-started model rests, low-rank matrices beside it learn.
+"""The quickstart with adapters: the warm-started model is frozen, low-rank matrices beside it are trained.
 
     python -m jaxrl.train --config=configs/quickstart_lora.py [--config.model.lora.base=int8]
 
 LoRA of rank 8 on every matrix of the layers trains a third of what full training does at this size (at 7B and rank 32
-it is one percent), and the optimizer holds moments for that alone. Adapters take a larger learning rate.
+it is one percent), and the optimizer holds moments for the adapters alone. They take a larger learning rate.
 """
 
 from configs.quickstart import get_config as quickstart

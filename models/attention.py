@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
-SHARES_PROMPTS = ("xla", "cudnn")  # those that take any mask
+SHARES_PROMPTS = ("xla", "cudnn")  # implementations that take any mask
 
 
 def default_implementation(platform: str) -> str:
@@ -91,8 +91,8 @@ def segment_mask(segment_ids, window=0, shared=None):
     """bool [B, T, T]: causal, only within equal segment ids, and only the last `window` tokens (0: all).
 
     segment_ids: int32 [B, T]. window: int or traced int32 []. shared: (parents, positions), int32 [B, T] both: the id
-    of one more segment that a token sees, 0 for none (a prompt that several responses stand behind), and the token's
-    place in its sequence, by which a window then counts.
+    of one more segment that a token sees, 0 for none (the prompt that several responses share), and the token's
+    position in its own sequence, by which the window then counts.
     """
     same, T = segment_ids[:, :, None] == segment_ids[:, None, :], segment_ids.shape[1]
     place = jnp.arange(T)[None]
@@ -112,8 +112,8 @@ def attend_packed(q, k, v, segment_ids, implementation: str, *, windows: tuple[i
     Args:
       q: [B, T, N, H]. k, v: [B, S, K, H], S at least T. segment_ids: int32 [B, S], 0 = padding.
       implementation: one of IMPLEMENTATIONS.
-      windows: tokens that a token sees, 0 for all, of each kind of layer. kind: which; traced int32 [], or None
-        for the only one.
+      windows: for each kind of layer, how many tokens a token sees, 0 for all. kind: the kind of this layer, traced
+        int32 []; None if there is only one.
       shared: see segment_mask.
 
     Returns:
@@ -169,7 +169,7 @@ def _splash_local(q, k, v, segment_ids, window, *, interpret):
     before = k.shape[1] - length  # tokens in front of the queries
     ids = kernel.SegmentIds(q=segment_ids[:, before:], kv=segment_ids)
     whole = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
-    q, k, v, ids = jax.tree.map(whole, (q, k, v, ids))  # the kernel's blocks are whole ones
+    q, k, v, ids = jax.tree.map(whole, (q, k, v, ids))  # pad to whole blocks of the kernel
     K, (T, S) = k.shape[2], (q.shape[1], k.shape[1])
     one = masks.LocalMask((T, S), (window - 1, 0), before) if window else masks.CausalMask((T, S), before)
     mask = masks.MultiHeadMask([one for _ in range(N // K)])

@@ -23,7 +23,7 @@ class Family:
     """What a model_type means beyond its keys.
 
     fixed: fields of DecoderConfig. biases: which of attention_bias and mlp_bias it reads. defaults: of transformers
-    for absent keys, where they are not those of _DEFAULTS. windows: which layers see a window only: never, always,
+    for absent keys, where they are not those of _DEFAULTS. windows: which layers have a sliding window: never, always,
     upper (Qwen: from max_window_layers on), nope (SmolLM3: those without rotary positions, every fourth), pattern
     (Gemma: all but every sixth); the last three also read layer_types. activation: the key that names it.
     """
@@ -90,7 +90,7 @@ class DecoderConfig:
     """Everything that fixes the decoder's parameters and arithmetic; hashable, so that jit can close over it.
 
     Raises ValueError when sizes are not positive or heads do not divide. `head_dim` is explicit because qwen3
-    does not derive it from hidden_size. `init_std` is the scale of randomly initialised matrices. layer_kinds: one a
+    does not derive it from hidden_size. `init_std` is the scale of randomly initialised matrices. layer_kinds: one per
     layer, where they differ; () means all layers rotate by rope_theta and rope_scaling and see everything.
     query_scale: of the scores; 0 means head_dim ** -0.5. norm_offset: norms multiply by 1 + scale. scale_embeddings:
     looked-up rows are multiplied by sqrt(hidden_size). num_experts: 0 means one dense MLP; else each token goes to
@@ -329,7 +329,7 @@ class _Reader:
         return read_rope(rope, key, self.where, theta, original)
 
     def layer_kinds(self, layers: int, theta: float, scaling) -> tuple[LayerKind, ...]:
-        """One a layer; () if all of them are of the default kind."""
+        """One per layer; () if all of them are of the default kind."""
         windowed, ropeless = self.windowed(layers), self.ropeless(layers)
         plain, local = LayerKind(theta, scaling), (theta, scaling)
         if self.family.windows == "pattern":
@@ -343,7 +343,7 @@ class _Reader:
         return () if set(kinds) == {plain} else tuple(kinds)
 
     def layer_types(self, layers: int) -> list[bool] | None:
-        """Of key layer_types, whether each layer sees a window only; None if the key is absent."""
+        """From key layer_types, whether each layer has a sliding window; None if the key is absent."""
         types = self.hf.get("layer_types")
         if types is None:
             return None
@@ -353,7 +353,7 @@ class _Reader:
         return [t == "sliding_attention" for t in types]
 
     def windowed(self, layers: int) -> list[bool]:
-        """Whether each layer sees a window only."""
+        """Whether each layer has a sliding window."""
         how, types = self.family.windows, self.layer_types(layers)
         if how in ("never", "always") and any(types or ()):
             self.refuse("layer_types", f"{self.model_type} does not read it, need full_attention only or null")

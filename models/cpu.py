@@ -1,4 +1,4 @@
-"""Detours that XLA's CPU compiler needs to be fast; everywhere else the plain form is used.
+"""Workarounds that make XLA's CPU code fast; everywhere else the plain form is used.
 
 Each computes the same as the line it stands for: `product(x, w)` is x @ w, `apply_rope` is the decoder's.
 Keys in blocks, for the same reason, are in models/attention.py beside the cache's other forms.
@@ -17,8 +17,8 @@ from jax import lax
 def product(x, w):
     """x [..., D] @ w [D, F]; on a single device one flat product, whose gradient a CPU writes out before it is used.
 
-    Left alone, XLA computes that gradient a second time inside the product for w's gradient, transposed, and the
-    MLP's backward pass takes 1.4 times as long. Other backends see no barrier.
+    Without this barrier, XLA computes that gradient a second time, transposed, inside the product for w's gradient, and
+    the MLP's backward pass takes 1.4 times as long. Other backends get no barrier.
     """
     if _on_a_mesh():
         return x @ w
@@ -40,7 +40,7 @@ def _write_out(_, g):
 
 
 def _separate(y):
-    """y, on a CPU as an array of its own that no other operation is merged with."""
+    """y; on a CPU it becomes an array of its own, which XLA merges with no other operation."""
     return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
 
 
@@ -50,9 +50,9 @@ _written_out.defvjp(lambda y: (y, None), _write_out)
 def narrow_product(x, w):
     """x [..., D] @ w [D, F] with both rounded to bfloat16, summed and returned in float32.
 
-    XLA hands a bfloat16 product to the AMX or AVX512-BF16 kernels of a CPU, three to four times as fast as float32,
-    only if its result is asked for in float32 and its left side is not transposed; else it widens both sides first.
-    What lies between products stays in float32: XLA's CPU compiler has no bfloat16 updates in place, and would widen
+    XLA gives a bfloat16 product to the AMX or AVX512-BF16 kernels of a CPU, three to four times as fast as float32,
+    only if its result is to be float32 and its left side is not transposed; else it widens both sides first.
+    Arrays between products stay in float32: XLA's CPU compiler has no bfloat16 updates in place, and would widen
     all layers' activations at each layer. On a single device the gradients are written in the same form.
     """
     if _on_a_mesh():
@@ -73,9 +73,9 @@ def _wide(a, b):
 def _gradient(saved, g):
     x, w = saved
     a, b, c = (y.astype(jnp.bfloat16) for y in (x, w, g))
-    # contracted over its second axis, not turned: that takes 0.4 of the time
+    # contract over w's second axis instead of transposing w: that takes 0.4 of the time
     d_x = lax.dot_general(c, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    if c.shape[1] < a.shape[1]:  # the narrower side is turned: of an adapter's it is a fraction of the other
+    if c.shape[1] < a.shape[1]:  # transpose the narrower side: an adapter's is a fraction of the other
         d_w = _separate(_wide(_turned(c), a)).T
     else:
         d_w = _wide(_turned(a), c)
@@ -86,7 +86,7 @@ _flat.defvjp(lambda x, w: (_wide(x, w), (x, w)), _gradient)
 
 
 def _turned(x):
-    """x [M, D] -> [D, M], by way of tiles where they divide: a plain transpose becomes part of the product."""
+    """x [M, D] -> [D, M], through tiles where they divide it: XLA would merge a plain transpose into the product."""
     if min(x.shape) <= 32:  # no tiles
         return _separate(x.T)
     tile = math.gcd(32, *x.shape)
@@ -97,8 +97,8 @@ def _turned(x):
 def apply_rope(x, sin, cos):
     """models.decoder.apply_rope, with the halves swapped by a matrix of 0, 1 and -1, exactly.
 
-    XLA's CPU compiler computes a rotation once for each of its users; so it is a plain sum, without the norm before
-    it and a concatenation.
+    XLA's CPU compiler repeats a rotation for each of its users. In this form it repeats only a plain sum, not the norm
+    before it and a concatenation.
     """
     half = np.eye(x.shape[-1] // 2, dtype=np.float32)
     y = x.astype(jnp.float32)

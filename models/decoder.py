@@ -29,7 +29,7 @@ from models.pages import Pages, Place, attend_pages
 from models.rope import rope_frequencies
 from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, find, set_path, weights, whole_shape
 
-AUXILIARY = "auxiliary"  # Flax collection of what layers give besides their output
+AUXILIARY = "auxiliary"  # Flax collection of what layers return besides their output
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
 REMAT_POLICIES = {
@@ -134,7 +134,7 @@ class Part(nn.Module):
     param_dtype: Any
 
     def raw(self, name: str):
-        """Parameter `name` as it is stored; a new one as its row says."""
+        """Parameter `name` as it is stored; a new one is initialised as its row says."""
         row = find(self.config, self.name, name)
         if row is None:  # a fused parameter of the sampling layout; those are never initialised
             return self.get_variable("params", name)
@@ -261,13 +261,13 @@ class MLP(Part):
 
 
 class MoE(Part):
-    """A mixture of experts in place of the MLP (models/moe.py). Sows the experts' load into AUXILIARY, and which they
-    were in decoding."""
+    """A mixture of experts in place of the MLP (models/moe.py). Sows the experts' load into AUXILIARY; without
+    segment_ids (decoding) also the chosen experts."""
 
     @nn.compact
     def __call__(self, x, segment_ids, replayed):
-        """x: [B, T, D] -> [B, T, D]; segment_ids: of packed rows, of which x is the last T tokens, 0 is padding; or
-        None. replayed: see moe.route."""
+        """x: [B, T, D] -> [B, T, D]; segment_ids: of packed rows whose last T tokens are x, 0 is padding; or None.
+        replayed: see moe.route."""
         c = self.config
         logits = linear(x, self.weight("router"))
         probabilities, weights, experts = moe.route(logits, c.experts_per_token, c.normalise_experts, replayed)
@@ -294,7 +294,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, views, segments, end):
-        """x: [B, T, D]; layer: (its cache arrays or None, its kind or None, experts to take or None) -> (x, layer's
+        """x: [B, T, D]; layer: (its cache arrays or None, its kind or None, experts to replay or None) -> (x, layer's
         cache)."""
         fields = (self.config, self.dtype, self.param_dtype)
 
@@ -335,11 +335,12 @@ class Decoder(nn.Module):
         Args:
           tokens: int32 [B, T]. positions: int32 [B, T], position of each token in its own sequence.
           segment_ids: int32 [B, T] for packed rows; attention is causal within equal ids, 0 is padding. None
-            means one sequence per row. With a cache: int32 [B, end + T], of its first columns and of these tokens,
-            which read no further, so that a kernel can do it without writing scores out; T: the first tokens it gets.
+            means one sequence per row. With a cache: int32 [B, end + T], of its first `end` columns and of these
+            tokens. Attention then reads only these columns, so that a fused kernel can be used; end is 0 if they
+            have length T.
           parents: int32 [B, T], with segment_ids: the id of one more segment that a token sees, 0 for none.
           cache: tokens are written to columns [end, end + T); row b sees columns from start[b] on. Pages: T = 1.
-          experts: unsigned [B, T, L, k], of each layer, to be taken again (models.moe.route), or None.
+          experts: unsigned [B, T, L, k], the experts to replay in each layer (models.moe.route), or None.
 
         Returns:
           (hidden [B, T, D] in `dtype`, after the final norm; the updated cache or None).
@@ -349,8 +350,8 @@ class Decoder(nn.Module):
         x = jnp.take(self._table("embed", "embedding"), tokens, axis=0).astype(self.dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
-        # On a mesh: each device looks its columns of the table up for all rows, then columns are traded for
-        # rows. The other way round would gather the table, and its gradient, on every device.
+        # On a mesh, each device looks up its columns of the table for all rows; then devices exchange columns
+        # for rows. The other way round would gather the table, and its gradient, on every device.
         x = nn.with_logical_constraint(x, ("lookup_batch", None, "embed"))
         x = nn.with_logical_constraint(x, ("batch", "seq", "act_embed"))
         if cache is None and segment_ids is None:
@@ -396,7 +397,7 @@ class Decoder(nn.Module):
         return self.param(name, lambda key: {leaf: init(key, shape, self.param_dtype)})[leaf]
 
     def _view(self, kind: LayerKind, positions, cache):
-        """What a kind of layer knows of the positions: (sin, cos, mask over the cache's columns, or Place, or None)."""
+        """A kind of layer's inputs for the positions: (sin, cos, mask over the cache's columns, or Place, or None)."""
         frequencies, factor = rope_frequencies(self.config.head_dim, kind.rope_theta, kind.rope_scaling)
         angle = positions[..., None, None].astype(jnp.float32) * frequencies
         sin, cos = jnp.sin(angle), jnp.cos(angle)

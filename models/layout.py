@@ -15,8 +15,8 @@ HEAD = ("lm_head", "kernel")
 
 
 def quantise(x, axis: int = -2):
-    """(int8 like x, float32 scales without `axis`): symmetric, so that x is about their product. Of a matrix [D, F]
-    a scale per column; of keys and values, axis -1, one per token and head."""
+    """(int8 like x, float32 scales without `axis`); symmetric: x is approximately their product. A matrix [D, F] has
+    a scale per column; keys and values, with axis -1, have one per token and head."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis) / 127, jnp.finfo(jnp.float32).tiny)
     return jnp.round(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale
@@ -60,8 +60,8 @@ def sampling_layout(
 
 
 def dense(params, row: Weight, config: DecoderConfig, layer: int | None = None):
-    """The array of a row, of one layer if given, as it is stored; if it is int8 or has adapters beside it, the float32
-    matrix that it stands for: scale x W + lora_scale a b."""
+    """The array of a row (of one layer, if given) as it is stored. If it is int8 or has adapters beside it, instead the
+    float32 matrix that it stands for: scale x W + lora_scale a b."""
 
     def stored(suffix=""):
         array = get_path(params, (*row.path[:-1], row.path[-1] + suffix))
@@ -91,7 +91,7 @@ def layout_specs(config: DecoderConfig, fuse: bool = True, untie: bool = False, 
 def _entries(config: DecoderConfig, fuse: bool, untie: bool, int8: bool
              ) -> Iterator[tuple[tuple[str, ...], list[Weight], int | None, bool]]:
     """(path, rows whose arrays it holds side by side, layer or None, whether int8) of each parameter of the layout.
-    A head of its own made for tied embeddings has the embedding's row and holds it transposed."""
+    A separate head that was made for tied embeddings has the embedding's row and holds its array transposed."""
     groups: dict[tuple[str, ...], list[Weight]] = {}
     for path, row in weights(config).items():
         groups.setdefault((*path[:-1], row.fused) if fuse and row.fused else path, []).append(row)

@@ -100,7 +100,7 @@ def abstract_adapters(config: DecoderConfig, lora: LoRA, dtype=jnp.float32):
 
 
 def init_adapters(config: DecoderConfig, lora: LoRA, key, dtype=jnp.float32):
-    """New adapters, under which the model is its base: b is 0, a uniform within 1 / sqrt(D), as in PEFT."""
+    """New adapters, which leave the model as its base: b is 0, a uniform within 1 / sqrt(D), as in PEFT."""
     out: dict = {}
     for i, (path, row) in enumerate(adapter_table(config, lora).items()):
         shape, bound = whole_shape(row, config), row.shape[-2] ** -0.5
@@ -131,8 +131,8 @@ def merge(params, config: DecoderConfig, dtype):
 
 
 def frozen_base(params: dict, config: DecoderConfig, kind: str) -> dict:
-    """The training tree as it rests beside adapters. kind: of BASES; int8: the matrices of the layers, each with a
-    float32 scale a column, all else in bfloat16. Each array of `params` is given up once it is converted."""
+    """The training tree as the frozen base of adapters. kind: of BASES. int8: the matrices of the layers in int8 with a
+    float32 scale per column, all else in bfloat16. Each array of `params` is freed once it is converted."""
     out: dict = {}
     dtype = jnp.dtype("bfloat16" if kind == "int8" else kind)
     cast, small = jax.jit(lambda x: x.astype(dtype)), jax.jit(quantise)
@@ -158,7 +158,7 @@ def fingerprint(params) -> str:
 
 
 def _checksum(x):
-    """uint32 []: the sum of all bits, each element weighted by its place; integer sums know no order."""
+    """uint32 []: the sum of all bits, each element weighted by its place; integer sums do not depend on the order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 def route(logits, k: int, normalise: bool, replayed=None):
     """The k experts of each token and their weights, as transformers' Qwen3-MoE chooses them.
 
-    logits: [..., E]. normalise: the weights of a token sum to 1. replayed: unsigned [..., k], experts that were chosen
-    before, counted from 1, which are taken again; a token without any has zeros. Returns (probabilities of all
+    logits: [..., E]. normalise: the weights of a token sum to 1. replayed: unsigned [..., k], earlier choices to use
+    again, counted from 1; zeros for a token without any, which chooses anew. Returns (probabilities of all
     experts float32 [..., E], weights float32 [..., k], experts int32 [..., k]).
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)

@@ -1,12 +1,12 @@
 """A key-value cache of pages, and one token's attention over the pages of its row.
 
 A pool of pages is shared by all rows of a replica; a table says which pages hold a row's positions. Page 0 belongs to
-nobody: what rows without a response write goes there. Keys and values of a token lie side by side, k and v of head 0,
+no row: rows without a response write there. Keys and values of a token lie side by side, k and v of head 0,
 of head 1, and so on, so that a token is one contiguous write.
 
 `xla` gathers the table's pages and is the reference, on every backend. `ragged` is jax's kernel for the TPU, `triton`
 ours for the GPU (models/pages_gpu.py); both read the pages of a row's own context and no others. jax's kernel has one
-scale for all int8 keys, not one a token: int8 pages on a TPU are gathered, which reads more than a dense cache does.
+scale for all int8 keys, not one per token: int8 pages on a TPU are gathered, which reads more than a dense cache does.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from models.attention import attend
 from models.config import DecoderConfig
 from models.layout import quantise
 
-PAGE = 64  # tokens of a page, where nobody says
+PAGE = 64  # tokens of a page by default
 BLOCK = 256  # tokens that the TPU's kernel reads at once; of a row's last block it reads all
 
 log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where a step writes and what it sees. table: int32 [B, M]. positions: int32 [B], from the table's first page on.
-    window: last tokens seen, 0: all. implementation: see the module."""
+    """Where a step writes and what it sees. table: int32 [B, M]. positions: int32 [B], counted from the start of the
+    table's first page. window: how many last tokens are seen, 0: all. implementation: see the module."""
 
     table: Any
     positions: Any
@@ -44,12 +44,12 @@ class Place(NamedTuple):
 
 @flax.struct.dataclass
 class Pages:
-    """The cache as the decoder takes it (models.decoder.Cache is the other one); a step is one token a row.
+    """The cache as the decoder takes it (models.decoder.Cache is the other one); a step is one token per row.
 
     kv: one [P, page, 2K, H] array per layer; P pages of every replica, one replica after the other. scales: of an int8
     kv, float32 [P, page, 2K] per layer; else None. table: int32 [B, M], page numbers within the row's own replica.
-    local: (table int32 [B, M'], int32 [B]: the position at which it begins) of the layers that see a window, which hold
-      no more than that; None where all layers hold everything.
+    local: (table int32 [B, M'], position of its first token int32 [B]) of the sliding-window layers, which hold only
+      their window; None where all layers hold everything.
     """
 
     kv: tuple
@@ -70,7 +70,7 @@ class Pages:
         return self.replace(kv=arrays[0], scales=arrays[1] if len(arrays) > 1 else None)
 
     def begin(self, used) -> Pages:
-        """Rows say with each step how long they are."""
+        """The same cache: each step is given the positions of its rows."""
         return self
 
     def stepped(self, arrays, steps: int) -> Pages:
@@ -108,13 +108,13 @@ def _kernel(platform: str, config: DecoderConfig, page: int, int8: bool, tensor:
 
 
 def local_window(config: DecoderConfig) -> int:
-    """Tokens that the layers with a window see, at most, where others see everything; else 0: all hold the same."""
+    """The largest sliding window, in tokens, if other layers have none; else 0: all layers hold the same tokens."""
     windows = [kind.window for kind in config.kinds]
     return max(windows) if 0 in windows else 0
 
 
 def local_layers(config: DecoderConfig) -> tuple[bool, ...]:
-    """Which layers hold a window only."""
+    """Which layers hold only their window."""
     return tuple(local_window(config) > 0 and config.kinds[kind].window > 0 for kind in config.kind_of_layer)
 
 
@@ -135,7 +135,7 @@ def side_by_side(k, v, axis: int):
 
 
 def attend_pages(layer, q, k, v, place: Place):
-    """Write one token a row and attend to the row's own context.
+    """Write one token per row and attend to the row's own context.
 
     Args:
       layer: (kv,) or (kv, scales) of one layer. q: [B, 1, N, H]. k, v: [B, 1, K, H].
@@ -189,7 +189,7 @@ def _ragged(q, kv, table, positions, window: int):
 
     B = len(q)
     starts, count = jnp.arange(B + 1, dtype=jnp.int32), jnp.array([B], jnp.int32)
-    # the kernel's own choice of blocks asks which chip it is on, which a machine that only compiles has not
+    # the kernel's own choice of blocks asks for the chip, and a machine that only compiles has none
     pages = min(max(BLOCK // kv.shape[1], 1), table.shape[1])
     options = dict(num_queries_per_block=min(B, 8), num_kv_pages_per_block=pages, sliding_window=window or None)
     options["sm_scale"] = q.shape[-1] ** -0.5

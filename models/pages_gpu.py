@@ -1,6 +1,6 @@
 """The GPU's kernel over pages (Pallas, Triton): a program per row and key-value head walks the row's own pages.
 
-Online softmax (2205.14135) in float32; queries of one key-value head share what is read of it. The context is not
+Online softmax (2205.14135) in float32; the queries of a key-value head share its reads. The context is not
 split over programs, so rows x heads should be at least the card's multiprocessors.
 """
 
@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-LEAST = 16  # rows of a tile of the tensor cores
+LEAST = 16  # least rows of a tile of the tensor cores
 
 
 def attend_pages(q, layer, table, positions, window: int = 0, *, interpret: bool = False):

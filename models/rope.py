@@ -91,8 +91,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Scaling | None) -> tu
 def read_rope(rope: Any, key: str, where: str, theta: Any, original: Any) -> tuple[float, Scaling | None]:
     """(theta, scaling) of an object with rotary keys, as transformers reads it.
 
-    key, where: its name and file, for errors. theta: what holds if it names none. original: (context before stretching
-    from the top level, which wins, or None; max_position_embeddings, which holds if nobody names one).
+    key, where: its name and file, for errors. theta: the default, if it names none. original: (the context before
+    stretching as the top level has it, which has priority, or None; max_position_embeddings, which is the default).
     Raises ValueError for a type that is not implemented, and for keys that it does not have.
     """
     if not isinstance(rope, dict):

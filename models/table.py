@@ -1,4 +1,4 @@
-"""One table of weights a family: what is known of a parameter stands in its row, and nowhere else.
+"""One table of weights per family: everything known of a parameter is in its row, and nowhere else.
 
 The decoder, the Hugging Face files, the sampler's layout and placement, weight decay, mixed precision, int8 and FLOP
 counts read it. A new family is a new tuple of rows in FAMILIES, and what it computes in models/decoder.py.
@@ -29,12 +29,12 @@ _AXES = {"D": "embed", "Q": "heads", "K": "kv_heads", "H": "norm", "F": "mlp", "
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A row. Rows of `weights(config)` have their shape, those of FAMILIES not yet.
+    """A row. Rows of `weights(config)` have a shape, those of FAMILIES do not have one yet.
 
     path: in the parameter tree; arrays under "layers" have the layer as axis 0, before `dims`.
     hf: Hugging Face name; "{}" is the layer, a second one the expert.
-    kind: MATRIX: may be int8, takes an adapter. ROUTER: chooses experts; EXPERTS: a matrix for each of them, of which a
-      token meets some; both stay in the compute dtype. See LINEAR for what they have in common.
+    kind: MATRIX: may be int8, takes an adapter. ROUTER: chooses experts. EXPERTS: one matrix per expert, of which a
+      token uses some; both stay in the compute dtype. See LINEAR for what all three have in common.
       EMBEDDING: looked up by token, decays. BIAS: does not decay. NORM: neither decays nor is rounded for compute.
     fused: parameter of the sampling layout that holds all rows of this name side by side; "" if it stays alone.
     flag: field of DecoderConfig that says whether the row exists; "" for always.

@@ -428,7 +428,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text of each token, special ones spelled out; joined they are the text of all. A character split over several
-    tokens is the last one's, the others are empty."""
+    tokens belongs to the last of them; the others have no text."""
     *texts, rest = _texts(tokenizer, ids, False)
     return [*texts[:-1], texts[-1] + rest] if texts else []
 

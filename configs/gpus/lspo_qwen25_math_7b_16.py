@@ -15,5 +15,5 @@ def get_config(loss: str = "gspo"):
     """loss: gspo, grpo or dapo."""
     c = lspo_qwen25_math_7b.get_config(loss)
     c.topology = "2xh100:8"
-    c.mesh.slices, c.mesh.data, c.mesh.fsdp = 2, 2, 8  # a copy a machine: only gradients cross the network
+    c.mesh.slices, c.mesh.data, c.mesh.fsdp = 2, 2, 8  # one copy per machine: only gradients cross the network
     return c

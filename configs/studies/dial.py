@@ -1,8 +1,8 @@
 """What the studies on the embedded task share: chains of up to 10 operands (configs/quickstart.py, up to 8,
 reaches 97 %), a short warm start, and four mini-batch updates per rollout, so that clips and gates act.
 
-A run takes 10 to 20 s of one core. Labels are the same in all studies and `out` is one directory: a run that two
-studies name, and the warm start of a seed, is made once.
+A run takes 10 to 20 s of one core. All studies use the same labels and the same directory `out`, so that a run that
+two studies share, and the warm start of a seed, is made only once.
 """
 
 OUT = "runs/studies"
@@ -25,7 +25,7 @@ COMMON = {
     "log.tensorboard": False,
     "log.samples": 0,
 }
-# prompts sampled at a time: LSPO takes percentiles of what is left of three batches
+# prompts sampled at a time: LSPO takes percentiles of the groups that are left of three batches
 GENERATED = {"none": 16, "accuracy": 16}
 
 

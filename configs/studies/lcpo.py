@@ -2,10 +2,10 @@
 
     python -m jaxrl.study --config=configs/studies/lcpo.py --in_process
 
-Exact, and Max continued from Exact (L1's recipe; it has had twice the updates), beside RL that is told
-budgets but not paid for keeping them, and RL that is told none. Training budgets are feasible, U[2n+1, 22] for n
+Exact, and Max continued from Exact (L1's recipe; it has had twice the updates), beside RL with budgets in the
+prompt but no reward for keeping them, and RL without budgets. Training budgets are feasible, U[2n+1, 22] for n
 operands. Then each model is swept over budgets: on chains of up to 4, where every budget of the list can be kept
-with full working, and up to 8, where the short ones cannot and some accuracy must go.
+with full working, and on chains of up to 8, where the short budgets cannot, and cost accuracy.
 """
 
 from configs.studies.dial import OUT, SEEDS

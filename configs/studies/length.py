@@ -4,7 +4,7 @@
 
 docs/length.md says what each method is for. Constants in tokens are scaled to the task (a full working takes 2n+1
 tokens for n operands, the limit is 24), all others are the tables' defaults. The methods that read a budget in the
-prompt start from a warm start that has seen budgets, beside RL on the same prompts without a length reward.
+prompt start from a warm start that has seen budgets. Their baseline is RL on the same prompts without a length reward.
 """
 
 from configs.studies.dial import COMMON, OUT, SEEDS, STAGES, method
@@ -37,7 +37,7 @@ def rewarded(name: str, constants: dict, **more) -> dict:
 
 
 def held(target: str, value: float, rate: float) -> dict:
-    """The weight of the length term steered so that `target` is held."""
+    """Settings that adapt the weight of the length term so as to hold `target` at `value`."""
     keys = {"target": target, "value": value, "rate": rate}
     return {f"length.control.{k}": v for k, v in keys.items()}
 

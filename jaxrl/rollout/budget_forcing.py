@@ -1,7 +1,7 @@
 """Budget forcing of s1 (arXiv 2501.19393, section 3): thinking is cut at a maximum, or prolonged to a minimum.
 
 A response is sampled in segments. Thinking runs until the end-of-thinking tokens, an EOS token, or its budget.
-Ended early, and while `ignore` lasts: the end is taken back, "Wait" appended, thinking resumed. At the budget the
+If it ends early, the end is removed, "Wait" is appended and thinking resumes, up to `ignore` times. At the budget the
 end of thinking and "Final Answer:" are appended. Then the answer is sampled, with a budget of its own.
 """
 
@@ -21,7 +21,7 @@ class Delimiters:
     """Token ids that are looked for or appended.
 
     end_thinking: ends the thinking part, at least one token. final_answer: appended after it when thinking was
-    cut. wait: appended when thinking is prolonged. newline: put before an end of thinking that cuts a line short.
+    cut. wait: appended when thinking is prolonged. newline: put before end_thinking where thinking was cut in a line.
     """
 
     end_thinking: tuple[int, ...]
@@ -32,8 +32,8 @@ class Delimiters:
 
 @dataclasses.dataclass(frozen=True)
 class Forced(Completion):
-    """One response; what was appended is not `sampled`. finish: of the answer. thinking: tokens of that part, appended
-    ones included. waits: how often thinking was prolonged. cut: whether it reached its budget.
+    """One response; appended tokens have `sampled` False. finish: of the answer. thinking: tokens of the thinking part,
+    appended ones included. waits: how often thinking was prolonged. cut: whether it reached its budget.
     """
 
     thinking: int = 0
@@ -57,7 +57,7 @@ class _Draft:
     done: Forced = Forced(np.zeros(0, np.int32), np.zeros(0, np.float32), "partial", sampled=np.zeros(0, bool))
 
     def follow(self, segment: Completion, d: Delimiters) -> Request | None:
-        """Take in what was drawn; the request for the next segment, None if this was the answer."""
+        """Add a drawn segment; returns the request for the next one, None if this was the answer."""
         done = self.done = self.done.joined(segment)
         if done.thinking:
             return None
@@ -98,7 +98,7 @@ def generate_forced(
     Args:
       params: from `engine.layout`. requests: their max_tokens, min_tokens and stop are not used.
       max_thinking: thinking tokens sampled or appended ("Wait") at most, before the closing delimiters.
-      max_answer: answer tokens. ignore: how often an early end of thinking is taken back.
+      max_answer: answer tokens. ignore: how often an early end of thinking is removed.
 
     Returns:
       One list of `samples` responses per request.

@@ -1,6 +1,6 @@
-"""The key-value cache behind one small interface, and the dense one; jaxrl.rollout.paged is the other.
+"""The interface of the key-value cache, and its dense implementation; jaxrl.rollout.paged is the other one.
 
-Nothing but this file knows windows, the clock and resizing."""
+Windows, the clock (column `end`) and resizing are handled in this file only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxrl.rollout.kernels import Rows, SamplingArrays
 from jaxrl.rollout.programs import Runner
 
-KINDS = ("keys", "values", "scales", "scales")  # of a cache's arrays, as far as programs differ
+KINDS = ("keys", "values", "scales", "scales")  # of a cache's arrays; arrays of one kind share programs
 
 
 def bucket(n: int, base: int, per_octave: int = 4) -> int:
@@ -25,10 +25,10 @@ def bucket(n: int, base: int, per_octave: int = 4) -> int:
 
 
 class KVCache(Protocol):
-    """What the engine asks of a cache. Rows are decode slots; an engine at rest holds none.
+    """What the engine asks of a cache. Rows are decode slots; an idle engine has none.
 
-    rows: how many there are. row_sizes: the numbers of rows there can be, rising. prefill_sizes: those of prompts that
-    are prefilled together.
+    rows: their current number. row_sizes: the possible numbers of rows, ascending. prefill_sizes: the possible numbers
+    of prompts in one prefill.
     """
 
     rows: int
@@ -39,38 +39,38 @@ class KVCache(Protocol):
         """(prompts, tokens of each) that a prefill of prompts of these lengths is padded to."""
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> list[Any]:
-        """One handle each for prompts to be cached outside the rows, by their common `call` (Prefill)."""
+        """Prepare a prefill of prompts outside the rows: one handle per prompt, with a common `call` (Prefill)."""
 
     def begin(self, rows: int) -> None:
-        """Have so many rows; there were none."""
+        """Start with so many rows; there were none."""
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether prompts of these lengths could be put into rows now, and stay for a while."""
+        """Whether there is room for prompts of these lengths, and for the first tokens that they draw."""
 
     def reserve(self, row: int, prompt: Any) -> bool:
-        """Whether there is room for a prompt in this row; if so, it is taken."""
+        """Reserve room for a prompt in this row; False if there is none."""
 
     def admit(self, longest: int, ahead: int, placed: Sequence[tuple[int, Any]]) -> None:
-        """Put prompts, (row, handle) each, into the rows that they have reserved.
+        """Copy prefilled prompts, (row, handle) pairs, into the rows reserved for them.
 
         longest: cached tokens of the longest running row. ahead: steps that the next decode call may want, at least 1.
         """
 
     def room(self, used: np.ndarray, left: np.ndarray, born: np.ndarray) -> list[int]:
-        """Make room for the next decode call; returns the rows that had to give theirs up, the youngest first.
+        """Make room for the next decode call; returns the rows whose cache was given up for it, the youngest first.
 
         used, left, born: int [rows]: cached tokens, steps still allowed, and when the row's response started.
         """
 
     def decode(self, params, rows: Rows, settings: SamplingArrays, kind: tuple, refill_at: int) -> tuple:
-        """At least one step of every active row: NumPy (tokens [steps, B], log-probs [steps, B], emitted [B], columns
-        name -> [steps, B, ...])."""
+        """Decode at least one step in every active row. Returns NumPy (tokens [steps, B], log-probs [steps, B],
+        emitted [B], columns name -> [steps, B, ...])."""
 
     def take(self, rows: np.ndarray, longest: int, ahead: int) -> None:
         """Keep these rows, int32 [B'], in this order."""
 
     def release(self, rows: np.ndarray) -> None:
-        """These rows have finished."""
+        """Free the cache of rows that have finished."""
 
     def clear(self) -> None:
         """Give up all rows and their memory."""
@@ -80,20 +80,20 @@ class KVCache(Protocol):
 
 
 def row_sizes(slots: int, multiple: int) -> list[int]:
-    """The numbers of rows there can be: multiples of `multiple` up to `slots`."""
+    """The possible numbers of rows: multiples of `multiple` up to `slots`."""
     rows = (max(1, slots // d) for d in (8, 4, 2, 1))  # a few rows are no faster than eight
     return sorted({-(-b // multiple) * multiple for b in rows if b >= min(slots, 8)})
 
 
 def prefill_sizes(slots: int, multiple: int) -> list[int]:
-    """The numbers of prompts that are prefilled together."""
+    """The possible numbers of prompts in one prefill."""
     least = max(4, multiple)
     return [least << i for i in range(4) if i == 0 or least << i <= slots]
 
 
 class Prefill:
-    """Prompts that are cached together, outside of the rows: right-aligned in `arrays` of `columns` columns, `chunk` of
-    them at a time (0: all at once)."""
+    """One prefill of several prompts outside the rows. They are right-aligned in `arrays` of `columns` columns, and
+    each `advance` caches `chunk` columns (0: all at once)."""
 
     def __init__(self, run: Runner, prompts: Sequence[np.ndarray], rows: int, columns: int, chunk: int = 0):
         self.run, self.columns, self.chunk, self.cached, self.arrays = run, columns, chunk or columns, 0, None
@@ -103,7 +103,7 @@ class Prefill:
             self.tokens[row, columns - len(prompt) :] = prompt
 
     def advance(self, params) -> bool:
-        """Cache the next columns; whether these were the last. Launched, not waited for."""
+        """Launch the prefill of the next chunk, without waiting for it; True if it was the last one."""
         rows, first = len(self.lengths), self.cached
         size = min(self.chunk, self.columns - first)
         part = (self.columns, first) if size < self.columns else ()
@@ -113,7 +113,7 @@ class Prefill:
         return self.cached == self.columns
 
     def complete(self, params) -> Prefill:
-        """Itself, with all columns cached."""
+        """Cache all columns that are left; returns itself."""
         while not self.advance(params):
             pass
         return self
@@ -127,14 +127,14 @@ class Prompt(NamedTuple):
 
 
 class DenseCache:
-    """A KVCache with one window of columns for all rows, which follows the longest one (models.decoder.Cache).
+    """A KVCache whose rows share one window of columns, long enough for the longest row (models.decoder.Cache).
 
-    Column `end` is where every row writes next. Windows, numbers of rows and prefill shapes come in few sizes, since
-    each is compiled for.
+    Every row writes next to column `end`. Windows, numbers of rows and prefill shapes take few different sizes, since
+    each size is compiled.
 
     Args:
-      slots: most rows. multiple: rows and prefilled prompts come in multiples of this. chunk: most steps of a decode
-        call. window: granularity of the windows. prefill_chunk: of Prefill.
+      slots: maximum number of rows. multiple: rows and prefilled prompts come in multiples of this. chunk: maximum
+        steps of a decode call. window: granularity of the windows. prefill_chunk: `chunk` of Prefill.
     """
 
     def __init__(self, run: Runner, *, slots: int, multiple: int, max_prompt: int, max_tokens: int, chunk: int,
@@ -163,7 +163,7 @@ class DenseCache:
         """Columns of a finished row stay until its window moves on."""
 
     def room(self, used, left, born) -> list[int]:
-        return []  # admit made it
+        return []  # admit has made room
 
     # ---- prompts
 
@@ -192,7 +192,7 @@ class DenseCache:
             self.arrays = self._write(self.arrays, call.arrays, source, chosen, self.end)
 
     def _write(self, cache, prompts: tuple, source, chosen, end: int):
-        """The cache with rows `source` of the prompt arrays in its `chosen` rows, before column `end`."""
+        """The cache with rows `source` of the prompt arrays copied into its `chosen` rows, before column `end`."""
         n, _, columns, _ = prompts[1][0].shape
         out = []
         for kind, old, new in zip(KINDS, cache.arrays, prompts, strict=False):
@@ -208,7 +208,7 @@ class DenseCache:
         return next(w for w in self.windows if w >= columns)
 
     def _make_room(self, longest: int, ahead: int, prompt: int) -> None:
-        """A window that fits the longest running row, prompts of `prompt` columns, and some steps to come."""
+        """Get a window that fits the longest running row, prompts of `prompt` columns, and the next steps."""
         if self.arrays is None:
             self.end, self.width = prompt, self._fit(prompt + ahead)
             self.arrays = self.run.call("new_cache", (self.rows, self.width), self.rows, self.width)
@@ -216,7 +216,7 @@ class DenseCache:
             self._set_clock(max(longest, prompt), ahead)
 
     def _set_clock(self, end: int, ahead: int) -> None:
-        """Move all columns so that the next one is `end`, into a window that has `ahead` more.
+        """Shift all columns so that the next write goes to `end`, in a window with room for `ahead` more columns.
 
         Windows change one size at a time, so that few pairs of sizes are ever compiled. Columns are dropped before
         the window shrinks, and added only once it has grown.
@@ -240,7 +240,8 @@ class DenseCache:
     def _resize(self, cache, rows: np.ndarray | None, shift: int, window: int, keep: bool = False):
         """The cache with other rows (None: the same) and another window, its columns moved left by `shift`.
 
-        The old cache is freed layer by layer, whoever still refers to it, unless `keep`: two caches would not fit.
+        Unless `keep`, the old cache is freed layer by layer, even where something still refers to it: there is no
+        memory for two caches.
         """
         sizes = (cache.v[0].shape[0], cache.v[0].shape[2], None if rows is None else len(rows), window)
         moved = []
@@ -291,7 +292,7 @@ class DenseCache:
                     cache, *_ = self.run.call("decode", (rows, window, *kind), *args)
 
     def _warm_writes(self, cache, prompts: list[tuple]):
-        """Write each prompt shape that fits the window into no row at all."""
+        """Run the write of each prompt shape that fits the window, with no row chosen."""
         none = np.zeros(cache.v[0].shape[0], np.int32)
         for prompt in prompts:
             columns = prompt[1][0].shape[2]

@@ -2,11 +2,11 @@
 
     ticket = engine.submit(request)          any time, also between steps
     for event in engine.step(params): ...    new tokens, finished responses
-    engine.cancel(ticket)                    what is there so far; its slots are free
+    engine.cancel(ticket)                    returns what was drawn so far, frees the slots
 
 Each distinct prompt is prefilled once and its cache copied into the slots of its samples. A decode call runs until
-enough slots have finished to be worth refilling. When nothing waits, the number of slots shrinks with what still runs.
-What a token is depends on (seed, step, problem, sample, position) only, not on when it was submitted.
+enough slots have finished to be worth refilling. When no request waits, the number of slots shrinks with the number of
+running responses. A token depends only on (seed, step, problem, sample, position), not on when it was requested.
 """
 
 from __future__ import annotations
@@ -54,18 +54,19 @@ class Engine:
 
     Args:
       config: the decoder. eos_ids: EOS tokens. max_prompt, max_tokens: the longest prompt and response that
-        will be asked for. slots: rows decoded together. chunk: most decode steps of one call of `step`.
+        will be asked for. slots: rows decoded together. chunk: maximum decode steps of one call of `step`.
         dtype: compute dtype. window: granularity of the attended length.
-      placement: the chips to use when there are several (jaxrl.rollout.placement); slots must divide over them.
-      weights, cache: "same" as dtype, or "int8": matrices, keys and values of one byte an entry
+      placement: the chips to use when there are several (jaxrl.rollout.placement); slots must be a multiple of the
+        replicas on this host.
+      weights, cache: "same" (stored in dtype) or "int8": weight matrices, or keys and values, with one byte per entry
         (models.layout.quantise).
-      prefill_chunk: tokens of a prompt that are cached at a time, decoding between them; 0: all.
-      pages: tokens of a page of the cache; 0: it is dense. cache_tokens: what the pages hold together, 0 for `slots`
-        responses of full length.
+      prefill_chunk: prompt tokens that one prefill call caches, with decode calls in between; 0: the whole prompt.
+      pages: tokens per page of the cache; 0: a dense cache. cache_tokens: tokens that all pages hold together; 0: room
+        for `slots` responses of full length.
       allowed: bool [V], tokens that may be drawn, None for all (jaxrl.rollout.requests.decodable).
-      record: what completions tell of each token in `columns` (jaxrl.rollout.kernels.ProgramSpec).
+      record: what completions store for each token in `columns` (jaxrl.rollout.kernels.ProgramSpec).
 
-    Raises ValueError on sizes that do not fit each other.
+    Raises ValueError if the sizes do not fit together.
     """
 
     def __init__(
@@ -142,8 +143,8 @@ class Engine:
     def submit(self, request: Request, *, seed: int = 0, step: int = 0, background: bool = False) -> int:
         """Take a request in; its samples start at one of the next steps. Returns the ticket that events will name.
 
-        seed, step: with Request.key, the sample index and the position they make the random key of each token.
-        background: start it only where slots are free of others.
+        seed, step: with Request.key, sample index and position, they determine the random key of each token.
+        background: its samples start only in slots that no other request needs.
         Raises ValueError for a prompt, limit or stop sequence that the sampler cannot take.
         """
         check_request(request, self.config.vocab_size, self.max_prompt, self.max_tokens)
@@ -159,7 +160,8 @@ class Engine:
     def step(self, params, sampling: SamplingParams | None = None) -> list[Event]:
         """One round: free slots are filled, and one decode call runs in all of them.
 
-        params: from `layout`. sampling: of all tokens drawn in this step. Returns an event for each running sample.
+        params: from `layout`. sampling: the settings for all tokens drawn in this step. Returns an event for each
+        running sample.
         Raises ValueError for a bias that does not fit the vocabulary.
         """
         settings, kind = self._sampling_arrays(sampling or SamplingParams())
@@ -175,7 +177,7 @@ class Engine:
     def cancel(self, ticket: int, sample: int | None = None) -> dict[int, Completion]:
         """Stop a ticket, or one sample of it: nothing more is drawn, and the slots are free at the next step.
 
-        Returns what there is of each sample that had not ended, finish "partial", perhaps without any token.
+        Returns a completion with finish "partial" for each unfinished sample; it may have no tokens.
         """
         job = self._jobs.get(ticket)
         if job is None:
@@ -188,7 +190,7 @@ class Engine:
         return out
 
     def _close(self, ticket: int, sample: int, finish: str) -> Completion:
-        """The completion of a sample, which is open no longer. An engine without any keeps no cache."""
+        """End a sample and return its completion. The cache is freed when no sample is open any more."""
         job = self._jobs[ticket]
         pieces = [dict(tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32)), *job.drawn.pop(sample)]
         if not job.drawn:
@@ -226,10 +228,10 @@ class Engine:
             job.keys = own
 
     def _admit(self, params) -> None:
-        """Fill free slots from prefilled prompts, prefilling as many more prompts as that takes.
+        """Fill free slots from prefilled prompts, and prefill more prompts where these are too few.
 
-        Running rows do not wait for a long prompt: once a part of it is cached they go on, and the next step sees to
-        the next part.
+        Running rows do not wait for a long prompt: they decode again after one chunk of it is cached, and the next
+        step caches the next chunk.
         """
         self._fit_slots()
         free = np.flatnonzero(~self._rows.active).tolist()
@@ -241,8 +243,8 @@ class Engine:
         self.cache.admit(self._rows.longest(), self._rows.steps_left(self.chunk), placed)
 
     def _give_way(self) -> None:
-        """Let the youngest responses wait where the cache has no room for all: what they have drawn is kept, and they
-        go on from there, before others, when there is."""
+        """If the cache has no room for all responses, stop the youngest. Their tokens are kept, and they resume before
+        other requests start."""
         rows = self._rows
         for slot in self.cache.room(rows.used, rows.limit - rows.count, rows.born):
             ticket, sample = int(rows.ticket[slot]), int(rows.sample[slot])
@@ -253,7 +255,7 @@ class Engine:
             self.stats.waits += 1
 
     def _fit_slots(self) -> None:
-        """As many rows as what runs and waits can use: more when there are too few, fewer when nothing waits."""
+        """Fit the number of rows to the running and waiting samples. It shrinks only when nothing waits."""
         running = np.flatnonzero(self._rows.active)
         have = len(self._rows)
         if self._waiting:
@@ -274,7 +276,7 @@ class Engine:
             self.cache.take(rows, self._rows.longest(), self._rows.steps_left(self.chunk))
 
     def _prefill(self, params, samples: int) -> bool:
-        """Prefill a part of the next prompts, enough of them for `samples` slots; False if there is nothing to do."""
+        """Prefill one chunk of the next prompts, which are enough for `samples` slots; False if nothing is to do."""
         begin, waiting = time.perf_counter(), self._waiting
         if not waiting.prefilling:
             if waiting.prefilled or not waiting.next or not self.cache.fits([waiting.next.cached]):
@@ -290,7 +292,7 @@ class Engine:
         return True
 
     def _place(self, free: list[int]) -> list[tuple[int, Any]]:
-        """Give slots of `free` to the samples that are next; (slot, prefilled prompt) each, gone from `free`."""
+        """Assign slots to the next samples and remove them from `free`. Returns (slot, prefilled prompt) pairs."""
         placed, prefilled = [], self._waiting.prefilled
         for slot in list(free):
             if not prefilled or not self.cache.reserve(slot, prefilled[0].prefix):
@@ -298,7 +300,7 @@ class Engine:
             start = prefilled[0]
             sample, job = start.samples.pop(0), self._jobs[start.ticket]
             self._born += 1
-            born = self._born + (job.background << 60)  # those that fill idle slots give way first
+            born = self._born + (job.background << 60)  # background samples give way first
             self._rows.fill(slot, start.ticket, sample, job.request, start.tokens, keys=job.keys[sample], born=born)
             placed.append((slot, start.prefix))
             free.remove(slot)
@@ -307,7 +309,7 @@ class Engine:
         return placed
 
     def _decode(self, params, settings: SamplingArrays, kind: tuple) -> list[Event]:
-        """One decode call, and what it did to each running sample."""
+        """Run one decode call; returns an event for each running sample."""
         rows, begin = self._rows, time.perf_counter()
         refill_at = max(1, round(REFILL * self.slots)) if self._waiting else self._shrink_at()
         tokens, logprobs, emitted, columns = self.cache.decode(params, rows.arguments(), settings, kind, refill_at)
@@ -328,13 +330,13 @@ class Engine:
         ]
 
     def _record(self, slot: int, piece: dict[str, np.ndarray], finish: str) -> Event:
-        """Keep what was drawn in a slot (names as in Completion), to a stop sequence; free it at the sample's end."""
+        """Keep what a slot drew (names as in Completion), up to a stop sequence; free the slot if its sample ended."""
         ticket, sample = int(self._rows.ticket[slot]), int(self._rows.sample[slot])
         job = self._jobs[ticket]
         pieces = job.drawn[sample]
         if job.request.stop:
             prompt = job.request.prompt
-            begun = prompt[len(prompt) - job.request.done :]  # a stop sequence may lie across a cut
+            begun = prompt[len(prompt) - job.request.done :]  # a stop sequence may begin in the earlier part
             whole = np.concatenate([begun, *(old["tokens"] for old in (*pieces, piece))])
             end = first_stop(whole, len(piece["tokens"]), job.request.stop)
             if end is not None:
@@ -350,12 +352,12 @@ class Engine:
         return Event(ticket, sample, piece["tokens"], piece["logprobs"], completion)
 
     def _shrink_at(self) -> int:
-        """Finished rows after which fewer slots are worth a copy; more than there are means never."""
+        """After how many finished rows to copy the rest into fewer slots; running + 1 means never."""
         running = int(self._rows.active.sum())
         smaller = [size for size in self.cache.row_sizes if size < len(self._rows)]
         return running - smaller[-1] if smaller and running > smaller[-1] else running + 1
 
-    # ---- users of the three
+    # ---- built on submit, step and cancel
 
     def generate(
         self,
@@ -375,15 +377,15 @@ class Engine:
             requests.
           on_tokens: called as f(request index, sample index, new tokens) after each decode call; returning
             True stops that completion there (finish "stop").
-          background: the last so many requests only fill slots that idle while the others finish. What is undone
-            then has finish "partial", perhaps without any token; how far it got depends on slots and chunk.
+          background: so many requests at the end of the list only fill slots that idle while the others finish. Their
+            unfinished samples then have finish "partial", perhaps no tokens; how many depends on slots and chunk.
 
         Returns:
           One list of `samples` completions per request. `self.stats` holds the counts of this call.
 
         Raises:
           ValueError: a prompt, limit, stop sequence or bias that the sampler cannot take, naming the request; or
-            tickets of others are open, whose events would be lost.
+            submitted requests are still open, whose events would be lost.
         """
         if self._jobs:
             raise ValueError(f"generate: {len(self._jobs)} submitted requests are open; step or cancel them first")
@@ -415,7 +417,7 @@ class Engine:
         return out
 
     def prompt_logprobs(self, params, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log-probability of each prompt token but the first, at temperature 1; float32 [p - 1] a prompt."""
+        """Log-probability of each prompt token except the first, at temperature 1; float32 [p - 1] per prompt."""
         out = []
         for prompt in prompts:
             padded = np.zeros((1, bucket(len(prompt), 32)), np.int32)
@@ -426,14 +428,13 @@ class Engine:
 
     def warmup(self, params, samplings: Sequence[SamplingParams] = (SamplingParams(),),
                continued: bool = False) -> float:
-        """Compile every shape that calls for `slots` completions or more can need; afterwards a compile is a logged
-        warning.
+        """Compile every shape that `slots` or more completions can need. Any later compile is logged as a warning.
 
         Args:
-          params: from `layout`. samplings: the settings to expect; whether one truncates or biases selects the
-            decode program. continued: requests with tokens drawn earlier will come, too.
+          params: from `layout`. samplings: the settings to expect; truncation and bias have decode programs of their
+            own. continued: also expect requests that continue earlier ones (Request.done).
 
-        Returns: seconds it took; `self.shapes` says for what.
+        Returns: seconds it took; `self.shapes` has the seconds per shape.
         """
         begin = time.perf_counter()
         self.runner.keys(*np.zeros((4, 1), np.uint32))

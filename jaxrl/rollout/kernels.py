@@ -45,7 +45,7 @@ class Rows:
 class SamplingArrays:
     """SamplingParams as the decode program takes them, traced: changing a value compiles nothing.
 
-    temperature, top_p, min_p: float32 []. top_k: int32 []; the last three are None together. eos: int32 [E].
+    temperature, top_p, min_p: float32 []. top_k: int32 []. top_k, top_p and min_p are None together. eos: int32 [E].
     bias: float32 [V] added to the logits, or None. allowed: bool [V], tokens that may be drawn, or None for all.
     """
 
@@ -62,11 +62,11 @@ class SamplingArrays:
 class ProgramSpec:
     """What the programs of a sampler depend on; hashable.
 
-    dtype: compute dtype. chunk: most decode steps of one call (the width of its output). platform: "cpu", "gpu" or
+    dtype: compute dtype. chunk: maximum decode steps of one call (the length of its output). platform: "cpu", "gpu" or
     "tpu". sharding: NamedSharding of the arrays of the cache, or None. int8_cache: keys and values of one
-    byte, with scales. pages: tokens of a page; 0: the cache is dense. record: what decoding tells of each token besides
-    its log-prob: "kept" (the set it was drawn from), "experts" (those of the token before it, which it was predicted
-    from: unsigned [L, k], counted from 1).
+    byte, with scales. pages: tokens per page; 0: the cache is dense. record: what decoding returns for each token
+    besides its log-prob: "kept" (the set it was drawn from, see sampling.kept_set), "experts" (those of the preceding
+    token, from which this one was predicted: unsigned [L, k], counted from 1).
     """
 
     config: DecoderConfig
@@ -88,21 +88,22 @@ class ProgramSpec:
         return jnp.int8 if self.int8_cache else self.dtype
 
     def place(self, array):
-        """The array of a cache, held where the sharding says."""
+        """A cache array, placed as the sharding says."""
         return array if self.sharding is None else lax.with_sharding_constraint(array, self.sharding)
 
 
 def prefill(spec: ProgramSpec, params, tokens, lengths, arrays=None, *, first: int = 0, size: int = 0):
     """The `arrays` of a Cache of P columns, prompts right-aligned. tokens: int32 [n, P]; lengths: int32 [n].
 
-    arrays: with the columns before `first` cached, None for new ones. size: columns to cache now, 0 for all.
+    arrays: those of the earlier chunks, with the columns before `first` cached; None for new ones. size: columns to
+    cache now, 0 for all.
     """
     n, P = tokens.shape
     end = first + (size or P)
     cache = empty_cache(spec.config, n, P, spec.cache_dtype).replace(start=P - lengths, end=jnp.int32(first))
     cache = cache if arrays is None else cache.with_arrays(arrays)
     column = jnp.arange(end)[None] - (P - lengths)[:, None]
-    # On a CPU, which has no kernel, prompts read themselves from the cache.
+    # A CPU has no attention kernel: without segments, the prompts attend to their keys and values in the cache.
     segments = None if spec.platform == "cpu" else (column >= 0).astype(jnp.int32)
     inputs = tokens[:, first:end], jnp.maximum(column[:, first:], 0)
     return spec.model.apply({"params": params}, *inputs, segments, cache)[1].arrays
@@ -113,7 +114,7 @@ def score(spec: ProgramSpec, params, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = spec.model.apply({"params": params}, tokens, positions)[0]
 
-    def one(pair):  # a column at a time: never [n, P, V]
+    def one(pair):  # one column at a time, so that no [n, P, V] array is made
         h, target = pair
         z = logits(params, h, spec.config.narrow)
         picked = jnp.take_along_axis(z, target[:, None], axis=-1)[:, 0]
@@ -125,8 +126,8 @@ def score(spec: ProgramSpec, params, tokens):
 def decode(spec: ProgramSpec, params, cache, rows: Rows, settings: SamplingArrays, steps, refill_at):
     """Decode until `steps` steps are done, `refill_at` rows have finished, or all have.
 
-    Returns (cache, tokens int32 [chunk, B], log-probs float32 [chunk, B], emitted int32 [B]: how many of them count,
-    columns: what `spec.record` names, name -> [chunk, B, ...]).
+    Returns (cache, tokens int32 [chunk, B], log-probs float32 [chunk, B], emitted int32 [B]: how many of them are
+    valid, columns: what `spec.record` names, name -> [chunk, B, ...]).
     """
     B = rows.token.shape[0]
     cache = cache.begin(rows.used)
@@ -246,7 +247,7 @@ def _move_columns(array, shift, window: int):
 
 
 def new_pages(spec: ProgramSpec, count: int, local: int):
-    """The arrays of models.pages.Pages: `count` zeroed pages, of all replicas together; `local` in local_layers."""
+    """The arrays of models.pages.Pages, zeroed: `count` pages of all replicas together, or `local` in local_layers."""
     return jax.tree.map(spec.place, empty_pages(spec.config, count, spec.pages, spec.cache_dtype, local))
 
 
@@ -254,8 +255,8 @@ def write_pages(spec: ProgramSpec, arrays, prompts, writes, local=None):
     """The arrays of the pool with pages taken from prefilled prompts.
 
     prompts: from `prefill`. writes: (source, first, target), int32 [n] each: page target[i] gets the columns of row
-    source[i] from first[i] on; what lies behind the last column is left to later steps. On a mesh n is split over the
-    replicas. local: those of local_layers, or None if there are none.
+    source[i] from first[i] on; the part of a page behind the last column is filled by later steps. On a mesh n is split
+    over the replicas. local: the writes of local_layers, or None if there are none.
     """
     k, v, *scales = prompts
     pairs = [(k, v), tuple(scales)] if scales else [(k, v)]

@@ -1,9 +1,9 @@
 """The key-value cache in pages: rows hold as many as their own context needs, samples share those of their prompt.
 
 Each replica of the weights has its own pool, and its rows only use pages of it. When a pool runs out, its youngest
-responses give their pages back and wait; the engine prefills them again later. What is drawn does not depend on it.
+responses give their pages back and wait; the engine prefills them again later. The drawn tokens stay the same.
 
-Layers that see a window only, beside others that see everything, have pages of their own: a ring for each row.
+Where a model mixes sliding-window and full attention, its sliding-window layers have their own pages: a ring per row.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jaxrl.rollout.programs import Runner
 from models.pages import Pages
 
 WRITES = 64  # pages that one call fills, on each replica
-# Tokens that one call prefills on each replica, at most: enough for its matrix products, and what it works in is not
-# there for pages.
+# Maximum tokens that one call prefills on each replica: enough for efficient matrix products. Larger calls would need
+# more working memory, which pages could use.
 PREFILL = 8192
 
 
@@ -30,7 +30,8 @@ PREFILL = 8192
 class Prompt:
     """A prefilled prompt of `length` tokens: row `row` of what `call` has cached.
 
-    shared: replica -> (its full pages there, when the first of them was taken), as long as a sample holds them.
+    shared: replica -> (the prompt's full pages there, the time at which the first was taken); valid as long as a sample
+    holds them.
     """
 
     call: Prefill
@@ -40,7 +41,7 @@ class Prompt:
 
 
 class Pool:
-    """Pages of one replica, counted. Page 0 is nobody's."""
+    """Pages of one replica, with the number of holders of each. Page 0 is never given out."""
 
     def __init__(self, count: int):
         self.holders = np.zeros(count, np.int32)
@@ -49,22 +50,22 @@ class Pool:
         self._clock = 0
 
     def take(self, count: int) -> list[int]:
-        """So many free pages, held once."""
+        """Take so many free pages; each then has one holder."""
         pages = [self.free.pop() for _ in range(count)]
         self._clock += 1
         self.holders[pages], self.taken_at[pages] = 1, self._clock
         return pages
 
     def give(self, pages: np.ndarray) -> None:
-        """One holder less of each of these."""
+        """Remove one holder from each of these; pages without a holder are free."""
         self.holders[pages] -= 1
         self.free += [int(page) for page in pages if self.holders[page] == 0]
 
 
 class Rings:
-    """The pages of the layers that see the last `window` tokens: `width` of them for each row, of which page i of a
-    response is the (i mod width)-th, so that what no window reaches is written over. A row always has its ring; prompts
-    are copied into it, not shared. Page 0 of each replica is nobody's."""
+    """The pages of the layers that see the last `window` tokens. Each row has a ring of `width` pages: page i of its
+    response is the (i mod width)-th of them, so that pages which no window reaches are overwritten. A row always has
+    its ring; prompts are copied into it, not shared. Page 0 of each replica belongs to no row."""
 
     def __init__(self, window: int, *, page: int, chunk: int, most: int, slots: int, replicas: int):
         self.window, self.page, self.slots, self.replicas = window, page, slots, replicas
@@ -75,21 +76,21 @@ class Rings:
         self.ring = np.arange(rows) % (self.slots // self.replicas)  # of each row, in its replica
 
     def take(self, rows: np.ndarray, again: np.ndarray) -> None:
-        """As KVCache.take; there is one replica then. again: rows that get a ring that no other has."""
+        """As KVCache.take, with a single replica. again: bool, rows that are new and get an unused ring."""
         self.ring = self.ring[rows]
         self.ring[again] = np.setdiff1d(np.arange(self.slots), self.ring[~again])[: again.sum()]
 
     def first(self, used):
-        """The first page that the next token sees, behind `used` tokens."""
+        """Index of the first page that the next token attends to, after `used` tokens."""
         return np.maximum(used - self.window + 1, 0) // self.page
 
     def targets(self, row: int, length: int) -> list[tuple[int, int]]:
-        """(page of the prompt, page of the pool) of those that a prompt of this length fills, perhaps in part."""
+        """(page of the prompt, page of the pool) for each page of such a prompt that its window still reaches."""
         indices = range(int(self.first(length)), -(-length // self.page))
         return [(i, int(1 + self.ring[row] * self.width + i % self.width)) for i in indices]
 
     def table(self, used: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(table int32 [rows, width], position at which it begins int32 [rows]); zeros for rows that hold nothing."""
+        """(page table int32 [rows, width], position of its first token int32 [rows]); zeros for rows without pages."""
         first = self.first(used)
         pages = 1 + self.ring[:, None] * self.width + (first[:, None] + np.arange(self.width)) % self.width
         return np.where(held[:, None], pages, 0).astype(np.int32), (first * self.page).astype(np.int32)
@@ -99,10 +100,10 @@ class PagedCache:
     """A KVCache of pages.
 
     Args:
-      as of DenseCache, and page: tokens of one. tokens: capacity of all replicas together, 0 for what `slots` rows of
-        full length take. implementation: of models.pages; "xla" gathers what the longest row holds, others read only
-        what each row holds, so that one width of the table serves all. local: window of the layers that have one beside
-        others that see everything (models.pages.local_window), 0 without such.
+      as for DenseCache, and page: tokens per page. tokens: capacity of all replicas together; 0: enough for `slots`
+        rows of full length. implementation: of models.pages. "xla" gathers as many pages per row as the longest row
+        holds; the others read only each row's own pages, so that one width of the table is enough. local: the window
+        where sliding-window and full attention are mixed (models.pages.local_window), else 0.
 
     Raises UserError for a capacity that does not hold one response of full length on each replica.
     """
@@ -163,8 +164,8 @@ class PagedCache:
         return row * self.replicas // self.rows
 
     def _spare(self, replica: int) -> int:
-        """Free pages of a replica beyond one more for each of its rows that run: admitted on those, a response would
-        soon have to wait again."""
+        """Free pages of a replica, less one for each of its running rows. Those are needed soon: a response admitted
+        on them would have to give them back."""
         rows = self.held.reshape(self.replicas, -1)[replica]
         return len(self.pools[replica].free) - int(np.sum(rows > 0))
 
@@ -208,7 +209,7 @@ class PagedCache:
                 self.arrays = self._write(self.arrays, call, *now)
 
     def _write(self, arrays, call: Prefill, parts: Sequence[list], local: Sequence[list]):
-        """The pool with pages of a prefill; parts, local: a replica's writes each."""
+        """The pool with pages of a prefill written into it; parts, local: a list of writes for each replica."""
 
         def indices(parts):
             source, first, target = np.zeros((3, self.replicas, WRITES), np.int32)
@@ -226,7 +227,7 @@ class PagedCache:
 
     def take(self, rows: np.ndarray, longest: int, ahead: int) -> None:
         again = np.ones(len(rows), bool)
-        again[np.unique(rows, return_index=True)[1]] = False  # rows to grow by, which are nobody's
+        again[np.unique(rows, return_index=True)[1]] = False  # repeated: new rows, which are empty
         self.table, self.held = self.table[rows], self.held[rows]
         self.table[again], self.held[again] = 0, 0
         self.rows = len(rows)

@@ -45,7 +45,7 @@ class Placement:
 
     training: the learner's mesh. everywhere: the same devices as ("host", "data", "tensor"). mesh: those of this
     process, ("data", "tensor"). rules: logical axis -> mesh axis. fused: whether q/k/v and gate/up share a
-    matrix; split over `tensor`, the seams would not fall on shard boundaries. int8: whether matrices are int8.
+    matrix; not if matrices are split over `tensor`, as shards would then mix them. int8: whether matrices are int8.
     """
 
     training: Mesh
@@ -70,7 +70,7 @@ class Placement:
         return meshes.use(self.mesh, self.rules)
 
     def params(self, config: DecoderConfig, mesh: Mesh | None = None, rules: dict | None = None):
-        """Shardings of parameters in the sampling layout; on another mesh by its rules, if given."""
+        """Shardings of parameters in the sampling layout, on this mesh or on another one with its rules."""
         mesh, rules = mesh or self.mesh, rules or self.rules
         return jax.tree.map(
             lambda spec: NamedSharding(mesh, meshes.to_spec(spec, rules)),
@@ -90,7 +90,7 @@ class Placement:
         return NamedSharding(self.mesh, P("data", *(None,) * pages, self.rules["kv_heads"]))
 
     def fetch(self, params, config: DecoderConfig):
-        """The cast parameters on this process's chips, the other hosts' replicas left to them."""
+        """Moves the cast parameters to the sampler's places; returns those on this process's chips."""
         if self.training.size == 1:
             return params
         moved = jax.device_put(params, self.params(config, self.everywhere))

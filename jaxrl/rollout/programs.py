@@ -23,8 +23,8 @@ KEY_BLOCK = 256  # random keys are made this many at a time, so that their progr
 
 log = logging.getLogger(__name__)
 
-# Without it the TPU compiler moves whole layers of the cache to vector memory for the one column that a step writes,
-# and back: a third more bytes a step. What is used less often than it is moved stays where it is.
+# Without this option the TPU compiler moves whole layers of the cache to vector memory, and back, for the one column
+# that a step writes: a third more bytes per step. With it, arrays that are moved more often than used are not moved.
 TPU_OPTIONS = {"xla_tpu_msa_inefficient_use_to_copy_ratio": "0.75"}
 
 
@@ -52,7 +52,7 @@ class SamplerPrograms(NamedTuple):
 
 def program_spec(config: DecoderConfig, dtype, chunk: int, placement: Placement | None, *, int8_cache: bool,
                  pages: int, record: tuple[str, ...] = ()) -> ProgramSpec:
-    """What the programs depend on, where the placement says; without one on the default device."""
+    """The ProgramSpec for a placement; without one, for the default device."""
     if placement is None:
         return ProgramSpec(config, dtype, chunk, jax.default_backend(), None, int8_cache, pages, record)
     return ProgramSpec(config, dtype, chunk, placement.platform, placement.cache(pages > 0), int8_cache, pages, record)
@@ -83,9 +83,9 @@ def sampler_programs(spec: ProgramSpec) -> SamplerPrograms:
 
 
 class Runner:
-    """Calls programs where a placement says. shapes: (program, sizes) -> seconds of its first call, which compiles.
+    """Calls programs on a placement's mesh. shapes: (program, sizes) -> seconds of its first call, which compiles.
 
-    warm: every shape is expected to be there; a further one is logged as a warning.
+    warm: all shapes should be compiled by now; each further one is logged as a warning.
     """
 
     def __init__(self, programs: SamplerPrograms, placement: Placement | None = None):
@@ -94,7 +94,7 @@ class Runner:
         self._context = placement.use if placement else contextlib.nullcontext
 
     def call(self, name: str, sizes: tuple, *args, **kwargs):
-        """The result of the program `name`; `sizes` tell its shapes apart."""
+        """The result of the program `name`; `sizes` identify the shapes of this call."""
         key, program = (name, *sizes), getattr(self.programs, name)
         with self._context():
             if key in self.shapes:
@@ -122,9 +122,9 @@ class Runner:
 
 @functools.cache
 def known_options(options: tuple[tuple[str, str], ...], device) -> dict[str, str]:
-    """Those of the compiler `options` that the compiler of `device` has: they differ between versions of libtpu.
+    """Those `options` that the compiler of `device` knows; versions of libtpu differ in them.
 
-    Each other one is logged as a warning. Raises JaxRuntimeError for a value that an option cannot have.
+    Each unknown option is logged as a warning. Raises JaxRuntimeError for a value that an option cannot have.
     """
     known = {}
     for name, value in options:

@@ -1,7 +1,7 @@
-"""What the engine's scheduler does with given lengths, without a model: its calls, to be multiplied by their times.
+"""Replays the engine's scheduler for given response lengths, without a model. Multiply its calls by measured times.
 
-The engine and its cache are the real ones. Only the programs are missing: in their place stands a list of what was
-called, and a decode call that ends each response where its length says. Nothing touches a device but a few scalars.
+The engine and its cache are the real ones. Only the programs are replaced: calls are recorded, and a decode call ends
+each response at its given length. Only a few scalars touch a device.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Call(NamedTuple):
 
 @dataclasses.dataclass
 class Rollout:
-    """calls: in order, one an array (keys, values) of a single layer where the engine goes by arrays. stats: the
-    engine's own counts. largest: columns of the cache over all slots, when it is at its largest."""
+    """calls: in order; where the engine works array by array, one per array (keys, values) of a single layer. stats:
+    the engine's own counts. largest: columns of the cache over all slots, when it is at its largest."""
 
     calls: list[Call]
     stats: Stats
@@ -58,7 +58,7 @@ class Rollout:
 
     @property
     def contexts(self) -> int:
-        """Columns that it had to read: each response's own tokens at each of its steps."""
+        """Columns that decoding cannot avoid reading: each response's own tokens at each of its steps."""
         return sum(c.contexts for c in self.of("decode"))
 
 
@@ -113,7 +113,7 @@ class _Recorder(Runner):
         ended = running[left <= steps]
         tokens[emitted[ended] - 1, ended] = END
         contexts = int(np.sum(own * (rows.used[running] + 1) + own * (own - 1) // 2))
-        if isinstance(cache, Pages):  # a kernel reads a row's own blocks, as long as the call goes on
+        if isinstance(cache, Pages):  # a kernel reads a row's own blocks until the call ends
             columns = cache.table.shape[1]
             ends = rows.used[running][:, None] + 1 + np.arange(steps)
             read = int(np.sum(-(-ends // BLOCK) * BLOCK))
@@ -150,6 +150,6 @@ def replay(lengths, prompts: Sequence[int], *, slots: int, chunk: int, window: i
 
 
 def log_normal(shape: tuple[int, int], limit: int, median: float, sigma: float, seed: int = 0) -> np.ndarray:
-    """int [problems, samples]: lengths log-normal around `median` of the limit, cut at the limit, as answers are."""
+    """int [problems, samples]: log-normal lengths with median `median` * limit, cut at the limit, as answers are."""
     drawn = np.exp(np.random.default_rng(seed).normal(np.log(median * limit), sigma, shape))
     return np.clip(drawn, 1, limit).astype(np.int64)

@@ -13,15 +13,15 @@ from jaxrl.types import Completion
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """`samples` completions of one prompt, or the rest of one that was begun before.
+    """`samples` completions of one prompt, or the rest of a completion that was begun earlier.
 
-    prompt: int32 [p], p >= 1. max_tokens: response tokens allowed, at least 1; one number, or one a sample.
+    prompt: int32 [p], p >= 1. max_tokens: response tokens allowed, at least 1; one number, or one per sample.
     key: uint32, identifies the problem in the random keys. expected: guessed response length; longer requests
-    start first. first_sample: index of the first sample in the random keys. min_tokens: EOS tokens are not
-    drawn before. stop: token sequences that end a completion (finish "stop", the sequence included).
-    done: so many tokens at the end of `prompt` are response tokens, drawn or forced earlier; max_tokens counts what is
-    still to come, positions in the random keys and min_tokens go on from there. step: the training step in the random
-    keys, if not the one of the call.
+    start first. first_sample: index of the first sample in the random keys. min_tokens: response tokens before an EOS
+    token may be drawn. stop: token sequences that end a completion (finish "stop", the sequence included).
+    done: number of tokens at the end of `prompt` that are response tokens, drawn or forced earlier. max_tokens counts
+    only the tokens after them; positions in the random keys and min_tokens count them. step: the training step in the
+    random keys; None: the one given to `submit`.
     """
 
     prompt: np.ndarray
@@ -44,9 +44,9 @@ class Request:
         return np.broadcast_to(limits, (self.samples,))
 
     def resumed(self, sample: int, begun: Completion) -> Request:
-        """The request for the rest of one sample, of which `begun` is there already: drawn, forced, or both.
+        """The request that continues one sample after the tokens `begun` (drawn, forced, or both).
 
-        It draws the tokens that the sample would have had, were `begun` all drawn in one go.
+        It draws the same tokens as a sample that drew `begun` itself, without an interruption.
         """
         return dataclasses.replace(
             self,
@@ -87,7 +87,8 @@ class SamplingParams:
 class Event:
     """What one engine step did to one sample of a ticket.
 
-    tokens: int32 [n]; logprobs: float32 [n]: new ones, n >= 1. completion: the whole, if it has ended with them.
+    tokens: int32 [n]; logprobs: float32 [n]: new ones, n >= 1. completion: the whole response, if it ended in this
+    step; else None.
     """
 
     ticket: int
@@ -99,11 +100,11 @@ class Event:
 
 @dataclasses.dataclass
 class Stats:
-    """Counts since they were last reset, for `generate` of one call. steps: decode steps run; slot_steps: rows x
-    steps, the denominator of utilisation. waits: responses that gave up their pages for a while.
+    """Counts since the last reset; `generate` resets them when it starts. steps: decode steps run; slot_steps: rows x
+    steps, the denominator of utilisation. waits: how often a response gave up its pages for a while.
 
-    seconds_decode: in or waiting for decode calls; seconds_prefill: launching prefills only, which run while the
-    host goes on (benchmarks/sampler.py measures them whole); what is left of seconds_total is the host's own work.
+    seconds_decode: running or waiting for decode calls. seconds_prefill: only launching prefills, which run while the
+    host continues (benchmarks/sampler.py measures all of their time). The rest of seconds_total is work of the host.
     """
 
     tokens: int = 0
@@ -124,7 +125,7 @@ class Stats:
 
 
 def check_request(r: Request, vocab_size: int, max_prompt: int, max_tokens: int) -> np.ndarray:
-    """The limits of a request, int32 [samples]. Raises ValueError if it is none for a sampler of these sizes."""
+    """The limits of a request, int32 [samples]. Raises ValueError if a sampler of these sizes cannot take it."""
     limits = r.limits
     low, high = (limits.min(), limits.max()) if len(limits) else (1, 1)
     given, most = len(r.prompt) - r.done, max_tokens - r.done
@@ -155,10 +156,10 @@ def first_stop(tokens: np.ndarray, new: int, stops) -> int | None:
 
 
 def decodable(tokenizer, vocab_size: int) -> np.ndarray | None:
-    """bool [vocab_size]: the model's tokens that the tokenizer can decode; None if it is all of them.
+    """bool [vocab_size]: the model's tokens that the tokenizer can decode; None if it can decode all of them.
 
-    Models pad their vocabulary: Qwen2.5 has some 270 rows more than tokens. Drawn, such a row would be a token without
-    a text. Raises UserError for a tokenizer with more tokens than the model has rows.
+    Models pad their vocabulary: Qwen2.5 has about 270 more rows than tokens. These rows have no text and must not be
+    drawn. Raises UserError for a tokenizer with more tokens than the model has rows.
     """
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"tokenizer {tokenizer.name} has token ids up to {tokenizer.vocab_size - 1}, the model only "

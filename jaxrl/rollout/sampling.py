@@ -9,11 +9,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# Blocks of the inverse CDF: their running sum has 128 entries, and so about as many within one, so float32 stays
-# unbiased. A fixed number, because chips that share a vocabulary then hold whole blocks, and no chip all logits.
+# Blocks of the inverse CDF: running sums over 128 blocks, and over the V / 128 entries of one, are short enough for
+# float32 to stay unbiased. The number is fixed, so that chips that share a vocabulary hold whole blocks, and no chip
+# needs all logits.
 BLOCKS = 128
 _BISECTIONS = 32
-LEAST_TEMPERATURE = 1e-30  # smaller ones are taken as this, which is as good as greedy already
+LEAST_TEMPERATURE = 1e-30  # smaller ones are raised to this, which is as good as greedy
 
 
 def sample_keys(seed, step, problem, sample):
@@ -42,7 +43,7 @@ def uniforms(keys, position):
 def _first_at_least(weights, u):
     """int32 [B]: first index whose running sum reaches u * total. weights >= 0 [B, n]; u in (0, 1] [B].
 
-    Running sums are only as monotone as their association; an index of weight zero is replaced by the
+    A parallel running sum is not quite monotone, because of rounding. An index of weight zero is replaced by the
     heaviest one, so that a token that was masked out can never be drawn.
     """
     total = jnp.cumsum(weights, axis=-1)
@@ -72,7 +73,7 @@ def inverse_cdf(weights, u):
 
 
 def _threshold(z, reaches):
-    """Largest float32 threshold t [B, 1], up to bisection, with reaches(t) true; true at -inf, monotone."""
+    """Largest float32 threshold t [B, 1], by bisection, with reaches(t) true. reaches: monotone, true at -inf."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -116,12 +117,12 @@ def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=
 
     Returns:
       token: int32 [B]. logp: float32 [B], at most 0, under softmax(logits / temperature) over the whole vocabulary
-      and *before* truncation, which is what the learner recomputes; a greedy row reports temperature 1. With `record`
+      and *before* truncation, as the learner recomputes it; a greedy row reports temperature 1. With `record`
       {"kept", "least"}, both float32 [B] (see `kept_set`).
     """
     V, greedy = logits.shape[-1], temperature <= 0
     peak = jnp.max(logits, axis=-1, keepdims=True)
-    # the peak is taken off first: logits over a temperature near zero are beyond what float32 tells apart, or holds
+    # subtract the peak first: logits divided by a temperature near zero lose their differences, or overflow, in float32
     z = (logits - peak) / jnp.where(greedy, 1.0, jnp.maximum(temperature, LEAST_TEMPERATURE))[:, None]
     weights = jnp.exp(z)
     log_total = jnp.log(jnp.sum(weights, axis=-1))
@@ -134,7 +135,7 @@ def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=
     # an argmax by comparison vectorises on CPU; the (value, index) reduction does not
     best = jnp.min(jnp.where(logits == peak, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
     token = jnp.where(greedy, best, inverse_cdf(weights, u))
-    if allowed is not None:  # where all that is allowed underflows, the most likely of it
+    if allowed is not None:  # if all allowed weights underflow, the likeliest allowed token
         drawn = jnp.take_along_axis(weights, token[:, None], axis=-1)[:, 0]
         token = jnp.where(drawn > 0, token, best)
     picked = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
@@ -144,8 +145,8 @@ def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=
 
 
 def kept_set(logp, weights):
-    """What tells the kept set of a truncated draw from the rest: {"kept": the logarithm of its probability, "least":
-    a probability that all its tokens reach and no other token does}, float32 [B] each; both 0 if nothing was cut off.
+    """Describes the set that a truncated draw kept: {"kept": the logarithm of its probability, "least": a probability
+    that all its tokens reach and no other token does}, float32 [B] each; both 0 if nothing was cut off.
 
     top-k, top-p and min-p all keep the likeliest tokens, so that one threshold is the whole set. It lies half way (in
     logarithms) between the two tokens at the border, so that another rounding of the logits finds the same set.

@@ -1,4 +1,5 @@
-"""What the host gives the decode program: settings, and its copy of the rows, so that the device is never asked."""
+"""What the host passes to the decode program: settings, and the state of the rows. The host keeps its own copy of that
+state, so that it never reads it from the device."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from jaxrl.rollout.requests import SamplingParams
 
 
 class Slots:
-    """One row a slot. ticket: int32, -1 if free. sample: int32, which one of the ticket. born: int64, rising with the
-    start of the response. Others as in Rows."""
+    """One row per slot. ticket: int32, -1 if free. sample: int32, which one of the ticket. born: int64, larger for
+    responses that started later. Others as in Rows."""
 
     def __init__(self, size: int):
         self.ticket = np.full(size, -1, np.int32)
@@ -27,9 +28,10 @@ class Slots:
         return self.ticket >= 0
 
     def fill(self, slot: int, ticket: int, sample: int, request, tokens: np.ndarray, *, keys: np.ndarray, born: int):
-        """Start sample `sample` of a request in a free slot. tokens: its prompt and what is drawn. keys: uint32 [2]."""
+        """Start sample `sample` of a request in a free slot. tokens: its prompt, and what it drew before if it was
+        interrupted. keys: uint32 [2]."""
         self.ticket[slot], self.sample[slot], self.keys[slot], self.born[slot] = ticket, sample, keys, born
-        # the last prompt token is left to the first decode step, so that prefill needs no head
+        # the first decode step processes the last prompt token, so that prefill needs no head
         self.token[slot], self.used[slot] = tokens[-1], len(tokens) - 1
         self.count[slot] = request.done + len(tokens) - len(request.prompt)
         self.limit[slot] = request.done + request.limits[sample]

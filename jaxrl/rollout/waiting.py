@@ -1,4 +1,4 @@
-"""Samples that wait for a slot: a queue of what is not prefilled yet, then a list of what is."""
+"""Samples that wait for a slot: a queue of those that are not prefilled yet, and a list of those that are."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jaxrl.rollout.cache import KVCache
 
 @dataclasses.dataclass
 class Start:
-    """Samples of a ticket that start from the same `tokens`: the prompt, of one that had to give up its slot also what
-    it has drawn. prefix: the prefilled tokens, from a KVCache."""
+    """Samples of a ticket that start from the same `tokens`: the prompt, and what a sample drew before it had to give
+    up its slot. prefix: the handle of the prefilled tokens, from a KVCache."""
 
     ticket: int
     tokens: np.ndarray
@@ -24,13 +24,13 @@ class Start:
 
     @property
     def cached(self) -> int:
-        """Tokens that a prefill caches: the last one is left to the first decode step."""
+        """Tokens that a prefill caches: all but the last, which the first decode step processes."""
         return len(self.tokens) - 1
 
 
 class Waiting:
-    """prefilled: those whose tokens are in a cache. prefilling: those whose tokens are in it in part. The others come
-    in the order of `add`'s rank."""
+    """prefilled: those whose tokens are cached. prefilling: those whose tokens are partly cached. The others wait in a
+    queue, ordered by the rank given to `add`."""
 
     def __init__(self):
         self.prefilled: list[Start] = []
@@ -55,12 +55,12 @@ class Waiting:
         return self._queue[0][-1] if self._queue else None
 
     def add(self, start: Start, rank: tuple) -> None:
-        """Lower ranks first, of equal ones the longest, then the first."""
+        """Queue a start: lower ranks come first, then longer ones, then those added earlier."""
         self._added += 1
         bisect.insort(self._queue, (*rank, -len(start.tokens), self._added, start))
 
     def choose(self, samples: int, cache: KVCache) -> list[Start]:
-        """Take the next ones, enough for `samples` slots, as far as the cache has room, to be `prefilling`."""
+        """Move the next ones to `prefilling`: enough for `samples` slots, as far as the cache has room."""
         chosen: list[Start] = []
         brought, most = 0, cache.prefill_sizes[-1]
 
@@ -76,13 +76,13 @@ class Waiting:
             chosen.append(self._queue.pop(0)[-1])
             brought += len(chosen[-1].samples)
         rows, columns = cache.prefill_shape(lengths())
-        while takes(rows) and self.next.cached <= columns:  # rows that would be padding
+        while takes(rows) and self.next.cached <= columns:  # these rows would be padding otherwise
             chosen.append(self._queue.pop(0)[-1])
         self.prefilling = chosen
         return chosen
 
     def remove(self, ticket: int, samples: Collection[int]) -> None:
-        """These samples of a ticket wait no longer."""
+        """Remove these samples of a ticket."""
         for start in self._all():
             if start.ticket == ticket:
                 start.samples = [s for s in start.samples if s not in samples]

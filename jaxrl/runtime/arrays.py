@@ -1,9 +1,8 @@
 """Sharded arrays as safetensors files: every process writes the shards it holds, and reads the ranges it needs.
 
-A file holds some shards of some arrays; a tensor is named after its array and the offsets of the shard in it, and
-where each lies is also in the checkpoint's manifest, so that a restore reads no headers. Any mesh can read what any
-other has written: the part of an array that a device needs is put together from the ranges of those shards that it
-meets.
+A file holds some shards of some arrays. A tensor is named after its array and the offsets of the shard in it. The
+checkpoint's manifest says, too, where each tensor lies, so that a restore reads no headers. Any mesh can read what any
+other has written: a device's part of an array is put together from the saved shards that overlap it.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from etils import epath
 
 from jaxrl.runtime import storage
 
-SMALL = 32 * 2**20  # bytes: such a file is read at once
-FILE_BYTES = 256 * 2**20  # of a file, unless one shard is larger: files are written side by side
+SMALL = 32 * 2**20  # bytes: a file of at most this size is read at once
+FILE_BYTES = 256 * 2**20  # at most in a file, unless one shard is larger: files are written in parallel
 _TAGS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
          "float8_e5m2": "F8_E5M2", "bool": "BOOL"} | {f"{s}int{n}": f"{t}{n}" for s, t in (("", "I"), ("u", "U"))
                                                      for n in (8, 16, 32, 64)}
@@ -42,7 +41,7 @@ def check(name: str, array: Any) -> None:
 
 
 def to_host(arrays: Mapping[str, Any]) -> list[Shard]:
-    """Copies of the shards that this process writes: of each piece of an array, one replica in the whole system."""
+    """Copies of the shards that this process writes. Of a replicated shard, one replica of all processes is written."""
     mine = []
     for name, array in arrays.items():
         if isinstance(array, jax.Array) and not (array.is_fully_addressable and jax.process_count() > 1):
@@ -57,14 +56,14 @@ def to_host(arrays: Mapping[str, Any]) -> list[Shard]:
 
 
 def _owned(data: Any) -> np.ndarray:
-    """Memory of ours. On a CPU NumPy would look at the device's own, which the next step may be given."""
+    """A copy. On a CPU, NumPy would return a view of the device's buffer, which the next step may reuse."""
     here = isinstance(data, np.ndarray) or next(iter(data.devices())).platform == "cpu"
     return np.array(data, order="C", copy=True) if here else np.asarray(data, order="C")
 
 
 def write(directory: str | os.PathLike, shards: Sequence[Shard], process: int) -> tuple[dict, dict]:
-    """Writes shards into files of the directory: ({file: [bytes, sha256]}, {array: [[file, offset, start, shape],
-    ...]}).
+    """Writes shards into files of the directory. Returns ({file: [bytes, sha256]}, {array: [[file, offset, start,
+    shape], ...]}).
 
     Raises OSError.
     """
@@ -126,8 +125,7 @@ def read(directory: str | os.PathLike, wanted: Mapping[str, Any], parts: Mapping
 
 
 def _reader(directory: epath.Path, arrays: Mapping[str, tuple], pool) -> Callable[[str, int, int], bytes]:
-    """A function (file, start, stop) -> bytes. Small files, of which a run of a few parameters has one, are read
-    whole."""
+    """A function (file, start, stop) -> bytes. Small files are read whole; a run of a small model has only one."""
     ends: dict[str, int] = {}
     for dtype, pieces in arrays.values():
         for file, offset, _, size in pieces:
@@ -145,7 +143,7 @@ def _spans(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int
 
 
 def _region(fetch: Callable, name: str, spans, dtype, parts: Sequence) -> np.ndarray:
-    """One block of an array, from the shards that it meets."""
+    """One block of an array, from the shards that overlap it."""
     dtype, shape = jnp.dtype(dtype), [hi - lo for lo, hi in spans]
     out, filled = np.empty(shape, dtype), 0
     for file, offset, start, size in parts:

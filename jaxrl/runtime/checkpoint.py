@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints that are whole or not there, and restore from the newest one that is whole.
+"""Asynchronous checkpoints, which are complete or do not count, and restoring from the newest complete one.
 
 arrays.py writes and reads the arrays (each process its own shards, in the background); what makes the files a
 checkpoint is in manifest.py. A checkpoint holds
@@ -53,8 +53,8 @@ class Restored:
 class Checkpointer:
     """Saves and restores in one directory, which it alone writes. Use as a context manager, or call `close`.
 
-    keep_last: newest checkpoints kept (>= 1). keep_best: a name among the metrics given to `save`, whose highest
-    value keeps one more; "" for none. timeout_seconds bounds how long the processes wait for each other.
+    keep_last: newest checkpoints kept (>= 1). keep_best: name of a metric given to `save`: the checkpoint with its
+    highest value is kept, too; "" for none. timeout_seconds bounds how long the processes wait for each other.
     before_commit: called in process 0 when all is written but the marker; what it raises makes the save fail.
     timings: of the last finished save: perf/checkpoint_blocking_seconds (the caller waited, also for the save
         before), perf/checkpoint_seconds (until committed), perf/checkpoint_bytes.
@@ -141,7 +141,7 @@ class Checkpointer:
         manifest.commit(path, meta)
 
     def _write_together(self, path, shards, small, meta) -> None:
-        """With several processes: each leaves a note of what it wrote, or why not; process 0 one of how it ended."""
+        """With several processes: each writes a note of what it wrote or why it failed, process 0 one of the result."""
         process, error, mine = jax.process_index(), None, {}
         try:
             files, parts = files_of.write(path, shards, process)
@@ -191,7 +191,7 @@ class Checkpointer:
                     storage.one_line(error), again)
 
     def _clean_up(self) -> None:
-        """Removes what keep_last and keep_best do not cover, and leftovers of kills and of damage."""
+        """Removes checkpoints that keep_last and keep_best do not cover, and half-written and damaged ones."""
         try:
             keep = manifest.retained(manifest.list_checkpoints(self.directory), *self._keep)
             doomed = [path for step, path in manifest.step_paths(self.directory) if step not in keep]
@@ -246,7 +246,7 @@ def _make_anew(path) -> None:
 
 
 def _in_main(call: Callable[[], None]) -> str | None:
-    """Runs it in process 0 while the others wait; the storage's refusal, if any, on all."""
+    """Runs `call` in process 0 while the others wait; returns the storage's error, if any, on all processes."""
     error = None
     if distributed.is_main():
         try:
@@ -287,7 +287,7 @@ def restore(directory: str | os.PathLike, template: Any, *, step: int | None = N
         with storage.user_errors():
             arrays = _restore_arrays(path, meta["arrays"], template, partial)
             return Restored(s, arrays, json.loads(storage.read(path / "host.json")), _read_blobs(path, meta))
-    # A checkpoint without its marker is what a kill leaves behind; damage to one that was whole is another thing.
+    # A checkpoint without its marker was left by a kill, which is no error; damage to a complete one is.
     if any("half-written" not in d for d in damaged) or (step is not None and damaged):
         raise UserError(f"{directory}: no usable checkpoint ({'; '.join(damaged)}); restore these files from "
                         "a backup, or start anew in another config.run_dir")
@@ -297,7 +297,7 @@ def restore(directory: str | os.PathLike, template: Any, *, step: int | None = N
 def _verified(path) -> dict:
     """The manifest, after all processes together have read and compared every file.
 
-    Raises on all alike: Damaged; UserError if a store cannot be asked, since that is no damage.
+    Raises the same error on all processes: Damaged; UserError if a store cannot be asked, since that is no damage.
     """
     meta, damage, refusal = {}, None, None
     try:
@@ -359,7 +359,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where to put a restored leaf; None means where JAX likes, as it was with an uncommitted array."""
+    """Where to put a restored leaf; None leaves it to JAX, as for an uncommitted array."""
     if isinstance(leaf, jax.Array):
         return leaf.sharding if leaf.committed else None
     return getattr(leaf, "sharding", None)
@@ -371,7 +371,7 @@ def _spec(leaf: Any) -> dict:
 
 
 def _storable(name: str, leaf: Any) -> Any:
-    """What is written: keys as their integers."""
+    """The leaf as it is written: PRNG keys as their integers."""
     leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and _is_key(leaf) else leaf
     files_of.check(name, leaf)
     return leaf

@@ -16,7 +16,7 @@ from jaxrl.runtime import storage
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(sys.argv) and exit with its code; a UserError is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is as it should be
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing on purpose
     try:
         code = main(sys.argv)
     except UserError as e:
@@ -88,8 +88,8 @@ def _read(name: str, text: str | None, kind: type, setting):
 
 
 def use_compilation_cache(run_dir: str = "") -> None:
-    """Keep compiled programs, so that a second start compiles nothing: in JAX_COMPILATION_CACHE_DIR, else beside a run
-    on an object store (`xla` in the folder of its runs: a new machine has nothing of its own), else in the user's cache
+    """Keep compiled programs, so that a second start compiles nothing: in JAX_COMPILATION_CACHE_DIR; else, for a run on
+    an object store, in `xla` beside the run, as a new machine has no cache of its own; else in the user's cache
     directory."""
     import jax
 

@@ -1,7 +1,7 @@
-"""How this process is to find the others, read from what its launcher left in the environment. Pure functions.
+"""How this process finds the others, read from the environment variables of its launcher. Pure functions.
 
-The launcher nearest to the process counts: JAX's own three variables, then TPU (only libtpu knows a slice), torchrun
-inside of Slurm, Open MPI, Slurm, SkyPilot, Kubernetes.
+The launcher nearest to the process counts, in this order: JAX's own three variables, TPU (only libtpu knows a slice),
+torchrun (also inside of Slurm), Open MPI, Slurm, SkyPilot, Kubernetes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Machine(NamedTuple):
 
 class Start(NamedTuple):
     """count: processes of the job, 1: alone, 0: only JAX can find out. address (host:port of process 0) and index are
-    None where JAX finds them. gpus: indices of the cards that are this process's, None: all, or none there. said: the
-    variable, with its value, that tells."""
+    None where JAX finds them. gpus: indices of this process's cards, None: all, or there are none. said: the variable,
+    with its value, that this was read from."""
 
     count: int = 1
     address: str | None = None
@@ -54,10 +54,10 @@ def machine(env: Env) -> Machine:
 
 
 def plan(env: Env, here: Machine, hosts: int = 0) -> Start:
-    """What the environment says. hosts: config.hosts, what the user says; 1 ends doubts about a lone process.
+    """The start that the environment describes. hosts: config.hosts; 1 settles it where a process may be alone.
 
-    Raises UserError, naming variables, where the environment speaks of several processes and leaves out what is needed
-    to find them.
+    Raises UserError, naming variables, if the environment announces several processes but lacks what is needed to find
+    them.
     """
     if any(name in env for name in THREE):
         return _three(env, here)
@@ -69,7 +69,7 @@ def _three(env: Env, here: Machine) -> Start:
     if address is not None and count is not None and index is not None:
         _port(THREE[0], address)
         return Start(count, address, _index(THREE[2], index, count), None, f"{THREE[1]}={count}")
-    found = _found(env, here)  # whose gaps JAX fills in, or the launcher has
+    found = _found(env, here)  # the launcher has what the variables lack, or JAX finds it
     if found is None:
         raise UserError("multi-process start needs all of JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and "
                         f"JAX_PROCESS_ID; got {address}, {count}, {index}")
@@ -85,8 +85,8 @@ def _found(env: Env, here: Machine) -> Start | None:
 
 
 def _tpu(env: Env) -> Start | None:
-    # GKE names the workers and keeps libtpu from asking the metadata server; a TPU VM has that alone, and a VM of one
-    # host is to JAX a cluster of one, so there is no need to tell the two apart.
+    # GKE names the workers and keeps libtpu from asking the metadata server. A TPU VM has only that server; whether it
+    # is one host or a slice of several need not be known here, since JAX takes one host for a cluster of one.
     names = "TPU_PROCESS_ADDRESSES" if "TPU_PROCESS_ADDRESSES" in env else "TPU_WORKER_HOSTNAMES"
     if workers := [w for w in env.get(names, "").split(",") if w]:
         slices = _int(env, "MEGASCALE_NUM_SLICES") or 1
@@ -125,7 +125,7 @@ def _slurm(env: Env, here: Machine) -> Start | None:
     count = _int(env, "SLURM_STEP_NUM_TASKS")
     if count is None or count < 2:
         return None
-    # What Slurm has bound to each task is all that it sees; else the tasks of a machine see the same cards.
+    # A task sees only the cards that Slurm has bound to it; without binding, all tasks of a machine see the same cards.
     bound = "SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", "") or re.search(
         "single|per_task|map_gpu|mask_gpu", env.get("SLURM_GPU_BIND", ""))
     sizes = [int(n) for size, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
@@ -152,7 +152,7 @@ def _kubernetes(env: Env, here: Machine) -> Start | None:
     return None
 
 
-# variable -> what is missing when it says "several" and nothing above took it
+# variable -> what is missing if it says "several" and no launcher above was recognised
 _HINTS = {
     "WORLD_SIZE": "MASTER_ADDR, MASTER_PORT and RANK are needed, too",
     "SLURM_NTASKS": "only tasks that srun started find each other: srun python -m jaxrl.train ...",

@@ -1,4 +1,4 @@
-"""Settings that are valid each, and impossible together."""
+"""Settings that are each valid, but impossible together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxrl.runtime import storage
 
 
 def impossible(config: ConfigDict) -> Iterator[str]:
-    """What would raise later, or be ignored silently: the key, its value, and what would be valid, each in one line."""
+    """One line for each setting that would raise later or be ignored: the key, its value, and what would be valid."""
     yield from _batches(config)
     yield from _tasks(config)
     yield from impossible_methods(config)
@@ -57,7 +57,7 @@ def _batches(config: ConfigDict) -> Iterator[str]:
 
 
 def _directory(path: str) -> bool:
-    """A local directory; a store is asked later, once."""
+    """Whether this is a directory. True for any path of an object store, which is asked only once, later."""
     return storage.is_remote(path) or os.path.isdir(path)
 
 

@@ -1,8 +1,8 @@
-"""The compiler of a chip that is not here: devices to build a mesh from, and what a compiled program needs.
+"""Compiles for chips that this machine lacks: devices to build a mesh from, and what a compiled program needs.
 
-Nobody asks which chip: `target` makes devices of a TPU slice (libtpu compiles on any CPU machine) or of GPU hosts (so
-does XLA's CUDA plugin, given a description of the card), `compile_program` compiles for them. Both compilers dump
-their buffer assignment, which names buffers also where a program does not fit.
+`target` makes devices of a TPU slice (libtpu compiles on any CPU machine) or of GPU hosts (so does XLA's CUDA plugin,
+given a description of the card), `compile_program` compiles for either. Both compilers dump their buffer assignment,
+which names buffers even if a program does not fit.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ GPU_WHEELS = "pip install --no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0}"
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A slice, several slices, or GPU hosts. devices: can be lowered and compiled for, not run on. chip: the table
-    entry of one device, of a GPU with the memory that a run takes of it. hosts: machines. slices: groups of devices
-    that reach each other faster than the network (slices of TPU, hosts with GPUs)."""
+    entry of one device; a GPU's memory is what a run takes of it. hosts: number of machines. slices: number of groups
+    of devices that reach each other faster than the network (slices of TPU, hosts with GPUs)."""
 
     name: str
     devices: list
@@ -102,7 +102,7 @@ def _gpu(topology: str, hosts: int, card: str, gpus: int) -> Target:
     from jax._src.cudnn import fused_attention_stablehlo as attention
     from jax.experimental import topologies
 
-    # While it traces cuDNN's attention, jax asks the card of this machine what it is: it shall hear of the target's.
+    # While it traces cuDNN's attention, jax asks for the capability of this machine's card: answer with the target's.
     capability = gpu_targets.GPUS[card].capability
     attention.check_cudnn_version = lambda: gpu_targets.CUDNN[0] * 10000 + gpu_targets.CUDNN[1] * 100
     attention.check_compute_capability = lambda least: capability >= tuple(map(int, least.split(".")))
@@ -123,7 +123,7 @@ def _gpu(topology: str, hosts: int, card: str, gpus: int) -> Target:
 def compile_program(lowered, loop_trips: float = 1, slices: tuple[int, ...] = ()) -> Compiled:
     """Compile a `jax.jit(f).lower(...)` for its devices and read what came out.
 
-    loop_trips: iterations of loops that end by data. slices: of each device in the mesh's order, see hlo.count.
+    loop_trips: iterations to assume for loops whose end depends on data. slices: see hlo.count.
     Raises what the compiler raises, except for running out of memory.
     """
     with tempfile.TemporaryDirectory() as folder:

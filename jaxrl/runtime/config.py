@@ -406,7 +406,7 @@ def _flat(tree: dict, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def mismatch_warning(config: ConfigDict) -> str:
-    """One line where the sampler rounds and nothing corrects for it; "" where all is well."""
+    """A line of warning if the sampler is quantised and nothing corrects for that; else ""."""
     s = config.sampling
     rounded = " and ".join(f"sampling.{key}=int8" for key in ("weights", "cache") if s[key] == "int8")
     if not rounded or config.algorithm.correction != "none":

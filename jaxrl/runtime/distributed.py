@@ -28,8 +28,8 @@ def initialize(heartbeat_seconds: int = 100, hosts: int = 0) -> None:
     coordination service ends the others by SIGABRT (exit code 134 in a shell), whatever they are doing; when
     process 0 dies they end at once. A process that ends with an error takes the others along in three times as
     long.
-    Raises UserError if the environment speaks of others and does not say where they are, if this process then is
-    alone all the same, or if there are others than `hosts`.
+    Raises UserError if the environment announces others without saying where they are, if this process is then alone
+    all the same, or if their number is not `hosts`.
     """
     start = cluster.plan(os.environ, cluster.machine(os.environ), hosts)
     _check_hosts(start.count, hosts, start.said)
@@ -39,7 +39,7 @@ def initialize(heartbeat_seconds: int = 100, hosts: int = 0) -> None:
     if start.gpus and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         known["local_device_ids"] = start.gpus
     if None not in (start.address, start.index):
-        known["cluster_detection_method"] = "deactivate"  # it would give a task of Slurm one GPU of its machine's
+        known["cluster_detection_method"] = "deactivate"  # JAX would give each Slurm task one GPU
     jax.distributed.initialize(start.address, start.count or None, start.index, **known,
                                heartbeat_timeout_seconds=heartbeat_seconds,
                                shutdown_timeout_seconds=3 * heartbeat_seconds)
@@ -50,8 +50,8 @@ def initialize(heartbeat_seconds: int = 100, hosts: int = 0) -> None:
 
 
 def refuse_alone(hosts: int = 0) -> None:
-    """For a process that is not asked to join others: raises UserError if it was started as one of several, which
-    would all do the same (config.hosts=1: they are to)."""
+    """For commands that run in a single process: raises UserError if this one was started as one of several, which
+    would all do the same (config.hosts=1 allows that)."""
     if hosts == 1:
         return
     start = cluster.plan(os.environ, cluster.machine(os.environ), hosts=1)
@@ -96,8 +96,8 @@ def allgather_arrays(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray
 
 
 def bytes_of(arrays: dict[str, np.ndarray]) -> bytes:
-    """Numbers in C order behind a table of names, dtypes and shapes: what an archive is without its checksums, whose
-    computation took longer than everything else. Each array begins at a multiple of 8 bytes."""
+    """The arrays in C order, after a table of names, dtypes and shapes. An .npz archive would add checksums, which took
+    longer to compute than all the rest. Each array begins at a multiple of 8 bytes."""
     arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     table = json.dumps([[k, v.dtype.str, v.shape] for k, v in arrays.items()]).encode()
     parts = [len(table).to_bytes(8, "little"), table, *(v.reshape(-1).view(np.uint8).data for v in arrays.values())]

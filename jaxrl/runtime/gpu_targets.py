@@ -1,4 +1,4 @@
-"""What the GPU compiler has to know of a card that is not here: public facts, as the text of its target description.
+"""What the GPU compiler has to know of a card that this machine lacks: public facts, as a target description in text.
 
 XLA's GPU compiler takes a GpuTargetConfigProto in place of a device. What is the same on every card since Ampere (32
 threads a warp, 65,536 registers, grid limits) is in the renderer; the rest is from NVIDIA's data sheets, its white

@@ -54,7 +54,7 @@ CHIPS = {
     "l4": Chip("L4", 121e12, 22 * GIB, 300e9, 32e9, 12.5e9),
     "4090": Chip("RTX 4090", 165e12, 24 * GIB, 1008e9, 32e9, 12.5e9),
 }
-GPU_MEMORY = 0.92  # of a card's: what the program takes at its start. The rest is for CUDA, NCCL and cuDNN's own
+GPU_MEMORY = 0.92  # share of a card's that the program takes at its start; the rest is for CUDA, NCCL and cuDNN
 
 
 def chip(device_kind: str) -> Chip | None:
@@ -64,19 +64,19 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def memory(device) -> float | None:
-    """Bytes that a run may use of a device's memory, None where nobody knows: of a GPU what it takes at its start, of a
-    chip that the table lacks what the device says of itself."""
+    """Bytes of a device's memory that a run may use, None if unknown. Of a GPU: what a run takes at its start. Of a
+    chip that the table lacks: what the device reports."""
     if known := chip(device.device_kind):
         return known.hbm * (GPU_MEMORY if device.platform in ("gpu", "cuda") else 1)
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:  # one that is compiled for and is not here
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
         return None
 
 
 def peak_memory(devices) -> dict[str, float]:
-    """perf/hbm_peak_gib of the fullest of this process's devices and perf/hbm_peak_share of what it may use; for
-    devices that keep no account (a CPU), perf/host_peak_gib of the process."""
+    """perf/hbm_peak_gib of the fullest of this process's devices, and perf/hbm_peak_share, its share of what a run may
+    use; for devices without memory statistics (a CPU), perf/host_peak_gib of the process."""
     own = [d for d in devices if d.process_index == jax.process_index()]
     stats = [s for d in own if (s := d.memory_stats()) and "peak_bytes_in_use" in s]
     if not stats:
@@ -94,8 +94,7 @@ def model_flops_per_token(config, context: float) -> float:
     Args:
       config: models.config.DecoderConfig. context: mean number of tokens that a token attends to.
 
-    Recomputation (remat) is not counted: this is the work that the mathematics needs, which is what MFU
-    compares with the peak.
+    Recomputation (remat) is not counted: MFU compares the work that the mathematics needs with the peak.
     """
     layers, head = matrix_elements(config)
     seen = sum(min(context, config.kinds[kind].window or context) for kind in config.kind_of_layer)

@@ -14,7 +14,7 @@ import re
 
 import numpy as np
 
-_BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16}  # of all others the name says the bits
+_BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16}  # names of all other types contain their bits
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _CALLED = re.compile(
     r"\b(?:calls|body|branch_computations|called_computations|true_computation|false_computation)="
@@ -52,12 +52,12 @@ class Counts:
     far, far_blocking: of the payload, the bytes that a chip sends to other slices (see `count`); they are in
     `collectives`, but not in `blocking`.
     bytes: read from and written to main memory, tile padding aside. A slice counts as what it takes, an update in
-    place as what it writes, and what lies in a TPU's vector memory not at all.
+    place as what it writes. Data in a TPU's vector memory does not count.
     kernels: name of a hand-written kernel -> times run. kernel_flops: theirs, as far as known here; the
     compiler has no cycle estimate for them. Not part of `flops`. kernel_bytes: of `bytes`, those of a TPU's kernels
     whose FLOPs are not known.
-    work: what runs one after another, collectives aside, as (times run, FLOPs in all, of them in hand-written kernels,
-    bytes in all).
+    work: the operations that run one after another, without collectives: (times run, FLOPs in all, of them in
+    hand-written kernels, bytes in all).
     unknown_loops: names of loops whose count came from `loop_trips`.
     """
 
@@ -226,7 +226,7 @@ class _Reader:
             self.totals.blocking = number + times, blocking + (0 if far else times * payload)
 
     def between_slices(self, shape: str, times: float) -> None:
-        """TPU hands what goes to another slice to its host, asynchronously."""
+        """A TPU sends data for another slice through its host, asynchronously."""
         entry = self.totals.collectives.setdefault("send", [0.0, 0.0])
         entry[0] += times
         entry[1] += times * shape_bytes(shape)
@@ -246,8 +246,8 @@ class _Reader:
 
 
 def _far_share(op: Instruction, slices: tuple[int, ...]) -> float:
-    """Part of a collective's payload that one chip sends to other slices: none if its groups stay inside, else the
-    members on one slice share the sending."""
+    """Part of a collective's payload that one chip sends to other slices: 0 if each group lies inside one slice; else
+    the members of a group on one slice share the sending."""
     if len(set(slices)) < 2:
         return 0.0
     members = [collections.Counter(slices[i] for i in group) for group in _groups(op.attributes, len(slices))]
@@ -255,7 +255,7 @@ def _far_share(op: Instruction, slices: tuple[int, ...]) -> float:
 
 
 def _groups(attributes: str, devices: int) -> list:
-    """The groups of devices that exchange something, in the three ways in which HLO writes them; none is all."""
+    """The groups of devices that exchange data, from any of the three notations of HLO; without any, one group."""
     numbers = lambda text: [int(i) for i in re.findall(r"\d+", text)] if text else None  # noqa: E731
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))  # axes of a mesh, and those along which they exchange
@@ -333,7 +333,7 @@ def _fusion_bytes(inside, operands: list[str], shape: str) -> float:
 
 
 def _kernel_flops(op: Instruction, body, target: str) -> float:
-    """Of an attention kernel, by its operands q and k; a causal one does half of its products, others are unknown."""
+    """FLOPs of an attention kernel, from its operands q and k; a causal one does half of the products. Others: 0."""
     floats = [_dims(body[o].shape) for o in op.operands if o in body and body[o].shape[0] in "bf"]
     if match := re.match(r"splash\w*?_(fwd|dkv|dq)", op.name):  # q [..., T, H], k [..., S, H]
         products = {"fwd": 2, "dkv": 4, "dq": 3}[match[1]]

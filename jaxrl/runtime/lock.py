@@ -95,7 +95,7 @@ class Lock:
             return {}
 
     def confirm(self) -> None:
-        """Nothing: the kernel keeps a lock."""
+        """Does nothing: the kernel keeps a lock."""
 
     def release(self) -> None:
         """Gives the lock up; more than once is harmless."""
@@ -105,14 +105,14 @@ class Lock:
 
 
 class Lease:
-    """The same on an object store: who made the highest of the objects .lock/00000001, .lock/00000002, ... owns the
-    directory.
+    """The same on an object store: the process that made the highest of the objects .lock/00000001, .lock/00000002, ...
+    owns the directory.
 
-    An object is made by a conditional write, which one of several can win. The owner renews .lock/NUMBER.beat four
-    times in `seconds`. Who comes later waits that long for a change, by its own clock: with one, the directory is in
-    use; without one, the owner is dead (at once, if it ran on this machine and its process is gone) and the next
-    number is free to take. An owner that finds a higher number has lost the directory (it was suspended, or cut off,
-    for longer than its lease) and ends.
+    An object is made by a conditional write, in which only one of several processes succeeds. The owner renews
+    .lock/NUMBER.beat four times in `seconds`. A later process waits that long, by its own clock, for the beat to
+    change. If it changes, the directory is in use. If not, the owner is dead and the next number may be taken; there is
+    no wait if the owner ran on this machine and its process is gone. An owner that finds a higher number has lost the
+    directory (it was suspended, or cut off, for longer than its lease) and ends.
     """
 
     def __init__(self, directory: str | os.PathLike, seconds: float | None = None):
@@ -152,7 +152,7 @@ class Lease:
             return b""
 
     def _lives(self, term: int) -> bool:
-        """Whether the owner of a number still is one."""
+        """Whether the owner of a number is still alive."""
         owner, beat, mine = self._owner(term), self._beat(term), _me()
         if beat == b"released":
             return False

@@ -81,7 +81,7 @@ def unseal(path: str | os.PathLike) -> None:
 
 
 def remove(path: str | os.PathLike) -> None:
-    """Deletes a checkpoint, its marker first; a kill half way leaves what nobody takes for one. Raises OSError."""
+    """Deletes a checkpoint, its marker first, so that after a kill half way the rest does not count. Raises OSError."""
     unseal(path)
     storage.remove(path)
 

@@ -1,10 +1,10 @@
 """The device mesh and the one table that says how logical axes lie on it.
 
-    data    replicas: each holds all parameters of its fsdp x tensor block and sees its own rows. Over several
-            slices of TPU (or hosts of GPUs, mesh.slices) it alone crosses the network: gradients, once a micro-batch
+    data    replicas: each holds all parameters of its fsdp x tensor block and sees its own rows. With several slices
+            of TPU (or hosts of GPUs, mesh.slices) only this axis crosses the network: gradients, once per micro-batch
     fsdp    also splits rows; parameters, gradients and optimizer state are split over it and gathered per layer
-    expert  as fsdp, but each of its devices keeps experts of its own, and tokens travel to them. Of size 1, experts
-            take the axis fsdp instead, which must then not be larger than their number
+    expert  as fsdp, but each of its devices keeps experts of its own, and tokens travel to them. If its size is 1,
+            experts are split over fsdp instead, which must then not be larger than the number of experts
     tensor  splits heads, MLP width and vocabulary inside a layer (and, as an option, tokens between layers)
 
 Models name their axes ("embed", "heads", ...); only this file knows what a name means on a mesh.
@@ -42,7 +42,7 @@ RULES = {
     "expert_mlp": "tensor",
     # activations
     "batch": BATCH,
-    "lookup_batch": "data",  # during the embedding lookup, whose columns take the other axes of rows
+    "lookup_batch": "data",  # in the embedding lookup; the other axes of rows split its columns
     "seq": None,  # "tensor" with sequence parallelism
     "act_embed": None,
 }
@@ -79,7 +79,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slic
 
 
 def split_slices(devices, slices: int) -> list[list]:
-    """The devices of each of `slices` slices: as TPUs say it themselves, else neighbouring processes (hosts of GPUs),
+    """The devices of each of `slices` slices: as TPUs report them, else neighbouring processes (hosts of GPUs),
     else equal parts (one process of a CPU that stands for several).
 
     Raises UserError if the TPUs are on another number of slices, or the devices do not divide.
@@ -96,7 +96,7 @@ def split_slices(devices, slices: int) -> list[list]:
 def logical_rules(mesh: Mesh, num_kv_heads: int | None = None, vocab_size: int | None = None,
                   sequence_parallel: bool = False) -> dict:
     """RULES fitted to a model and a mesh: key-value heads and vocabulary stay whole where `tensor` does not divide
-    them, experts take the axis that is theirs if there is one."""
+    them; experts take the mesh axis `expert` if it is larger than 1."""
     rules, tensor = dict(RULES), mesh.shape["tensor"]
     if mesh.shape["expert"] > 1:
         rules |= {"expert": "expert", "expert_embed": "fsdp"}
@@ -144,7 +144,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split: data x fsdp x expert."""
+    """The number of parts that the rows of a batch are split into: data x fsdp x expert."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 

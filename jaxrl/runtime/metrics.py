@@ -34,8 +34,8 @@ class MetricsWriter:
     run_dir: where metrics.jsonl and tensorboard/ are. trackers: any of "tensorboard", "wandb".
     state: what `state()` returned at the checkpoint that the run continues from; None starts the files anew.
     config: the resolved configuration, shown by Weights & Biases. wandb: further arguments of wandb.init
-        (project, name, ...). rewound: after a rollback in this process: what the trackers have of later steps is of a
-        run that never was, and must go. enabled: False in every process but 0; all methods are then no-ops.
+        (project, name, ...). rewound: True after a rollback in this process: the trackers then drop their records of
+        later steps. enabled: False in every process but 0; all methods are then no-ops.
 
     A full disk does not stop the run: records wait in memory, with one warning, until they can be written. A
     tracker that fails, also at its start, is switched off with a warning. Raises UserError for a missing package.
@@ -69,7 +69,7 @@ class MetricsWriter:
                 self._state["wandb_id"] = _stored_id(root / "wandb_id")
             except UserError:
                 raise
-            except Exception as e:  # a run that is brought back at night must not wait for a network
+            except Exception as e:  # an unattended restart must not fail for lack of a network
                 log.warning("wandb cannot be started and is switched off: %r", e)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ class MetricsWriter:
                 log.warning("%s failed at step %d and is switched off: %r", name, step, e)
 
     def _flush(self) -> bool:
-        """Appends what is pending. False, with the file as it was, if the disk does not take it."""
+        """Appends pending records. False, with the file unchanged, if the disk does not take them."""
         data, done = self._pending, self._state["position"]
         try:
             while data:
@@ -133,7 +133,7 @@ class MetricsWriter:
 
 
 class _EventFile:
-    """What TensorBoard reads. Not through tensorboardX's SummaryWriter: its flush leaves out what is in its queue."""
+    """TensorBoard's event file. Not by tensorboardX's SummaryWriter, whose flush leaves out what is in its queue."""
 
     def __init__(self, folder: pathlib.Path, first_step: int):
         from tensorboardX import event_file_writer, proto, summary  # here, since it takes a while to import
@@ -152,7 +152,7 @@ class _EventFile:
         for name, value in scalars.items():
             summary = self._scalar(name, value)
             self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
-        if time.monotonic() - self._flushed > 10:  # for those who watch
+        if time.monotonic() - self._flushed > 10:  # so that people can watch
             self.flush()
 
     def flush(self) -> None:
@@ -164,7 +164,7 @@ class _EventFile:
 
 
 def _wandb(root: pathlib.Path, run_id: str, after: int | None, config: Mapping | None, options: dict):
-    """The run `run_id`, continued; after: without what it has of later steps."""
+    """Continues the run `run_id`. after: a step, whose later records are dropped; None keeps all."""
     try:
         import wandb
     except ImportError as e:

@@ -107,7 +107,7 @@ def _run_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings,
 
 
 def _merged_params(root: epath.Path, home, config: DecoderConfig, dtype, shardings, *, step) -> dict[str, Any]:
-    """Of a run that trained adapters: an ordinary model, they merged into their base."""
+    """The parameters of a run that trained adapters, merged into their base: an ordinary model."""
     settings, found = _adapters(root, home, config, step)
     model = run_settings(root)["model"]
     kind = model["lora"]["base"]
@@ -143,7 +143,7 @@ def load_run_adapters(path: str | os.PathLike, step: int | None = None) -> tuple
 
 
 def stored_dtype(root: str | os.PathLike, step: int | None):
-    """The parameters' dtype in a checkpoint, so that a run need not tell how it was configured."""
+    """The parameters' dtype in a checkpoint, so that the run's configuration is not needed for it."""
     paths = dict(manifest.step_paths(epath.Path(root) / "checkpoints"))
     for s in sorted(paths, reverse=True) if step is None else [step]:
         try:

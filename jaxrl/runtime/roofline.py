@@ -1,8 +1,8 @@
 """How long a compiled program takes: from the compiler's cycles where there are any, else from its work and traffic.
 
-A TPU's compiler estimates the cycles of every operation. A GPU's does not; there every kernel takes as long as its
-matrix products at a share of the peak, its memory traffic, or its start, whichever is longest. The shares are
-assumptions, not measurements: what well-tuned libraries reach.
+A TPU's compiler estimates the cycles of every operation. A GPU's does not. There, the time of a kernel is the longest
+of three: its matrix products at a share of the peak, its memory traffic, and its start. The shares are assumptions
+about well-tuned libraries, not measurements.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def _kernel(chip: Chip, times: float, flops: float, kernel_flops: float, traffic
 
 
 def best(counts: Counts, chip: Chip, read: float) -> float:
-    """Seconds that the chip could do at best: all FLOPs at the peak, or `read` bytes, whichever is longer."""
+    """The fewest seconds that the chip could take: all FLOPs at the peak, or `read` bytes, whichever is longer."""
     return max((counts.flops + counts.kernel_flops) / chip.flops, read / chip.bandwidth)

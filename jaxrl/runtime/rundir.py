@@ -8,8 +8,8 @@
     .lock                held by the process that writes here (lock.py)
 
 All but checkpoints are written to `local`. On a disk that is the directory itself; on an object store, which can
-neither append nor rename, it is a local folder whose changed files are uploaded before every checkpoint and at the
-end: what a checkpoint knows is there before the checkpoint is.
+neither append nor rename, it is a local folder. Its changed files are uploaded before every checkpoint and at the end,
+so that a checkpoint never refers to a file that is not there yet.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ class RunDir:
         self.mirror.forget([f"samples/{name}" for name in late])
 
     def publish(self) -> None:
-        """Process 0: puts all so far where it belongs, as long as this process still is the writer. Raises OSError."""
+        """Process 0: uploads all changed files, if this process still is the writer. Raises OSError."""
         self.lock.confirm()
         self.mirror.push()
 
     def close(self) -> None:
-        """The last upload, and the directory is free. A store that stays away is a warning: a checkpoint has all
-        before."""
+        """Uploads a last time and unlocks the directory. A store that stays away is only a warning: everything up to
+        the last checkpoint is there."""
         try:
             self.mirror.push()
         except OSError as e:

@@ -37,7 +37,7 @@ Path = str | os.PathLike
 
 PATIENCE = 120.0  # seconds
 CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> package, extra of this project
-for _name in ("gs", "gcs", "s3"):  # other processes write here, too: a listing must be true
+for _name in ("gs", "gcs", "s3"):  # no cached listings: other processes write here, too
     fsspec.config.conf.setdefault(_name, {}).setdefault("use_listings_cache", False)
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the stack of what it then raises
 
@@ -188,8 +188,8 @@ def atomic_write(path: Path, data: str | bytes) -> None:
 
 
 def write_chunks(path: Path, chunks: Sequence[bytes | memoryview]) -> list:
-    """Writes a new file and flushes it; [bytes, sha256]. Not atomic on a disk: for files that a later one vouches
-    for."""
+    """Writes a new file and flushes it; [bytes, sha256]. Not atomic on a disk: for files that count only once a later
+    file (a marker) says so."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -211,7 +211,7 @@ def create(path: Path, data: bytes) -> bool:
     try:
         retry(path, lambda: fs.pipe_file(name, data, mode="create"))
     except FileExistsError:
-        # A try that was repeated after its answer got lost may have met itself.
+        # It may be our own: written by a first try whose answer got lost.
         return retry(path, lambda: fs.cat_file(name)) == data
     return True
 
@@ -322,7 +322,7 @@ def scratch(path: Path, kind: str) -> pathlib.Path:
 
 
 def output(root: Path, key: str) -> Mirror:
-    """The directory of a command's results, to be closed when they are all there; what is there now comes along.
+    """The directory of a command's results, with its present files; to be closed when all results are there.
 
     Raises UserError naming the setting `key`.
     """
@@ -364,8 +364,8 @@ class Mirror:
     """A local directory that stands for `root`: `local` is root itself, or for a store a folder whose files `push`
     uploads.
 
-    So files may be appended to, renamed and flushed as on any disk, and the store gets them when it matters. pull:
-    names that are copied from the store first. kind: of folder; one of each kind and root at a time on a machine.
+    Files can thus be appended to, renamed and flushed as on any disk, and are uploaded when it matters. pull: names
+    that are copied from the store first. kind: of folder; a machine has one folder of each kind and root at a time.
     """
 
     def __init__(self, root: Path, pull: Sequence[str] = (), kind: str = "runs"):
@@ -402,7 +402,7 @@ class Mirror:
         atomic_write(epath.Path(self.root) / name, (self.local / name).read_bytes())
 
     def forget(self, names: Iterable[str]) -> None:
-        """Deletes files here and there."""
+        """Deletes files in `local` and in the store."""
         for name in names:
             (self.local / name).unlink(missing_ok=True)
             if is_remote(self.root):

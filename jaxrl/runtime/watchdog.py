@@ -1,4 +1,4 @@
-"""A run that hangs burns money: end it, and say where it hung."""
+"""Ends a run that hangs, and says where it hung."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(1.5 * self._timeout, exit=True, file=2)
 
     def remaining(self) -> float:
-        """Seconds until it bites, unless there is a beat before."""
+        """Seconds until it ends the process, unless `beat` is called before."""
         return self._last[0] + self._timeout - time.monotonic()
 
     def _watch(self) -> None:

@@ -3,13 +3,14 @@ r"""Find the final answer in a text: pure Python, time linear in the text, nothi
 Thinking between <think> and </think> (and its relatives) is left out. The last answer counts, found in this order:
 
 1. the last \boxed{...} or <answer>...</answer>; boxes with nothing but a joiner between them (and, or, a comma, space)
-   are one list, so that naming two values in two boxes is a list of two values. An unclosed last one is no answer: it
-   was cut off. A later "the answer is x", "Final answer: ..." or "#### x" overrides it.
+   are one list, so that naming two values in two boxes is a list of two values. An unclosed last box is no answer: it
+   was cut off. A later "the answer is x", "Final answer: ..." or "#### x" overrides the box.
 2. "#### x", then "the answer is x" / "Answer: x".
 3. otherwise the last formula, or the last number (or list of numbers: "41 or 42" is two values) of the last
    line, with the scale word, unit or bound that belongs to it. Numbers in words count in 1 and 2 only.
 
-A text that ends inside its thinking has no answer (unfinished="wrong"), or is read as if it were none ("graded").
+A text that ends inside its thinking has no answer (unfinished="wrong"), or is read as if that were no thinking
+("graded").
 """
 
 from __future__ import annotations
@@ -111,14 +112,14 @@ def _last_boxes(text: str, reference: bool = False) -> tuple[str, int] | None:
 
 
 def _joined(between: str, reference: bool) -> bool:
-    """Whether two boxes are one list. A reference does not change its mind: any word that joins will do there."""
+    """Whether two boxes are one list. A reference never corrects itself, so any word that joins will do there."""
     if reference:
         return len(between) < 10 or (len(between) < 70 and re.search(r"\b(?:and|or)\b|[,;]", between) is not None)
     return len(between) < 100 and _BETWEEN.fullmatch(re.sub(WRAPPER + "|[{}]", " ", between)) is not None
 
 
 def _ungrouped(content: str) -> str:
-    """The content with 1,000 written as 1000: the same value twice is no list."""
+    """The content with 1,000 written as 1000, so that the same value in two boxes is not taken for a list."""
     return re.sub(r"(?<=\d)(?:,|\{,\}|\\[,;: ]|\s)(?=\d{3}(?!\d))", "", content)
 
 
@@ -230,9 +231,9 @@ def _in_words(sentence: str) -> str:
 
 
 def spoken(text: str, unfinished: str = "wrong") -> str | None:
-    """A completion without its thinking; None if it ends inside it, which "graded" overlooks.
+    """A completion without its thinking. If it ends inside its thinking: None, or with "graded" also that text.
 
-    The first end of thinking counts without a beginning, too: chat templates write that into the prompt.
+    The first end of thinking counts without a beginning, too: chat templates write the beginning into the prompt.
     """
     if unfinished not in UNFINISHED:
         raise ValueError(f"unfinished={unfinished!r}; valid: {', '.join(UNFINISHED)}")

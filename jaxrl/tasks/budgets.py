@@ -14,7 +14,7 @@ BUDGET_SAMPLERS = ("uniform", "log_uniform")
 def sample_budgets(rng: np.random.Generator, n: int, kind: str, low: int, high: int) -> np.ndarray:
     """n length budgets in tokens, int64 in [low, high].
 
-    uniform: every integer alike (L1: 100 to 4000). log_uniform: floor(2^U(log2 low, log2 (high + 1))), as
+    uniform: all integers equally likely (L1: 100 to 4000). log_uniform: floor(2^U(log2 low, log2 (high + 1))), as
     much mass from 100 to 200 as from 1000 to 2000 (the released code's use_log option: 2^U(8, 14.5)).
     Raises ValueError unless 1 <= low <= high and the kind is known.
     """

@@ -7,7 +7,7 @@
     load_problems("openai/gsm8k:main", split="test", fields={"problem": "question"})   a set of the hub, its config
     load_problems("words:split=test:count=256")                       made here, see jaxrl/tasks/words.py
 
-Names: see NAMES. What becomes of a row, whatever its fields are called: jaxrl/tasks/rows.py.
+Names: see NAMES. How a row becomes a problem, whatever its fields are called: jaxrl/tasks/rows.py.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def load_problems(
 
 
 def digest(problems: Sequence[Problem]) -> str:
-    """Of the ids, prompts and answers in their order: tells whether a resumed run reads the rows it began with."""
+    """A digest of ids, prompts and answers in order: tells whether a resumed run reads the rows it began with."""
     found = hashlib.sha256()
     for p in problems:
         found.update(json.dumps([p.id, p.prompt, p.answer, p.task]).encode())

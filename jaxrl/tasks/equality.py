@@ -1,7 +1,7 @@
 r"""Decide the equality of two answers without a computer algebra system, where that is possible, and exactly.
 
-`decide(gold, answer)` reads plain numbers (fractions.Fraction), words, and numbers with a base; everything
-else is math-verify's business (grader_worker). Policies:
+`decide(gold, answer)` reads plain numbers (fractions.Fraction), words, and numbers with a base; math-verify
+decides everything else (grader_worker). Policies:
 
 - Numbers: an integer reference needs exactly its value; a decimal on either side of a non-integer reference
   is compared as math-verify does, to 6 decimals (and 5 significant digits). No data-set tolerance: 33.3 is
@@ -16,8 +16,8 @@ else is math-verify's business (grader_worker). Policies:
 - Scale words count: 12 million is 12000000 and not 12; a dozen is 12.
 - Numbers in words are numbers (numerals.py): twelve, half a million, two dozen, a quarter. A reference that counts
   something in words ("two lines") asks for what it counts, too.
-- Units and currency may be missing; where both are there, amounts convert (60 minutes for 1 hour), and an amount of
-  another scale or kind (5 m for 5 cm, 5 kg for 5 m) is wrong. Degrees count as a unit.
+- Units and currency may be missing; where both sides have one, amounts convert (60 minutes for 1 hour), and an amount
+  of another scale or kind (5 m for 5 cm, 5 kg for 5 m) is wrong. Degrees count as a unit.
 - Bounds are no values: "12 or more", "at least 12", \ge 12 only equal each other. "About 12" is 12.
 - Powers and operators in words count: 12 squared is 144.
 - Words are compared letter by letter, case ignored: never as a product of letters, so that Clara is not
@@ -249,7 +249,8 @@ def _number(answer: Answer, text: str) -> Number | None:
 
 
 def normal_form(answer: Answer) -> str:
-    """A text that answers of one value share, where it can be told without algebra: what votes are counted by."""
+    """A text that is the same for all answers of one value, as far as that is known without algebra. Votes are counted
+    by it."""
     text = in_digits(clean(answer.latex))
     number = plain_number(text, answer.bare) if len(text) <= MAX_ANSWER else None
     return str(number.true_value) if number else text[:200]

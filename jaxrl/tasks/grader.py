@@ -28,7 +28,7 @@ class Grader:
     workers: processes. timeout: wall-clock seconds per pair; then its worker is killed. memory_mb: address space of a
     worker. batch_timeout: seconds for all pairs of one call, so that any batch costs bounded time; pairs not started by
     then are "timeout". need_marker: without a box, <answer>, "####" or "answer is", a text is "unparsed". unfinished:
-    what a text is that ends inside its thinking, "wrong" (no answer) or "graded" (read as if it were none).
+    how a text that ends inside its thinking is read: "wrong" (no answer) or "graded" (as if that were no thinking).
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Grader:
 
     @property
     def version(self) -> str:
-        """What verdicts depend on, beside the texts: part of the identity of every result."""
+        """Everything that verdicts depend on besides the texts: results of different versions do not compare."""
         marker, graded = self.reading["need_marker"], self.reading["unfinished"] == "graded"
         return GRADER_VERSION + " need_marker" * marker + " unfinished=graded" * graded
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """One outcome for each (completion text, reference answer). Equal questions to algebra are asked once.
+        """One outcome for each (completion text, reference answer). Equal pairs that need algebra are compared once.
 
         Raises UserError if no worker can be started (math-verify not installed).
         """

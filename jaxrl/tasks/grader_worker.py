@@ -1,7 +1,7 @@
 r"""Equality of two answers by algebra: math-verify behind guards. Runs as `python -m jaxrl.tasks.grader_worker MB`.
 
-math-verify answers "equal" to a few pairs that are not; the guards here are what it is kept from seeing, or
-what its verdict is checked against:
+math-verify answers "equal" to a few pairs that are not. The guards here change what it is given, or check its
+verdict:
 
 - words are passed as \text{...}, or they would be products of letters and anagrams equal
 - units are removed here: its own pattern cuts 1+\frac{1}{\text{e}} after the first brace, and takes 2c for 2

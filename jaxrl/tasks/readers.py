@@ -107,7 +107,7 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, dict | BadRow]]:
 def plain(value: Any) -> Any:
     """The value as JSON can hold it: times in ISO form, decimals written out, bytes as UTF-8 or else base64.
 
-    Not-a-number becomes null, which is what tools that write it mean.
+    Not-a-number becomes null, since tools that write it mean null.
     """
     if value is None or isinstance(value, str | bool | int):
         return value

@@ -93,9 +93,9 @@ def grade_group(
     Problem.task says how correctness is found: "dial" and "choice" in this process, "math" by `grader`, "user" by
     `reward` alone (correct means a reward of at least 1: of the one named "correct" if there is one, else of the sum).
     With `reward` given, the rewards of all kinds are its own, and correctness is still reported. A completion that the
-    grader or the reward function failed on is not valid, its outcome "timeout" or "crashed". opening: what the prompt
-    has written of the responses (templates.opening), for the graders only. Raises UserError for an unknown kind, or
-    one whose grader is missing.
+    grader or the reward function failed on is not valid, its outcome "timeout" or "crashed". opening: the beginning of
+    the responses that the prompt already contains (templates.opening), for the graders only. Raises UserError for an
+    unknown kind, or one whose grader is missing.
     """
     kinds = {p.task or "math" for p in problems}
     if not kinds <= set(KINDS):

@@ -86,13 +86,13 @@ def messages(problem: Problem, system: str = "") -> list[dict[str, str]]:
 
 
 def opening(prompt: Sequence[int], tokenizer: _Tokenizer) -> str:
-    """What a chat prompt (token ids) has written of the response, as far as graders care: an open <think>, or ""."""
+    """The beginning of the response that a chat prompt (token ids) contains, for graders: an open <think>, or ""."""
     end = tokenizer.decode(prompt[-24:], skip_special=False)
     return "<think>" if spoken(end) is None else ""
 
 
 def prompt_options(task: Mapping[str, str]) -> dict:
-    """encode_prompt's options of a config's task section; an older run's has none."""
+    """encode_prompt's options from a config's task section; the section of an older run has none."""
     thinking = THINKING[task.get("enable_thinking", "default")]
     return {"system": task.get("system_prompt", ""), "enable_thinking": thinking}
 

@@ -2,7 +2,7 @@
 
 `parse("km per hour")` gives a dimension, m/s, and the factor to its base units. Words that are no unit ("apples") are
 passed over, so that "5 cents per apple" still is no "5 dollars per apple". Amounts convert within a dimension (60
-minutes are 1 hour); months and years are no whole number of days and a dimension of their own.
+minutes are 1 hour). Months and years are no whole number of days, so they have a dimension of their own.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Arithmetic in words: a data set that is made, not read, for small instruction-tuned models.
+"""Arithmetic in words: a generated data set for small instruction-tuned models.
 
     words                               training problems
     words:split=test:count=256          held-out ones; a hash of the question decides which those are
     words:kind=other                    other kinds, out of domain: rectangles, sequences, clocks, percentages
-    words:split=demos:budgets=exact     training problems with worked solutions, asked for in their length (jaxrl.sft)
+    words:split=demos:budgets=exact     training problems with solutions, whose length the prompt asks for (jaxrl.sft)
 
     Ana has 23 shells. Ben gives her 18 more, and then she gives 9 to Cleo. How many shells does Ana have now?
     23 + 18 = 41. 41 - 9 = 32. The answer is \\boxed{32}.
 
 Settings: split (train, test, demos), kind (sums, other), count, seed, most (the largest number drawn: how hard the
-arithmetic is), budgets (none, exact, max: what demonstrations are asked for), lengths (four: solutions of four styles;
-many: the calculations and up to seven remarks, 25 to 110 tokens). A problem has one to
-three steps and a whole number as its answer. A row holds id, problem, answer, solution, kind, steps, if
-demonstrations are asked for in a length, mode, and, if solutions say theirs, length_as: what stands for it in them.
+arithmetic is), budgets (none, exact, max: the length that prompts of demonstrations ask for), lengths (four: solutions
+of four styles; many: the calculations and up to seven remarks, 25 to 110 tokens). A problem has one to three steps and
+a whole number as its answer. A row holds id, problem, answer, solution, kind and steps. If prompts of demonstrations
+ask for a length, it also holds mode; if solutions state their length, length_as: the placeholder for it in them.
 """
 
 from __future__ import annotations
@@ -260,15 +260,15 @@ def _ended(lines: list[str], worked: Worked) -> str:
 
 
 LENGTH = "{tokens}"
-REMARKS = 8  # a solution of chosen length has fewer than that
+REMARKS = 8  # a solution of chosen length has fewer remarks than that
 
 
 def long_solution(worked: Worked, remarks: int) -> str:
-    """The calculations, the length that was asked for, a number of remarks, and so many of them, counted down: each is
-    nine tokens of SmolLM2's.
+    """The calculations, the length that was asked for, the number of remarks, and so many remarks, counted down. Each
+    is nine of SmolLM2's tokens.
 
-    The number is one decision, right behind the length that it follows from, and afterwards nothing has to be counted:
-    what a small model can learn. LENGTH stands for it until jaxrl.sft fills it in.
+    The model decides on the number of remarks once, right after the length that it follows from. Afterwards it need not
+    count, so a small model can learn this. LENGTH stands for the length until jaxrl.sft fills it in.
     """
     counted = (f"{i}: no number was left out." for i in range(remarks, 0, -1))
     said = [f"Think for {LENGTH} tokens: {remarks} remarks.", *counted]

@@ -190,7 +190,7 @@ def serve(handle: Callable[[Any], Any], memory_mb: int, begin: Callable[[], None
     memory_mb: address-space limit of a worker, 0 for none. begin: run in each new worker before it says that it is
     ready. Exceptions of `handle` are answered as {"error": "Type: message"}; whatever it prints goes to standard error.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     deaths = 0
     while True:
         started = time.monotonic()
