@@ -1,9 +1,10 @@
 """Mixture of experts: every token is given to its k best experts, and none is dropped.
 
-Tokens are sorted by expert and multiplied group by group (jax.lax.ragged_dot), so that the work is that of k experts a
-token. On a mesh experts are split over the mesh axis that the logical axis "expert" stands for. If that axis also
-splits rows (the learner's), tokens travel to the experts and back: gathered over it before, summed and scattered after;
-else (the sampler's) every device has all tokens and adds what its own experts say.
+Tokens are sorted by expert and multiplied group by group (jax.lax.ragged_dot; on a GPU by the kernels of
+models/moe_gpu.py), so that the work is that of k experts a token. On a mesh, experts are split over the mesh axis that
+the logical axis "expert" stands for. If that axis also splits rows (the learner's), tokens travel to the experts and
+back: they are gathered over it before, summed and scattered after; else (the sampler's) every device has all tokens and
+adds what its own experts say.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+
+from models import moe_gpu
 
 
 def route(logits, k: int, normalise: bool, replayed=None):
@@ -61,7 +64,7 @@ def apply_experts(x, weights, experts, gate_up, down, activation):
     x: [B, T, D]. weights, experts: [B, T, k]. gate_up: [E, D, 2 M], or the pair of [E, D, M]. down: [E, M, D].
     Returns [B, T, D] in x's dtype.
     """
-    local = functools.partial(_local, activation=activation)
+    local = functools.partial(_local, activation=activation, total=down.shape[0])
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(x, weights, experts, gate_up, down)
@@ -85,20 +88,55 @@ def _on_mesh(local, expert, inner, travel: bool, x, weights, experts, gate_up, d
     return lax.psum_scatter(out, expert, scatter_dimension=0, tiled=True) if travel else lax.psum(out, expert)
 
 
-def _local(x, weights, experts, gate_up, down, activation):
-    """`apply_experts` with the experts [0, E) that are here; choices outside of them add nothing."""
+def _local(x, weights, experts, gate_up, down, activation, total: int):
+    """`apply_experts` with the experts [0, E), of `total`, that are here; choices outside of them add nothing."""
     E, D, k = down.shape[0], x.shape[-1], experts.shape[-1]
     chosen = experts.reshape(-1)
     here = (chosen >= 0) & (chosen < E)
     chosen = jnp.where(here, chosen, E)  # the rest is sorted behind all groups
-    order = jnp.argsort(chosen, stable=True)
+    sorted_ = functools.partial(_sorted, k=k, activation=activation)
+    args = x.reshape(-1, D), chosen, gate_up, down
+    if moe_gpu.takes(x.dtype, chosen.shape[0], D, down.shape[1]):
+        y = lax.platform_dependent(*args, cuda=functools.partial(_in_blocks, k=k, activation=activation, total=total),
+                                   default=sorted_)
+    else:
+        y = sorted_(*args)
+    y = jnp.where(here[:, None], y.astype(jnp.float32), 0) * weights.reshape(-1, 1)
+    return jnp.sum(y.reshape(*x.shape[:-1], k, D), axis=-2).astype(x.dtype)
+
+
+def _groups(chosen, E: int):
+    """(the order that sorts choices by expert, int32 [E]: how many each expert has)."""
     sizes = jnp.sum(chosen[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-    rows = x.reshape(-1, D)[order // k]
-    product = functools.partial(lax.ragged_dot, group_sizes=sizes)
+    return jnp.argsort(chosen, stable=True), sizes
+
+
+def _mlp(rows, product, gate_up, down, activation):
     if isinstance(gate_up, tuple):
         gate, up = (product(rows, w) for w in gate_up)
     else:
         gate, up = jnp.split(product(rows, gate_up), 2, axis=-1)
-    y = product(activation(gate) * up, down)[jnp.argsort(order)]  # back in the order of tokens
-    y = jnp.where(here[:, None], y.astype(jnp.float32), 0) * weights.reshape(-1, 1)
-    return jnp.sum(y.reshape(*x.shape[:-1], k, D), axis=-2).astype(x.dtype)
+    return product(activation(gate) * up, down)
+
+
+def _sorted(x, chosen, gate_up, down, *, k: int, activation):
+    """What the experts say to their tokens, [choices, D]. x: [tokens, D]. chosen: int32 [choices], E: nobody here."""
+    order, sizes = _groups(chosen, down.shape[0])
+    product = functools.partial(lax.ragged_dot, group_sizes=sizes)
+    return _mlp(x[order // k], product, gate_up, down, activation)[jnp.argsort(order)]  # back in the order of tokens
+
+
+def _in_blocks(x, chosen, gate_up, down, *, k: int, activation, total: int, interpret: bool = False):
+    """`_sorted` with each expert's rows in whole blocks, for the kernels of a GPU."""
+    E, choices = down.shape[0], chosen.shape[0]
+    order, sizes = _groups(chosen, E)
+    block = moe_gpu.rows_of_block(choices, total)
+    blocks, first = moe_gpu.arrange(sizes, choices, block)
+    P = blocks.owner.shape[0] * block
+    expert = chosen[order]
+    rank = jnp.arange(choices) - (jnp.cumsum(sizes) - sizes).at[expert].get(mode="clip")
+    place = jnp.where(expert < E, first.at[expert].get(mode="clip") + rank, P)
+    source = jnp.full(P, x.shape[0]).at[place].set(order // k, mode="drop")
+    rows = x.at[source].get(mode="fill", fill_value=0)
+    y = _mlp(rows, lambda a, w: moe_gpu.grouped_product(a, w, blocks, total, interpret), gate_up, down, activation)
+    return y.at[jnp.zeros_like(order).at[order].set(place)].get(mode="clip")

@@ -1,5 +1,6 @@
 """Mixture of experts: grouped products against one token at a time, the load-balancing loss, and meshes."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -137,3 +138,25 @@ def test_a_prompt_cached_in_parts():
     _, cache = model.apply({"params": params}, tokens[:, :4], positions[:, :4], ids[:, :4], cache)
     part = model.apply({"params": params}, tokens[:, 4:], positions[:, 4:], ids, cache)[0]
     np.testing.assert_allclose(part, whole[:, 4:], atol=2e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("choices", [12, 90])
+def test_the_blocks_of_a_gpu_are_the_sorted_rows(choices, fused):
+    """Values and gradients, in interpret mode; some choices are of experts elsewhere, one expert has none."""
+    E, D, M, k, tokens = 3, 32, 16, 2, choices // 2
+    rng = np.random.default_rng(choices)
+    shapes = (tokens, D), (E, D, M), (E, D, M), (E, M, D)
+    x, gate, up, down = (0.3 * rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    chosen = jnp.asarray(rng.choice([0, 2, E], choices))
+    gate_up = np.concatenate([gate, up], -1) if fused else (gate, up)
+    weight = rng.normal(size=(choices, D)) * (np.asarray(chosen) < E)[:, None]
+
+    def loss(form, x, gate_up, down):
+        return jnp.sum(jnp.sin(form(x, chosen, gate_up, down, k=k, activation=jax.nn.silu)) * weight)
+
+    blocks = functools.partial(moe._in_blocks, total=2 * E, interpret=True)
+    want, got = (jax.value_and_grad(functools.partial(loss, form), (0, 1, 2))(x, gate_up, down)
+                 for form in (moe._sorted, blocks))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-4, rtol=1e-4)

@@ -103,6 +103,23 @@ ENTRY %main (x.1: bf16[4,8], q: bf16[3,5,7], k: bf16[3,6,7]) -> bf16[3,5,6] {
 """
 
 
+GROUPED = """\
+HloModule g
+ENTRY %main (x: bf16[64,32], w: bf16[4,32,16]) -> bf16[4,32,16] {
+  %owner = s32[8]{0} parameter(0)
+  %x = bf16[64,32]{1,0} parameter(1)
+  %w = bf16[4,32,16]{2,1,0} parameter(2)
+  %first = s32[4]{0} parameter(3)
+  %y = bf16[64,16]{1,0} custom-call(%owner, %x, %w), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="a/grouped_product_of_8/pallas_call"}
+  ROOT %dw = bf16[4,32,16]{2,1,0} custom-call(%first, %first, %x, %y), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="a/grouped_sums_of_8/pallas_call"}
+}
+"""  # noqa: E501
+
+
+def test_grouped_products_count_the_rows_of_the_experts_that_are_here():
+    assert hlo.count(GROUPED).kernel_flops == 2 * (2 * 64 * 32 * 16) * 4 / 8
+
+
 def test_tpu_text():
     counts = hlo.count(TPU)
     # i = 0, 2, 4, 6: four iterations; a fusion's inside is part of its own estimate
