@@ -2,8 +2,8 @@
 
     python -m jaxrl.train --config=configs/lspo_qwen3_30b_a3b.py:v5p
 
-Preflight, GiB: on v5p:2x2x2 (95.73 a chip) layout 66.25, prefill 81.27, decode 81.41, score 51.96, update 78.98, a step of
-12,288 answers 1,002 s by the compiler's estimate (rollout 509, score 98, update 395).
+Preflight, GiB: on v5p:2x2x2 (95.73 a chip) layout 66.25, prefill 81.27, decode 81.41, score 51.96, update 78.98, a
+step of 12,288 answers 1,002 s by the compiler's estimate (rollout 509, score 98, update 395).
 """
 
 from configs.pods.recipes import lspo, pod

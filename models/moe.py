@@ -88,7 +88,7 @@ def _on_mesh(local, expert, inner, travel: bool, x, weights, experts, gate_up, d
     return lax.psum_scatter(out, expert, scatter_dimension=0, tiled=True) if travel else lax.psum(out, expert)
 
 
-def _local(x, weights, experts, gate_up, down, activation, total: int):
+def _local(x, weights, experts, gate_up, down, *, activation, total: int):
     """`apply_experts` with the experts [0, E), of `total`, that are here; choices outside of them add nothing."""
     E, D, k = down.shape[0], x.shape[-1], experts.shape[-1]
     chosen = experts.reshape(-1)

@@ -56,16 +56,17 @@ def grouped_product(x, w, blocks: Blocks, experts: int = 0, interpret: bool = Fa
     x: [P, D], P / len(owner) rows a block. w: [E, D, F]. experts: of all devices, for preflight's count of the work.
     Returns [P, F] in x's dtype, 0 in empty blocks; sums are float32. Gradients for x and w.
     """
-    return _rows_product(x, w, blocks, False, experts, interpret)
+    return _rows_product(x, w, blocks, transposed=False, experts=experts, interpret=interpret)
 
 
 def _forward(x, w, blocks, experts, interpret):
-    return _rows_product(x, w, blocks, False, experts, interpret), (x, w, blocks)
+    return _rows_product(x, w, blocks, transposed=False, experts=experts, interpret=interpret), (x, w, blocks)
 
 
 def _backward(experts, interpret, saved, dy):
     x, w, blocks = saved
-    return _rows_product(dy, w, blocks, True, experts, interpret), _sums(x, dy, w, blocks, experts, interpret), None
+    how = dict(experts=experts, interpret=interpret)
+    return _rows_product(dy, w, blocks, transposed=True, **how), _sums(x, dy, w, blocks, **how), None
 
 
 grouped_product.defvjp(_forward, _backward)
@@ -80,7 +81,7 @@ def _whole(array):
     return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
 
-def _rows_product(x, w, blocks: Blocks, transposed: bool, experts: int, interpret: bool):
+def _rows_product(x, w, blocks: Blocks, *, transposed: bool, experts: int, interpret: bool):
     """[P, F] of x [P, D] and w [E, D, F]; transposed: w is [E, F, D]."""
     (P, D), E = x.shape, w.shape[0]
     F = w.shape[1 if transposed else 2]
@@ -110,7 +111,7 @@ def _rows_product(x, w, blocks: Blocks, transposed: bool, experts: int, interpre
     )(blocks.owner, x, w)
 
 
-def _sums(x, dy, w, blocks: Blocks, experts: int, interpret: bool):
+def _sums(x, dy, w, blocks: Blocks, *, experts: int, interpret: bool):
     """The gradient of w [E, D, F]: for each expert, the sum over its rows of x [P, D] by dy [P, F]."""
     E, D, F = w.shape
     rows, tall, wide = x.shape[0] // blocks.owner.shape[0], _tile(D, WIDE), _tile(F, WIDE)
