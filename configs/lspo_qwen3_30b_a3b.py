@@ -6,21 +6,27 @@ Preflight, GiB: on v5p:2x2x2 (95.73 a chip) layout 66.25, prefill 81.27, decode 
 step of 12,288 answers 1,002 s by the compiler's estimate (rollout 509, score 98, update 395).
 """
 
-from configs.pods.recipes import lspo, pod
+from configs.pods.recipes import adapters, lspo, pod
 from configs.pods.shapes import QWEN3_30B_A3B
 
-CHIPS = {  # argument -> (topology, type of Adam's moments, slots a host, chips that share the sampler's weights)
-    "v5p": ("v5p:2x2x2", "float32", 256, 4),
-    "v6e": ("v6e:4x8", "bfloat16", 96, 4),
-    "80": ("h100:8", "bfloat16", 256, 4),
+CHIPS = {  # argument -> (topology, slots, chips that share the sampler's weights)
+    "v5p": ("v5p:2x2x2", 256, 4),
+    "v6e": ("v6e:2x4", 128, 4),
+    "80": ("h100:8", 256, 4),
 }
 
 
 def get_config(chips: str = "v5p"):
-    """chips: v5p (eight), v6e (32), or 80 (one machine of eight cards of 80 GB)."""
+    """chips: v5p (eight), v6e (eight, adapters on the attention), or 80 (one machine of eight cards of 80 GB)."""
     if chips not in CHIPS:
         raise ValueError(f"configs/lspo_qwen3_30b_a3b.py:{chips}: choose {', '.join(CHIPS)}")
     c = lspo(pod("lspo_gspo_30b_a3b", "Qwen3-30B-A3B", QWEN3_30B_A3B, 1024, 3072), "gspo")
-    c.topology, c.optimizer.state_dtype, c.sampling.slots, c.sampling.tensor = CHIPS[chips]
+    c.topology, c.sampling.slots, c.sampling.tensor = CHIPS[chips]
     c.algorithm.balance_coef = 1e-3
+    if chips == "80":
+        c.optimizer.state_dtype = "bfloat16"
+    if chips == "v6e":
+        c.batch.prompts, c.batch.generation_prompts, c.batch.updates = 64, 192, 4
+        c.algorithm.balance_coef = 0.0  # routers are frozen
+        adapters(c, "int8")
     return c

@@ -1,10 +1,10 @@
 """Mixture of experts: every token is given to its k best experts, and none is dropped.
 
-Tokens are sorted by expert and multiplied group by group (jax.lax.ragged_dot; on a GPU by the kernels of
-models/moe_gpu.py), so that the work is that of k experts a token. On a mesh, experts are split over the mesh axis that
-the logical axis "expert" stands for. If that axis also splits rows (the learner's), tokens travel to the experts and
-back: they are gathered over it before, summed and scattered after; else (the sampler's) every device has all tokens and
-adds what its own experts say.
+Tokens are sorted by expert and multiplied group by group, so that the work is that of k experts a token: by
+jax.lax.ragged_dot, on a TPU by jax's megablox kernels, on a GPU by those of models/moe_gpu.py. On a mesh, experts are
+split over the mesh axis that the logical axis "expert" stands for. If that axis also splits rows (the learner's), tokens
+travel to the experts and back: they are gathered over it before, summed and scattered after; else (the sampler's) every
+device has all tokens and adds what its own experts say.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ def _local(x, weights, experts, gate_up, down, *, activation, total: int):
     chosen = experts.reshape(-1)
     here = (chosen >= 0) & (chosen < E)
     chosen = jnp.where(here, chosen, E)  # the rest is sorted behind all groups
-    sorted_ = functools.partial(_sorted, k=k, activation=activation)
-    args = x.reshape(-1, D), chosen, gate_up, down
+    fixed = dict(k=k, activation=activation)
+    forms = {"default": functools.partial(_sorted, **fixed)}
     if moe_gpu.takes(x.dtype, chosen.shape[0], D, down.shape[1]):
-        y = lax.platform_dependent(*args, cuda=functools.partial(_in_blocks, k=k, activation=activation, total=total),
-                                   default=sorted_)
-    else:
-        y = sorted_(*args)
+        forms["cuda"] = functools.partial(_in_blocks, **fixed, total=total)
+        forms["tpu"] = functools.partial(_sorted, **fixed, product=functools.partial(_megablox, total=total))
+    with jax.named_scope(f"experts_of_{total}"):  # tells preflight how many of the rows are here
+        y = lax.platform_dependent(x.reshape(-1, D), chosen, gate_up, down, **forms)
     y = jnp.where(here[:, None], y.astype(jnp.float32), 0) * weights.reshape(-1, 1)
     return jnp.sum(y.reshape(*x.shape[:-1], k, D), axis=-2).astype(x.dtype)
 
@@ -119,11 +119,25 @@ def _mlp(rows, product, gate_up, down, activation):
     return product(activation(gate) * up, down)
 
 
-def _sorted(x, chosen, gate_up, down, *, k: int, activation):
+def _sorted(x, chosen, gate_up, down, *, k: int, activation, product=lax.ragged_dot):
     """What the experts say to their tokens, [choices, D]. x: [tokens, D]. chosen: int32 [choices], E: nobody here."""
     order, sizes = _groups(chosen, down.shape[0])
-    product = functools.partial(lax.ragged_dot, group_sizes=sizes)
-    return _mlp(x[order // k], product, gate_up, down, activation)[jnp.argsort(order)]  # back in the order of tokens
+    grouped = functools.partial(product, group_sizes=sizes)
+    return _mlp(x[order // k], grouped, gate_up, down, activation)[jnp.argsort(order)]  # back in the order of tokens
+
+
+def _megablox(rows, w, group_sizes, *, total: int, interpret: bool = False):
+    """lax.ragged_dot of rows [M, D] and w [E, D, F]; on v5e and v6e XLA's own multiplies every row by every expert."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    (M, D), F = rows.shape, w.shape[-1]
+    if M % 16:
+        return lax.ragged_dot(rows, w, group_sizes)
+    tile = min(512, M & -M, max(32, 2 * moe_gpu.rows_of_block(M, total)))
+    live = (jnp.arange(M) < jnp.sum(group_sizes))[:, None]  # others, and their gradients, the kernels leave undefined
+    tiling = (tile, min(D, 1024), min(F, 1024))
+    out = gmm(jnp.where(live, rows, 0), w, group_sizes, rows.dtype, tiling, interpret=interpret)
+    return jnp.where(live, out, 0)
 
 
 def _in_blocks(x, chosen, gate_up, down, *, k: int, activation, total: int, interpret: bool = False):
@@ -138,5 +152,5 @@ def _in_blocks(x, chosen, gate_up, down, *, k: int, activation, total: int, inte
     place = jnp.where(expert < E, first.at[expert].get(mode="clip") + rank, P)
     source = jnp.full(P, x.shape[0]).at[place].set(order // k, mode="drop")
     rows = x.at[source].get(mode="fill", fill_value=0)
-    y = _mlp(rows, lambda a, w: moe_gpu.grouped_product(a, w, blocks, total, interpret), gate_up, down, activation)
+    y = _mlp(rows, lambda a, w: moe_gpu.grouped_product(a, w, blocks, interpret), gate_up, down, activation)
     return y.at[jnp.zeros_like(order).at[order].set(place)].get(mode="clip")

@@ -49,24 +49,24 @@ def arrange(sizes, choices: int, rows: int) -> tuple[Blocks, jax.Array]:
     return Blocks(owner, first, count.astype(jnp.int32)), first * rows
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def grouped_product(x, w, blocks: Blocks, experts: int = 0, interpret: bool = False):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_product(x, w, blocks: Blocks, interpret: bool = False):
     """Each row of x times its expert's matrix.
 
-    x: [P, D], P / len(owner) rows a block. w: [E, D, F]. experts: of all devices, for preflight's count of the work.
-    Returns [P, F] in x's dtype, 0 in empty blocks; sums are float32. Gradients for x and w.
+    x: [P, D], P / len(owner) rows a block. w: [E, D, F]. Returns [P, F] in x's dtype, 0 in empty blocks;
+    sums are float32. Gradients for x and w.
     """
-    return _rows_product(x, w, blocks, transposed=False, experts=experts, interpret=interpret)
+    return _rows_product(x, w, blocks, transposed=False, interpret=interpret)
 
 
-def _forward(x, w, blocks, experts, interpret):
-    return _rows_product(x, w, blocks, transposed=False, experts=experts, interpret=interpret), (x, w, blocks)
+def _forward(x, w, blocks, interpret):
+    return _rows_product(x, w, blocks, transposed=False, interpret=interpret), (x, w, blocks)
 
 
-def _backward(experts, interpret, saved, dy):
+def _backward(interpret, saved, dy):
     x, w, blocks = saved
-    how = dict(experts=experts, interpret=interpret)
-    return _rows_product(dy, w, blocks, transposed=True, **how), _sums(x, dy, w, blocks, **how), None
+    dx = _rows_product(dy, w, blocks, transposed=True, interpret=interpret)
+    return dx, _sums(x, dy, w, blocks, interpret=interpret), None
 
 
 grouped_product.defvjp(_forward, _backward)
@@ -81,7 +81,7 @@ def _whole(array):
     return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
 
-def _rows_product(x, w, blocks: Blocks, *, transposed: bool, experts: int, interpret: bool):
+def _rows_product(x, w, blocks: Blocks, *, transposed: bool, interpret: bool):
     """[P, F] of x [P, D] and w [E, D, F]; transposed: w is [E, F, D]."""
     (P, D), E = x.shape, w.shape[0]
     F = w.shape[1 if transposed else 2]
@@ -107,11 +107,11 @@ def _rows_product(x, w, blocks: Blocks, *, transposed: bool, experts: int, inter
         out_shape=jax.ShapeDtypeStruct((P, F), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
-        name=f"grouped_product_of_{experts or E}",
+        name="grouped_product",
     )(blocks.owner, x, w)
 
 
-def _sums(x, dy, w, blocks: Blocks, *, experts: int, interpret: bool):
+def _sums(x, dy, w, blocks: Blocks, *, interpret: bool):
     """The gradient of w [E, D, F]: for each expert, the sum over its rows of x [P, D] by dy [P, F]."""
     E, D, F = w.shape
     rows, tall, wide = x.shape[0] // blocks.owner.shape[0], _tile(D, WIDE), _tile(F, WIDE)
@@ -136,5 +136,5 @@ def _sums(x, dy, w, blocks: Blocks, *, experts: int, interpret: bool):
         out_shape=jax.ShapeDtypeStruct(w.shape, w.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
-        name=f"grouped_sums_of_{experts or E}",
+        name="grouped_sums",
     )(blocks.first, blocks.count, x, dy)

@@ -334,15 +334,15 @@ def _fusion_bytes(inside, operands: list[str], shape: str) -> float:
 
 def _kernel_flops(op: Instruction, body, target: str) -> float:
     """FLOPs of an attention kernel, from its operands q and k; a causal one does half of the products. Of a grouped
-    product (models/moe_gpu.py), those of the rows that are here if all experts have as many. Others: 0."""
+    product (models/moe.py), those of the rows that are here if all experts have as many. Others: 0."""
     floats = [_dims(body[o].shape) for o in op.operands if o in body and body[o].shape[0] in "bf"]
     if match := re.match(r"splash\w*?_(fwd|dkv|dq)", op.name):  # q [..., T, H], k [..., S, H]
         products = {"fwd": 2, "dkv": 4, "dq": 3}[match[1]]
         return products * np.prod(floats[0], dtype=np.float64) * floats[1][-2]
-    if match := re.search(r"grouped_(product|sums)_of_(\d+)", op.attributes):  # x [P, D], w [E, D, F] or dy [P, F]
-        matrix = floats[1][1:] if match[1] == "product" else [floats[0][1], floats[1][1]]
-        experts = floats[1][0] if match[1] == "product" else _dims(body[op.operands[0]].shape)[0]
-        return 2.0 * floats[0][0] * np.prod(matrix, dtype=np.float64) * experts / int(match[2])
+    if match := re.search(r"experts_of_(\d+)", op.attributes):  # x [P, D] and w [E, D, F], or x and dy [P, F]
+        matrix = floats[1][1:] if len(floats[1]) == 3 else [floats[0][1], floats[1][1]]
+        experts = floats[1][0] if len(floats[1]) == 3 else _dims(op.shape)[0]
+        return 2.0 * floats[0][0] * np.prod(matrix, dtype=np.float64) * experts / int(match[1])
     if target.startswith("__cudnn$fmha"):  # q [B, T, N, H], k [B, S, K, H]
         causal = re.search(r'"mask_type":\s*"\w*CAUSAL', op.attributes)
         products = (5 if target.endswith("Backward") else 2) * (1 if causal else 2)

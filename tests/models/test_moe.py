@@ -141,8 +141,8 @@ def test_a_prompt_cached_in_parts():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("choices", [12, 90])
-def test_the_blocks_of_a_gpu_are_the_sorted_rows(choices, fused):
+@pytest.mark.parametrize("choices", [12, 96])
+def test_the_kernels_of_gpu_and_tpu_give_the_sorted_products(choices, fused):
     """Values and gradients, in interpret mode; some choices are of experts elsewhere, one expert has none."""
     E, D, M, k, tokens = 3, 32, 16, 2, choices // 2
     rng = np.random.default_rng(choices)
@@ -156,7 +156,9 @@ def test_the_blocks_of_a_gpu_are_the_sorted_rows(choices, fused):
         return jnp.sum(jnp.sin(form(x, chosen, gate_up, down, k=k, activation=jax.nn.silu)) * weight)
 
     blocks = functools.partial(moe._in_blocks, total=2 * E, interpret=True)
-    want, got = (jax.value_and_grad(functools.partial(loss, form), (0, 1, 2))(x, gate_up, down)
-                 for form in (moe._sorted, blocks))
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(g, w, atol=2e-4, rtol=1e-4)
+    megablox = functools.partial(moe._megablox, total=2 * E, interpret=True)
+    forms = moe._sorted, blocks, functools.partial(moe._sorted, product=megablox)
+    want, *others = (jax.value_and_grad(functools.partial(loss, form), (0, 1, 2))(x, gate_up, down) for form in forms)
+    for got in others:
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, atol=2e-4, rtol=1e-4)

@@ -110,8 +110,8 @@ ENTRY %main (x: bf16[64,32], w: bf16[4,32,16]) -> bf16[4,32,16] {
   %x = bf16[64,32]{1,0} parameter(1)
   %w = bf16[4,32,16]{2,1,0} parameter(2)
   %first = s32[4]{0} parameter(3)
-  %y = bf16[64,16]{1,0} custom-call(%owner, %x, %w), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="a/grouped_product_of_8/pallas_call"}
-  ROOT %dw = bf16[4,32,16]{2,1,0} custom-call(%first, %first, %x, %y), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="a/grouped_sums_of_8/pallas_call"}
+  %y = bf16[64,16]{1,0} custom-call(%owner, %x, %w), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/experts_of_8/grouped_product/pallas_call"}
+  ROOT %dw = bf16[4,32,16]{2,1,0} custom-call(%first, %first, %x, %y), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/transpose(jvp(experts_of_8))/grouped_sums/pallas_call"}
 }
 """  # noqa: E501
 
