@@ -1,10 +1,11 @@
 """Mixture of experts: every token is given to its k best experts, and none is dropped.
 
 Tokens are sorted by expert and multiplied group by group, so that the work is that of k experts a token: by
-jax.lax.ragged_dot, on a TPU by jax's megablox kernels, on a GPU by those of models/moe_gpu.py. On a mesh, experts are
-split over the mesh axis that the logical axis "expert" stands for. If that axis also splits rows (the learner's), tokens
-travel to the experts and back: they are gathered over it before, summed and scattered after; else (the sampler's) every
-device has all tokens and adds what its own experts say.
+jax.lax.ragged_dot, on a TPU by jax's megablox kernels, on a GPU by those of models/moe_gpu.py.
+
+On a mesh, experts are split over the mesh axis that the logical axis "expert" stands for. If that axis also splits rows
+(the learner's), tokens travel to the experts and back: they are gathered over it before, summed and scattered after;
+else (the sampler's) every device has all tokens and adds what its own experts say.
 """
 
 from __future__ import annotations
