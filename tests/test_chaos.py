@@ -31,6 +31,7 @@ def store(request):
         yield store
 
 
+@pytest.mark.slow
 def test_kills_of_a_toy_trainer_on_a_store(tmp_path, store):
     run = f"{store.url}/toy"
     done = chaos(tmp_path, 6, 1, "tests.runtime.toy", run, "24", "2", run=run, **store.env)

@@ -91,6 +91,7 @@ def test_training_goes_on_from_exported_adapters(straight, dial_model, tmp_path)
     assert first[0]["eval/accuracy"] == last[-1]["eval/accuracy"]  # it begins where the other ended
 
 
+@pytest.mark.slow
 def test_a_warm_started_base_is_kept_beside_the_run(tmp_path):
     changes = {**LORA, "sft.steps": 6, "sft.full_steps": 3, "sft.warmup_steps": 2}
     assert train.train(tiny(tmp_path, {**changes, "steps": 1})) == 0

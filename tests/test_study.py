@@ -247,6 +247,7 @@ def test_an_unfinished_run_is_not_swept(swept, tmp_path, monkeypatch, capsys):
     assert "not started: base seed 0 is not finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_command_the_time_to_save(tmp_path):
     """As a terminal does it: the signal goes to the study and to what it runs."""
     saves = (

@@ -84,6 +84,7 @@ def test_a_reference_model_chooses_its_own_experts():
     assert np.abs(np.asarray(one.score(other, replayed) - one.score(other, plain))).max() > 0.01
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     """Eight devices: rows, and with them the experts to be taken, over data and fsdp; experts over fsdp."""
     program = """

@@ -189,6 +189,7 @@ def test_offloaded_moments_rest_on_the_host_and_change_nothing():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_offloaded_moments_back_to_the_host(tmp_path):
     """A run cut between two updates: bit for bit the state of one that was not, and nothing compiles anew."""
     config = base_config()

@@ -60,7 +60,9 @@ def alike(got, want, atol):
     assert whole >= 0.7 * len(pairs), f"{whole} of {len(pairs)}"
 
 
-@pytest.mark.parametrize("options", [dict(weights="int8"), dict(cache="int8")], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param(dict(weights="int8"), marks=pytest.mark.slow), dict(cache="int8")], ids=str
+)
 def test_completions_do_not_depend_on_the_schedule(options):
     one, other = tiny.sampler(**options), tiny.sampler(slots=3, chunk=5, window=32, **options)
     groups = one.generate(one.layout(tiny.params()), tiny.requests(), seed=11)

@@ -43,8 +43,8 @@ def watch(engine: Engine) -> list[int]:
     "options",
     [
         dict(pages=8, window=32),
-        dict(pages=1, slots=3, chunk=5),
-        dict(pages=64, slots=1, chunk=24, cache_tokens=64),  # one response of full length
+        pytest.param(dict(pages=1, slots=3, chunk=5), marks=pytest.mark.slow),
+        pytest.param(dict(pages=64, slots=1, chunk=24, cache_tokens=64), marks=pytest.mark.slow),  # one whole response
         dict(pages=3, slots=16, cache_tokens=90, chunk=7),
         dict(pages=5, slots=4, cache_tokens=90, chunk=7, prefill_chunk=12),
     ],
@@ -69,8 +69,8 @@ def windowed(**options):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(pages=4, chunk=8, window=32),
-        dict(pages=1, slots=3, chunk=5),
+        pytest.param(dict(pages=4, chunk=8, window=32), marks=pytest.mark.slow),
+        pytest.param(dict(pages=1, slots=3, chunk=5), marks=pytest.mark.slow),
         dict(pages=3, slots=16, cache_tokens=90, chunk=7, prefill_chunk=12),  # rows that wait come back
         dict(pages=8, cache="int8", chunk=8, window=32),
         dict(pages=64, chunk=24),  # a ring that holds everything
