@@ -314,11 +314,23 @@ def test_pod_config_is_valid_and_has_the_published_size(name, parameters):
 
 
 def test_the_mixture_of_experts_has_the_published_size():
-    config = parse_config(["preflight", f"--config={ROOT}/configs/lspo_qwen3_30b_a3b.py:gspo"])
+    config = parse_config(["preflight", f"--config={ROOT}/configs/lspo_qwen3_30b_a3b.py:v5p"])
     config.model.path = ""
     validate(config)
     sizes = jax.tree.leaves(abstract_params(build.decoder_config(config))[0])
     assert sum(math.prod(a.shape) for a in sizes) == 30_532_122_624
+
+
+@pytest.mark.parametrize("name", ["lspo_qwen3_30b_a3b.py:v5p", "lspo_qwen3_30b_a3b.py:v6e", "lora_r1_distill_14b.py",
+                                  "lora_qwen25_math_7b.py:v5e"])
+@libtpu
+def test_experts_and_adapters_place_on_their_slices(name):
+    config = parse_config(["preflight", f"--config={ROOT}/configs/{name}"])
+    config.model.path = ""
+    validate(config)
+    mesh = slice_mesh(config, config.topology)
+    found = preflight.programs(config, build.decoder_config(config), mesh)
+    assert all(p.resident < hardware.chip(mesh.devices.flat[0].device_kind).hbm for p in found)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in PODS])
