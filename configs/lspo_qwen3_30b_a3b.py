@@ -2,10 +2,10 @@
 
     python -m jaxrl.train --config=configs/lspo_qwen3_30b_a3b.py:v5p
 
-Preflight, GiB, of a step of 12,288 answers: on v5p:2x2x2 (95.73 a chip) layout 66.25, prefill 81.27, decode 81.41, score
-51.96, update 78.98, 1,002 s by the compiler's estimate (rollout 509, score 98, update 395; grouped products by XLA's own
-kernel); on h100:8 (72.68 a card) layout 49.78, prefill 54.98, decode 54.88, score 37.45, update 63.29, 1,171 s as assumed
-(rollout 922, score 47, update 202).
+Preflight, GiB, of a step of 12,288 answers: on v5p:2x2x2 (95.73 a chip) layout 66.25, prefill 81.27, decode 81.41,
+score 51.96, update 78.98, 1,002 s by the compiler's estimate (rollout 509, score 98, update 395; grouped products by
+XLA's own kernel); on h100:8 (72.68 a card) layout 49.78, prefill 54.98, decode 54.88, score 37.45, update 63.29,
+1,171 s as assumed (rollout 922, score 47, update 202).
 """
 
 from configs.pods.recipes import adapters, lspo, pod
