@@ -55,7 +55,7 @@ def test_the_gradient_is_the_chain_rule_applied_to_that_of_the_matrices():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_a_learner_trains_adapters_beside_a_resting_base(kind):
     """Two steps of two updates with a KL term: the first KL is 0 (the reference is the base), moments exist for the
     adapters alone, and the base does not move."""

@@ -183,7 +183,9 @@ def test_prefill_and_decode_match_the_full_forward(family, form, chunks):
         assert np.abs(got[b] - expected[b, : len(got[b])]).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("form, key_blocks", [("scanned", False), ("fused", True)])
+@pytest.mark.parametrize(
+    "form, key_blocks", [pytest.param("scanned", False, marks=pytest.mark.slow), ("fused", True)]
+)
 def test_an_int8_cache_holds_the_exact_one_quantised(form, key_blocks):
     config = DecoderConfig(64, 32, 48, 3, 4, 2, 16, qk_norm=True, model_type="qwen3", init_std=0.25)
     model, own = in_form(form, config, init_params(config, jax.random.key(1)))

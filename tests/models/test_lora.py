@@ -74,7 +74,7 @@ def test_new_adapters_change_nothing():
     np.testing.assert_array_equal(forward(both, CONFIG), forward(params, CONFIG))
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", "int8"])
 def test_the_samplers_merged_matrices_compute_what_the_learner_does(kind):
     """Log-probabilities agree to rounding, for every form of the base: in float32 exactly so, and in bfloat16 the
     merged model is as near to exact arithmetic as the learner is."""

@@ -55,8 +55,8 @@ def test_tokens_and_logprobs_are_those_of_a_plain_loop():
 @pytest.mark.parametrize(
     "options",
     [
-        dict(slots=1, chunk=24, window=64),
-        dict(slots=3, chunk=5, window=32),
+        pytest.param(dict(slots=1, chunk=24, window=64), marks=pytest.mark.slow),
+        pytest.param(dict(slots=3, chunk=5, window=32), marks=pytest.mark.slow),
         dict(slots=16, chunk=3, window=24),
         dict(slots=3, chunk=5, window=32, prefill_chunk=7),
     ],

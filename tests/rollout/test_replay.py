@@ -9,7 +9,7 @@ from jaxrl.rollout.replay import log_normal, replay
 from tests.rollout import tiny
 
 
-@pytest.mark.parametrize(("slots", "chunk"), [(3, 4), (8, 16)])
+@pytest.mark.parametrize(("slots", "chunk"), [pytest.param(3, 4, marks=pytest.mark.slow), (8, 16)])
 def test_calls_are_those_of_the_engine(slots, chunk, monkeypatch):
     sizes = dict(max_prompt=tiny.MAX_PROMPT, max_tokens=tiny.MAX_TOKENS, slots=slots, chunk=chunk, window=16)
     engine, calls = tiny.sampler(**sizes), []
