@@ -55,7 +55,7 @@ class Outcome:
     seconds: float
 
 
-def run_until_done(module, args, run_dir, kills, seed, *, kinds=KINDS, limit=3600.0):
+def run_until_done(module, args, run_dir, kills, seed, *, kinds=KINDS, limit=7200.0):
     """Starts `python -m module args` and kills it until `kills` have hit and it ends by itself with 0; Outcome.
 
     Raises AssertionError with the end of its output if it fails by itself, if it ends before it could be killed
@@ -157,7 +157,10 @@ def _kill(pid):
 
 def _records(run_dir):
     path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:  # not there, or a new start has just cleared it away
+        return 0
 
 
 def deterministic_view(record):
