@@ -162,3 +162,14 @@ def test_the_kernels_of_gpu_and_tpu_give_the_sorted_products(choices, fused):
     for got in others:
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(g, w, atol=2e-4, rtol=1e-4)
+
+
+def test_a_cpu_computes_in_bfloat16_too():
+    """Sizes that the kernels of GPU and TPU take: lowered for a CPU, theirs are left out."""
+    rng = np.random.default_rng(0)
+    shapes = (2, 4, 32), (2, 4, 4), (4, 32, 16), (4, 32, 16), (4, 16, 32)
+    x, logits, gate, up, down = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, gate / 4, up / 4, down / 4)]
+    got = jax.jit(lambda x, gate, up, down: ours(x, logits, gate, up, down))(*half)
+    x, gate, up, down = (np.asarray(a, np.float32) for a in half)
+    np.testing.assert_allclose(np.asarray(got, np.float32), plain(x, logits, gate, up, down, True), atol=0.05)
