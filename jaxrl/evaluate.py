@@ -184,6 +184,8 @@ def _check(flags: dict) -> None:
             raise UserError(f"--{changed[0]} is about checkpoints and cannot be used with --server")
         if flags["budgets"] and flags["budget_mode"] == "forced":
             raise UserError("--budget_mode=forced: a server's answers cannot be cut and continued; choose exact or max")
+    if flags["budgets"] and flags["budget_mode"] == "forced" and not flags["end_thinking"]:
+        raise UserError("--end_thinking='': --budget_mode=forced needs the text that closes thinking, as in </think>")
     _budgets(flags)
 
 

@@ -107,6 +107,12 @@ def test_flags_about_checkpoints_are_refused(tmp_path):
             evaluate.main(["evaluate", "--model=m", "--data=x", f"--out={tmp_path}", "--server=http://x/v1", flag])
 
 
+def test_forcing_needs_the_text_that_closes_thinking(tmp_path):
+    flags = ["--model=m", "--data=x", f"--out={tmp_path}", "--budgets=8", "--budget_mode=forced", "--end_thinking="]
+    with pytest.raises(UserError, match="--end_thinking='': --budget_mode=forced needs the text"):
+        evaluate.main(["evaluate", *flags])
+
+
 @pytest.mark.slow
 def test_llama_cpp_server(tmp_path):
     xllamacpp = pytest.importorskip("xllamacpp", reason="pip install xllamacpp: llama.cpp's server")
