@@ -51,7 +51,7 @@ class Cloud:
     def codes(self, *codes: str) -> None:
         (self.root / "codes").write_text("\n".join(codes))
 
-    def call(self, script: str, *args: str, env: dict | None = None, timeout=60) -> subprocess.CompletedProcess:
+    def call(self, script: str, *args: str, env: dict | None = None, timeout=600) -> subprocess.CompletedProcess:
         base = {k: v for k, v in os.environ.items() if k in ("LANG", "TMPDIR")}
         base |= {"STAND_IN": str(self.root), "HOME": str(self.root), "STOP_SECONDS": "5"}
         base["PATH"] = f"{self.root / 'bin'}:/usr/local/bin:/usr/bin:/bin"
