@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -37,17 +36,9 @@ def sampling_layout(
     Returns: params for Decoder(config, dtype, scan_layers=False).
     """
 
-    @functools.cache  # all layers' adapters in one product: a compiler takes seconds for each, and there are hundreds
-    def merged(row: Weight):
-        return dense(params, row, config)
-
-    def one(row: Weight, layer: int | None):
-        has_adapter = get_path(params, (*row.path[:-1], row.path[-1] + LORA_A)) is not None
-        return merged(row)[layer] if has_adapter else dense(params, row, config, layer)
-
     out: dict = {}
     for path, rows, layer, small in _entries(config, fuse, untie, int8):
-        arrays = [one(row, layer) for row in rows]
+        arrays = [dense(params, row, config, layer) for row in rows]
         kept = jnp.bfloat16 if config.narrow and (rows[0].kind == MATRIX or path == HEAD) else dtype
         arrays = arrays if small else [a.astype(kept) for a in arrays]
         w = jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]

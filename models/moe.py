@@ -97,7 +97,7 @@ def _local(x, weights, experts, gate_up, down, *, activation, total: int):
     chosen = jnp.where(here, chosen, E)  # the rest is sorted behind all groups
     fixed = dict(k=k, activation=activation)
     forms = {"default": functools.partial(_sorted, **fixed)}
-    if moe_gpu.takes(x.dtype, chosen.shape[0], D, down.shape[1]):
+    if moe_gpu.takes(x.dtype, chosen.shape[0], D, 2 * down.shape[1]):
         forms["cuda"] = functools.partial(_in_blocks, **fixed, total=total)
         forms["tpu"] = functools.partial(_sorted, **fixed, product=functools.partial(_megablox, total=total))
     with jax.named_scope(f"experts_of_{total}"):  # tells preflight how many of the rows are here
