@@ -2,10 +2,10 @@
 
     python -m jaxrl.train --config=configs/lora_qwen25_math_7b.py:80
 
-An eighth of the paper's step, 1,536 answers. Preflight, GiB: on a6000:1 (int8 base, 43.61 a card) layout 37.39, decode
-37.56, score 9.92, update 11.61, a step 1,375 s as assumed; on h100:1 (bfloat16 base, 72.68 a card) layout 43.46, decode
-50.77, score 16.05, update 17.53, a step 240 s; on v5e:2x2 (int8 base, 15.75 a chip) layout 10.73, prefill 9.75, decode
-10.09, score 3.85, update 5.40, a step 294 s by the compiler's estimate.
+An eighth of the paper's step, 1,536 answers. Preflight, GiB: on a6000:1 (int8 base, 43.61 a card) layout 37.39,
+decode 37.56, score 9.92, update 11.61, a step 1,375 s as assumed; on h100:1 (bfloat16 base, 72.68 a card) layout
+43.46, decode 50.77, score 16.05, update 17.53, a step 240 s; on v5e:2x2 (int8 base, 15.75 a chip) layout below 10.73,
+prefill 9.75, decode 10.09, score 3.85, update 5.40, a step 294 s by the compiler's estimate.
 """
 
 from configs.pods.recipes import adapters, lspo, pod

@@ -3,8 +3,9 @@
     python -m jaxrl.train --config=configs/lora_r1_distill_14b.py
 
 To train all of its parameters takes v5p chips (configs/pods/maspo_r1_distill_14b.py). The base is int8, and a step
-has an eighth of that config's prompts. Preflight on v5e:2x4, GiB of 15.75 a chip: layout 10.58, prefill 13.81, decode
-14.18, score 4.46, update 9.48, a step of 1,024 answers, 3,584 tokens on average, 1,194 s by the compiler's estimate.
+has an eighth of that config's prompts. Preflight on v5e:2x4, GiB of 15.75 a chip: layout below 10.58, prefill 13.81,
+decode 14.18, score 4.46, update 9.48, a step of 1,024 answers, 3,584 tokens on average, 1,194 s by the compiler's
+estimate.
 """
 
 from configs.pods.recipes import adapters, maspo, pod
