@@ -153,12 +153,9 @@ def measure(flags: dict) -> None:
     prompts, ends = encoded(flags)
     name, _, kind = flags["engine"].partition("-")
     run = {"jaxrl": run_own, "hf": run_hf, "llama": run_llama}[name]
-    small = dict(flags, tokens=8)
     sample = run(flags, prompts, ends, kind)
     if name == "jaxrl":
         sample(0)  # compiles
-    else:
-        run(small, prompts[:4], ends, kind)(0) if name == "hf" else None
     wall, cpu = time.perf_counter(), time.process_time()
     tokens = sample(1)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
