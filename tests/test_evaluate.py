@@ -243,7 +243,7 @@ def test_eight_devices_give_the_same_completions(model, tmp_path):
     flags = ("--data=dial:n_max=3", "--limit=6", "--samples=2")
     _, files = run(model, tmp_path / "one", *flags)
     program = [sys.executable, "-m", "jaxrl.evaluate", f"--model={model}", f"--out={tmp_path}/eight", *flags]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     subprocess.run([*program, "--slots=6", "--tensor=2"], env=env, cwd=ROOT, check=True)
     assert (tmp_path / "eight/completions/dial_n_max_3.jsonl").read_text().splitlines() == files[
         "dial_n_max_3.jsonl"
@@ -351,7 +351,7 @@ def test_two_hosts_evaluate_as_one(dial_model, tmp_path):
 
     def start(out, **env):
         command = [sys.executable, "-m", "jaxrl.evaluate", f"--model={dial_model}", f"--out={out}", *flags]
-        env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         return subprocess.Popen([*command, "--distributed"], cwd=ROOT, env=os.environ | env, **pipes)
 

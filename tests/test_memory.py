@@ -122,6 +122,7 @@ def test_a_gpu_has_a_kernel_for_powers_of_two_and_takes_a_share_of_the_card():
     assert tokens - big()[1]["cache_tokens"] == pytest.approx(more, abs=2)
 
 
+@pytest.mark.optimized  # loads the compiler for TPUs
 @pytest.mark.parametrize("name", ["l1_r1_distill_1_5b.py", "lspo_qwen25_math_7b_256.py", "maspo_r1_distill_14b.py"])
 def test_pages_are_split_over_replicas_and_heads(name):
     """Everything that lives on a chip of the slice, with the pages, fits in it."""

@@ -50,7 +50,7 @@ def cli_train(*flags, env=None, **kwargs):
 
 
 def on_fake_devices(count):
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
 
 
 # ---- what a run leaves behind

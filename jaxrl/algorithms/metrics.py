@@ -7,7 +7,6 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-import scipy.stats
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -52,6 +51,8 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion; (0, 1) for n = 0. Trials must be independent."""
     if n == 0:
         return 0.0, 1.0
+    import scipy.stats  # here, because it takes a second, which every start of a command would pay
+
     interval = scipy.stats.binomtest(round(successes), n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -67,5 +68,7 @@ def bootstrap_interval(values, draws: int = 2000, seed: int = 0) -> tuple[float,
         if not len(values):
             raise ValueError("bootstrap_interval needs at least one value")
         return float(values[0]), float(values[0])
+    import scipy.stats
+
     found = scipy.stats.bootstrap((values,), np.mean, n_resamples=draws, method="percentile", rng=seed)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
 
 from jaxrl.evaluation.lengths import sweep_metrics
 from jaxrl.evaluation.tables import markdown
@@ -28,6 +27,8 @@ def t_half_width(values: np.ndarray) -> np.ndarray:
     n = len(values)
     if n < 2:
         return np.zeros(values.shape[1:])
+    import scipy.stats  # here, because it takes a second
+
     return scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values)
 
 

@@ -1,7 +1,7 @@
 """Runs one update on each of several meshes of eight fake devices; a process of its own, because the number of
 devices is fixed at start-up.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
+    JAX_NUM_CPU_DEVICES=8 python -m tests.learner.mesh_worker OUT.npz 1,1,1 2,2,2 ...
 
 A mesh is data,fsdp,tensor; a trailing "+sp" adds sequence parallelism, "@2" puts it on two slices, "+lora" trains
 adapters beside an int8 base, "+moe" takes a mixture of experts, "+moe2" with a mesh axis of two devices for them. For

@@ -19,13 +19,11 @@ from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import RULES, logical_rules, make_mesh, shardings, split_slices, to_spec
 from models.config import DecoderConfig
 
-pytestmark = pytest.mark.optimized
-
 LAYERS, V, D = 3, 208, 32  # of mesh_worker.CONFIG
 
 
 def run_worker(out, *meshes):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.learner.mesh_worker", str(out), *meshes]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

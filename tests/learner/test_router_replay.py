@@ -105,7 +105,7 @@ for mesh in (make_mesh(1, 1, 1, jax.devices()[:1]), make_mesh(2, 2, 2)):
     out.append(packing.collect(learner.score(params, batch)))
 np.testing.assert_allclose(*out, atol=1e-4)
 """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", program], check=True, env=env, timeout=300)
 
 

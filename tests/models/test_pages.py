@@ -9,8 +9,6 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import ref_ra
 from models import pages, pages_gpu
 from models.layout import quantise
 
-pytestmark = pytest.mark.optimized
-
 
 def case(B=5, N=6, K=2, H=16, P=13, page=16, M=4, seed=0):
     """(q, kv, table, positions): rows of one token, of a page's last and first, of all pages; tables share pages."""

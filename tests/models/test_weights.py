@@ -204,7 +204,7 @@ print("sharded ok")
 
 
 def test_each_device_reads_its_own_part(qwen2, tmp_path):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     root = os.path.dirname(os.path.dirname(os.path.abspath(weights.__file__)))
     command = [sys.executable, "-c", SHARDED, str(qwen2[2]), str(tmp_path)]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)

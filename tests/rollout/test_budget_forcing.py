@@ -9,8 +9,6 @@ from jaxrl.rollout.budget_forcing import Delimiters, generate_forced
 from jaxrl.rollout.engine import Request, SamplingParams
 from tests.rollout import tiny
 
-pytestmark = pytest.mark.optimized
-
 END, WAIT, FINAL, NEWLINE = (20, 21), (30, 31), (40,), (50,)
 D = Delimiters(END, FINAL, WAIT, NEWLINE)
 

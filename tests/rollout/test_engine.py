@@ -15,8 +15,6 @@ from jaxrl.rollout.programs import sampler_programs
 from models.attention import from_blocks, to_blocks
 from tests.rollout import tiny
 
-pytestmark = pytest.mark.optimized
-
 
 @functools.cache
 def shared():

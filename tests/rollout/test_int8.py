@@ -17,8 +17,6 @@ from tests.rollout import tiny
 from tests.rollout.test_partial import LIMIT, begun
 from tests.shared import shared_path
 
-pytestmark = pytest.mark.optimized
-
 
 def test_quantised_matrices_are_within_half_a_step():
     w = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32) * np.logspace(-3, 3, 7, dtype=np.float32)

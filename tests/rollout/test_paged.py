@@ -12,8 +12,6 @@ from tests.rollout import tiny
 from tests.rollout.test_engine import baseline
 from tests.rollout.test_steps import drain, same
 
-pytestmark = pytest.mark.optimized
-
 
 def paged(**options):
     engine = tiny.sampler(**(dict(chunk=8, pages=8) | options))

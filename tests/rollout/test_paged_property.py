@@ -9,8 +9,6 @@ from jaxrl.rollout.engine import Request
 from jaxrl.rollout.paged import WRITES, PagedCache
 from tests.rollout import tiny
 
-pytestmark = pytest.mark.optimized
-
 
 def token(problem: int, sample: int, count: int) -> int:
     """What a model of no weights draws: EOS about one time in twenty."""

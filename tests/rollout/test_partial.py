@@ -10,8 +10,6 @@ from jaxrl.types import Problem
 from tests.rollout import tiny
 from tests.rollout.test_engine import shared
 
-pytestmark = pytest.mark.optimized
-
 LIMIT = 24
 PROBLEM = Problem("p", "q", "1", budget=3, mode="max", info={"a": [1]})
 

@@ -107,6 +107,6 @@ print("passed")
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [PROGRAM, INT8, PAGES], ids=["same", "int8", "pages"])
 def test_several_devices_sample_what_one_does(program):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run([sys.executable, "-c", SETUP + program], env=env, capture_output=True, text=True)
     assert result.returncode == 0 and "passed" in result.stdout, result.stderr

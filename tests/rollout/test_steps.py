@@ -13,8 +13,6 @@ from models.tokenizers import VocabTokenizer
 from tests.rollout import tiny
 from tests.rollout.test_engine import baseline, shared
 
-pytestmark = pytest.mark.optimized
-
 
 def drain(engine, params, tickets, check=True):
     """{(request index, sample): completion}, stepped to the end; tickets: {ticket: index}. check: all were seen."""

@@ -375,7 +375,7 @@ saver.save(2, a, {})  # and no close: the program's end waits for the save
 
 
 def test_other_mesh_and_exit_without_close(tmp_path):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run([sys.executable, "-c", RESHARD, tmp_path], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(os.listdir(tmp_path)) == ["00000001", "00000002"]

@@ -47,7 +47,7 @@ def two(code, *args, torchrun=False):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     if torchrun:
         names = {**TORCHRUN, "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
         ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]

@@ -1,8 +1,9 @@
 """Stand-ins for gcloud and the workers' Python: they record every call and play a slice of two workers.
 
 A folder $STAND_IN holds all state: calls.jsonl (argv of each gcloud call), states (the queued resource's next
-states, one a line, the last one stays), home0 and home1 (the workers' home directories), codes (exit codes of
-the next training runs, one a line for both workers) and train.jsonl (argv and environment of each run).
+states, one a line, the last one stays; BEGINNING is ACTIVE until both workers train), home0 and home1 (the workers'
+home directories), codes (exit codes of the next training runs, one a line for both workers) and train.jsonl (argv and
+environment of each run).
 """
 
 import contextlib
@@ -27,6 +28,10 @@ def record(file: str, entry) -> None:
 
 def next_state() -> str:
     states = (ROOT / "states").read_text().split()
+    if states[0] == "BEGINNING":
+        if not all((ROOT / f"started-{home.name}").exists() for home in HOMES):
+            return "ACTIVE"
+        states[0] = "ACTIVE"
     if len(states) > 1:
         (ROOT / "states").write_text("\n".join(states[1:]))
     return states[0]

@@ -305,7 +305,7 @@ def test_resume_after_preemption_recreates_and_relaunches_the_same_run(cloud):
 
 def test_resume_when_the_slice_is_taken_away_while_training(cloud):
     cloud.codes("forever", "0")
-    cloud.states(*["ACTIVE"] * 5, "SUSPENDING")
+    cloud.states(*["ACTIVE"] * 4, "BEGINNING", "SUSPENDING")
     result = resume(cloud)
     assert result.returncode == 0, result.stderr
     assert without_status(cloud) == [*ROUND, "delete", "create", *ROUND, "delete"]
