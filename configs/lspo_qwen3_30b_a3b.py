@@ -2,11 +2,11 @@
 
     python -m jaxrl.train --config=configs/lspo_qwen3_30b_a3b.py:v5p
 
-Preflight, GiB, of a step of 12,288 answers: on v5p:2x2x2 (95.73 a chip) layout 66.25, prefill 81.27, decode 81.41,
-score 51.96, update 78.98, 1,002 s by the compiler's estimate (rollout 509, score 98, update 395; grouped products by
-XLA's own kernel); on h100:8 (72.68 a card) layout 49.78, prefill 54.98, decode 54.88, score 37.45, update 63.29,
-1,171 s as assumed (rollout 922, score 47, update 202). With adapters on the attention and an eighth of the step, on
-v6e:2x4 (31.24 a chip) layout 28.62, prefill 27.99, decode 27.83, score 9.52, update 13.13, 261 s by the estimate.
+Preflight, GiB, of a step of 12,288 answers: on v5p:2x2x2 (95.73 a chip) layout 66.25, prefill 81.54, decode 81.43,
+score 52.71, update 77.64, 1,106 s by the compiler's estimate (rollout 519, score 140, update 448); on h100:8 (72.68 a
+card) layout 49.78, prefill 54.98, decode 54.88, score 37.45, update 63.29, 1,171 s as assumed (rollout 922, score 47,
+update 202). With adapters on the attention and an eighth of the step, on v6e:2x4 (31.24 a chip) layout 28.62, prefill
+27.99, decode 27.83, score 9.52, update 13.13, 261 s by the estimate.
 """
 
 from configs.pods.recipes import adapters, lspo, pod
