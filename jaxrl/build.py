@@ -28,7 +28,6 @@ from jaxrl.runtime.rundir import RunDir, open_run_dir
 from jaxrl.runtime.storage import atomic_write
 from jaxrl.runtime.watchdog import Watchdog
 from jaxrl.tasks import dial
-from models.attention import default_implementation
 from models.config import DecoderConfig, from_hf, to_hf
 from models.decoder import abstract_params, init_params
 from models.lora import CONFIG as ADAPTER_CONFIG
@@ -119,12 +118,6 @@ def params_maker(config, decoder: DecoderConfig, on) -> Callable[[], Any]:
         return lambda: load_model(config.model.path, dtype, where, key="config.model.path")[1]
     key = jax.random.key(config.seed)
     return lambda: jax.jit(lambda k: init_params(decoder, k, dtype), out_shardings=where)(key)
-
-
-def attention(config, on) -> str:
-    """The attention implementation: config.model.attention, or the best one for the mesh's platform."""
-    name = config.model.attention
-    return default_implementation(on.devices.flat[0].platform) if name == "auto" else name
 
 
 def _placement(config, decoder: DecoderConfig, on):

@@ -2,7 +2,8 @@
 
 `xla` runs everywhere and is the reference; it is written as plain batched matrix products, because on CPU
 XLA lowers the grouped five-dimensional einsum an order of magnitude slower. `cudnn` is the GPU's fused
-kernel, `splash` the TPU's.
+kernel, `splash` the TPU's. `triton` is another one for GPUs. Its memory is linear in a row's length, as it compares
+segment ids itself, where cuDNN reads a number for each pair of tokens and computes that number's gradient.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("xla", "cudnn", "splash", "triton")
+ON = {"cpu": ("xla",), "gpu": ("cudnn", "triton", "xla"), "tpu": ("splash", "xla")}  # what runs where, the best first
 SHARES_PROMPTS = ("xla", "cudnn")  # implementations that take any mask
+TRITON = (128, 64, 64, 64, 64, 64)  # tokens of a block: queries and keys, then of the gradients of both
 
 
-def default_implementation(platform: str) -> str:
-    """The implementation to use on `platform` ("cpu", "gpu" or "tpu")."""
-    return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+def choose(name: str, platform: str) -> str:
+    """The implementation `name` ("auto": the best) on `platform`, as a device names it.
+
+    Raises:
+      ValueError: it does not run there.
+    """
+    there = ON.get(platform, ON["gpu"] if platform in ("cuda", "rocm") else ON["cpu"])
+    if name != "auto" and name not in there:
+        raise ValueError(f"{name!r} does not run on {platform}: choose auto, {', '.join(there)}")
+    return there[0] if name == "auto" else name
 
 
 def to_blocks(keys, n: int | None = None):
@@ -125,12 +135,16 @@ def attend_packed(q, k, v, segment_ids, implementation: str, *, windows: tuple[i
     if shared is not None and implementation not in SHARES_PROMPTS:
         raise ValueError(f"attention={implementation!r} cannot share prompts: choose {', '.join(SHARES_PROMPTS)}")
     kind = None if len(set(windows)) == 1 else kind
-    if implementation == "cudnn" and q.dtype == jnp.float32:
-        implementation = "xla"  # cuDNN's kernel has no float32
+    if implementation in ("cudnn", "triton") and q.dtype == jnp.float32:
+        implementation = "xla"  # cuDNN's kernel has no float32, and Triton's rounds it to TF32
     if implementation == "splash":
         branches = [functools.partial(_splash, window=w) for w in windows]
         args = (q, k, v, segment_ids)
         return branches[0](*args) if kind is None else lax.switch(kind, branches, *args)
+    if implementation == "triton":
+        if kind is None and windows[0] == 0 and q.shape == (*k.shape[:2], *q.shape[2:]):
+            return _triton(q, k, v, segment_ids)
+        implementation = "cudnn"  # the kernel knows no windows and no tokens in front of the queries
     window = windows[0] if kind is None else jnp.array(windows, jnp.int32)[kind]
     if implementation == "xla":
         mask = segment_mask(segment_ids, window, shared)[:, -q.shape[1] :]
@@ -141,27 +155,45 @@ def attend_packed(q, k, v, segment_ids, implementation: str, *, windows: tuple[i
     raise ValueError(f"attention={implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _splash(q, k, v, segment_ids, window: int = 0, *, interpret: bool = False):
-    """The TPU's block-sparse flash attention: skips blocks above the diagonal, masks by segment.
-
-    The compiler cannot partition a hand-written kernel, so on a mesh each device runs it on its own rows and
-    heads, as the logical axis rules in force say. Key-value heads that do not divide are repeated first.
-    """
+def _on_each_device(kernel, q, k, v, segment_ids):
+    """kernel(q, k, v, segment_ids) on each device's own rows and heads, as the logical axis rules in force say: the
+    compiler cannot partition a hand-written kernel. Key-value heads that do not divide are repeated first."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _splash_local(q, k, v, segment_ids, window, interpret=interpret)
+        return kernel(q, k, v, segment_ids)
     N, K = q.shape[2], k.shape[2]
     rows, heads = nn.logical_to_mesh_axes(("batch", "heads"))
     parts = math.prod(mesh.shape[name] for name in ((heads,) if isinstance(heads, str) else heads or ()))
     if K % parts:
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     spec = PartitionSpec(rows, None, heads)
-    run = functools.partial(_splash_local, window=window, interpret=interpret)
-    run = jax.shard_map(run, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False)
+    run = jax.shard_map(kernel, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False)
     return run(q, k, v, segment_ids)
 
 
-def _splash_local(q, k, v, segment_ids, window, *, interpret):
+def _triton(q, k, v, segment_ids, *, interpret: bool = False):
+    """jax's flash attention for GPUs, which skips blocks above the diagonal and compares segment ids by itself."""
+    return _on_each_device(functools.partial(_triton_local, interpret=interpret), q, k, v, segment_ids)
+
+
+def _triton_local(q, k, v, segment_ids, *, interpret):
+    from jax.experimental.pallas.ops.gpu import attention as kernel
+
+    T, H = q.shape[1], q.shape[3]
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))  # the kernel takes as many heads
+    whole = lambda x: jnp.pad(x, ((0, 0), (0, -T % TRITON[0]), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
+    q, k, v, segment_ids = map(whole, (q, k, v, segment_ids))
+    blocks = kernel.BlockSizes(*TRITON)
+    return kernel.mha(q, k, v, segment_ids, H**-0.5, True, blocks, interpret=interpret)[:, :T]
+
+
+def _splash(q, k, v, segment_ids, window: int = 0, *, interpret: bool = False):
+    """The TPU's block-sparse flash attention: skips blocks above the diagonal, masks by segment."""
+    kernel = functools.partial(_splash_local, window=window, interpret=interpret)
+    return _on_each_device(kernel, q, k, v, segment_ids)
+
+
+def _splash_local(q, k, v, segment_ids, *, window, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

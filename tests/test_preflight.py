@@ -484,9 +484,11 @@ def test_small_config_compiles_and_counts_every_loop():
 
 @pytest.mark.slow
 @cuda
-def test_small_config_for_gpus_counts_what_the_mathematics_needs():
-    """cuDNN computes all of a masked row's scores, so a token costs attention to 512 others."""
+@pytest.mark.parametrize("attention, seen", [("auto", 512), ("triton", 256)])
+def test_small_config_for_gpus_counts_what_the_mathematics_needs(attention, seen):
+    """cuDNN computes all of a masked row's scores, so a token costs attention to 512 others; Triton's kernel half."""
     config = small()
+    config.model.attention = attention
     target = compilers.target("2xh100:2")
     config.mesh.slices, config.mesh.data, config.mesh.fsdp = 2, 2, 2
     decoder, mesh = build.decoder_config(config), build.mesh(config, target.devices)
@@ -494,9 +496,10 @@ def test_small_config_for_gpus_counts_what_the_mathematics_needs():
     rows = {p.name: preflight.check(p, target.chip, preflight.slices_of(mesh)) for p in found}
     assert all(r.fits and r.compiled.arguments < r.needed and r.seconds > r.roofline for r in rows.values())
     score = rows["score"].compiled.counts
-    forward = rows["score"].program.trips * 512 * hardware.model_flops_per_token(decoder, 512)
+    forward = rows["score"].program.trips * 512 * hardware.model_flops_per_token(decoder, seen)
     assert score.flops + score.kernel_flops == pytest.approx(forward, rel=0.02)
-    assert score.kernels["dot_product_attention_fwd"] == rows["score"].program.trips * 3
+    kernel = "dot_product_attention_fwd" if attention == "auto" else "pallas_call"
+    assert score.kernels[kernel] == rows["score"].program.trips * 3
     assert only_gradients_cross(rows["update"], Learner(config, decoder, mesh))
     assert rows["decode"].compiled.counts.far == 0
 

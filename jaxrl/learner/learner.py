@@ -18,9 +18,9 @@ from jaxrl.learner.state import (
     placed,
     sharding_of,
 )
-from jaxrl.learner.update import Objective, build_programs, place_batch
+from jaxrl.learner.update import Objective, attention_kernel, build_programs, place_batch
 from jaxrl.runtime import compiles, storage
-from models.attention import SHARES_PROMPTS, default_implementation
+from models.attention import SHARES_PROMPTS
 from models.config import DecoderConfig
 from models.lora import LoRA, abstract_base, frozen_base, join, load_adapters, read_lora, targeted
 
@@ -99,8 +99,7 @@ class Learner:
             raise UserError(
                 f"config.mesh.sequence_parallel: mesh.tensor={tensor} does not divide config.batch.row_tokens={row}"
             )
-        kernel = config.model.attention
-        kernel = default_implementation(mesh.devices.flat[0].platform) if kernel == "auto" else kernel
+        kernel = attention_kernel(config.model.attention, mesh)
         if config.batch.share_prompts and kernel not in SHARES_PROMPTS:
             raise UserError(
                 f"config.batch.share_prompts: attention {kernel} cannot; set config.model.attention to "

@@ -52,7 +52,7 @@ from jaxrl.learner.state import (
     sharding_of,
 )
 from jaxrl.runtime.mesh import BATCH, logical_rules, num_batch_shards, own_shards, replicated, use
-from models.attention import default_implementation
+from models.attention import choose
 from models.config import DecoderConfig
 from models.decoder import AUXILIARY, Decoder
 from models.lora import LoRA, join
@@ -62,6 +62,14 @@ from models.table import NORM, kinds
 PER_TOKEN = ("tokens", "positions", "segment_ids", "response_mask", "advantages", "old_logprobs",
              "sampler_logprobs", "ref_logprobs", "stale")
 OPTIONAL = ("parents", "least", "experts")  # further arrays with values per token, or None
+
+
+def attention_kernel(name: str, mesh: Mesh) -> str:
+    """The attention implementation that config.model.attention=`name` means on the devices of the mesh."""
+    try:
+        return choose(name, mesh.devices.flat[0].platform)
+    except ValueError as e:
+        raise UserError(f"config.model.attention={e}") from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +159,7 @@ def build_programs(
     """The learner's programs. dtype: compute dtype (sums, softmax and log-probs stay float32). lora: train these
     adapters beside a frozen base.
 
-    remat, attention: see models.decoder.Decoder; "auto" takes the backend's kernel. sequence_parallel: between
+    remat, attention: see models.decoder.Decoder and models.attention.choose. sequence_parallel: between
     blocks, tokens are split over the mesh's tensor axis, which must divide them. Raises ValueError for unknown
     names of the objective.
     """
@@ -161,7 +169,7 @@ def build_programs(
     correction, correction_hyper = resolve(
         CORRECTIONS, "correction", objective.correction, objective.correction_hyper)
     platform = mesh.devices.flat[0].platform
-    attention = default_implementation(platform) if attention == "auto" else attention
+    attention = attention_kernel(attention, mesh)
     rules = logical_rules(mesh, config.num_kv_heads, config.vocab_size, sequence_parallel)
     head = HeadSettings(
         temperature=objective.temperature,

@@ -343,6 +343,9 @@ def _kernel_flops(op: Instruction, body, target: str) -> float:
         matrix = floats[1][1:] if len(floats[1]) == 3 else [floats[0][1], floats[1][1]]
         experts = floats[1][0] if len(floats[1]) == 3 else _dims(op.shape)[0]
         return 2.0 * floats[0][0] * np.prod(matrix, dtype=np.float64) * experts / int(match[1])
+    if match := re.search(r"/mha_(forward|backward)/", op.attributes):  # models.attention._triton: q, k [B, T, N, H]
+        products = {"forward": 2, "backward": 7}[match[1]]
+        return products * np.prod(floats[0], dtype=np.float64) * floats[1][1]
     if target.startswith("__cudnn$fmha"):  # q [B, T, N, H], k [B, S, K, H]
         causal = re.search(r'"mask_type":\s*"\w*CAUSAL', op.attributes)
         products = (5 if target.endswith("Backward") else 2) * (1 if causal else 2)

@@ -10,6 +10,7 @@ import pytest
 from jaxrl.algorithms.hyper import Number
 from jaxrl.algorithms.inputs import guarded, token_ratio, token_stats
 from jaxrl.algorithms.losses import LOSSES, Loss
+from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner, combine, needs_reference, objective, optimizer
 from jaxrl.learner.packing import PackSettings, pack
 from jaxrl.rollouts import from_sequences
@@ -24,6 +25,14 @@ def test_old_log_probs_are_the_current_ones_only_if_there_is_one_update(updates,
     config = base_config()
     config.batch.updates, config.batch.epochs = updates, epochs
     assert objective(config).on_policy is on_policy
+
+
+def test_an_attention_kernel_of_another_chip_is_refused_before_anything_is_compiled():
+    config = base_config()
+    decoder = DecoderConfig(11, 8, 12, 1, 2, 1, 4, model_type="llama")
+    config.model.attention = "triton"
+    with pytest.raises(UserError, match="^config.model.attention='triton' does not run on cpu: choose auto, xla$"):
+        Learner(config, decoder, make_mesh(devices=jax.devices()[:1]))
 
 
 def test_what_is_minimised_is_what_the_configuration_says():

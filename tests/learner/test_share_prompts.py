@@ -14,6 +14,7 @@ from jaxrl.learner.update import Objective, build_programs, place_batch
 from jaxrl.rollouts import from_sequences
 from jaxrl.runtime.config import base_config
 from jaxrl.runtime.mesh import make_mesh
+from models import attention
 from models.attention import segment_mask
 from models.config import DecoderConfig
 from models.decoder import init_params
@@ -83,7 +84,8 @@ def test_log_probs_and_gradients_are_those_of_unshared_rows(objective):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), found[1][1], found[0][1])
 
 
-def test_a_kernel_that_cannot_share_is_refused_before_it_is_compiled():
+def test_a_kernel_that_cannot_share_is_refused_before_it_is_compiled(monkeypatch):
+    monkeypatch.setitem(attention.ON, "cpu", ("splash",))
     config = base_config()
     config.batch.share_prompts, config.model.attention = True, "splash"
     with pytest.raises(UserError, match="config.batch.share_prompts: attention splash cannot"):

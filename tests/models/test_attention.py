@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from models.attention import attend, attend_packed, from_blocks, segment_mask, to_blocks, write_keys
+from models.attention import attend, attend_packed, choose, from_blocks, segment_mask, to_blocks, write_keys
 
 
 def reference(q, k, v, segment_ids, window=1000):
@@ -99,5 +99,19 @@ def test_keys_in_blocks_are_the_same_keys(S, n):
 
 
 def test_unknown_implementation():
-    with pytest.raises(ValueError, match="choose one of xla, cudnn, splash"):
+    with pytest.raises(ValueError, match="choose one of xla, cudnn, splash, triton"):
         attend_packed(*random_inputs(8, 2, 2, 8), "flash")
+
+
+@pytest.mark.parametrize("name, platform, chosen", [
+    ("auto", "cpu", "xla"), ("auto", "cuda", "cudnn"), ("auto", "gpu", "cudnn"), ("auto", "tpu", "splash"),
+    ("triton", "gpu", "triton"), ("xla", "tpu", "xla"),
+])
+def test_what_runs_on_a_platform(name, platform, chosen):
+    assert choose(name, platform) == chosen
+
+
+@pytest.mark.parametrize("name, platform", [("triton", "cpu"), ("cudnn", "tpu"), ("splash", "gpu")])
+def test_what_does_not_run_on_a_platform(name, platform):
+    with pytest.raises(ValueError, match=rf"^'{name}' does not run on {platform}: choose auto, .*xla$"):
+        choose(name, platform)

@@ -1,4 +1,4 @@
-"""The TPU attention kernel, interpreted: its gradients, and each device of a mesh on its own rows and heads."""
+"""Attention kernels of TPU (splash) and GPU (Triton), interpreted: gradients, and each device of a mesh on its own."""
 
 import os
 import subprocess
@@ -31,8 +31,10 @@ def close_where_not_padding(got, want, ids):
     np.testing.assert_allclose(np.where(keep, got, 0), np.where(keep, want, 0), atol=2e-5, rtol=2e-5)
 
 
-def test_gradients_match_xla():
-    q, k, v, ids = inputs()
+@pytest.mark.parametrize("kernel, length", [("_splash", T), ("_triton", T), ("_triton", 100)])
+def test_gradients_match_xla(kernel, length):
+    """A row of 100 tokens is no whole block."""
+    q, k, v, ids = (x[:, :length] for x in inputs())
     kept = (ids > 0)[..., None, None]
     weight = jax.random.normal(jax.random.key(9), q.shape) * kept
 
@@ -40,9 +42,36 @@ def test_gradients_match_xla():
         return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weight), argnums=(0, 1, 2)))(q, k, v)
 
     want = run(lambda *a: attention.attend_packed(*a, ids, "xla"))
-    got = run(lambda *a: attention._splash(*a, ids, interpret=True))
+    got = run(lambda *a: getattr(attention, kernel)(*a, ids, interpret=True))
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("dtype, windows, first, kernel", [
+    (jnp.bfloat16, (0,), 0, "triton"), (jnp.bfloat16, (20,), 0, "cudnn"), (jnp.bfloat16, (0,), 40, "cudnn"),
+    (jnp.float32, (0,), 0, "xla"),
+])
+def test_what_triton_cannot_do_another_kernel_does(dtype, windows, first, kernel, monkeypatch):
+    q, k, v, ids = inputs()
+    q, k, v = (x.astype(dtype) for x in (q[:, first:], k, v))
+    ran = []
+    local, fused = attention._triton_local, jax.nn.dot_product_attention
+
+    def triton(*args, interpret):
+        ran.append("triton")
+        return local(*args, interpret=True)
+
+    def cudnn(q, k, v, mask, implementation):
+        ran.append(implementation)
+        return fused(q, k, v, mask=mask)
+
+    monkeypatch.setattr(attention, "_triton_local", triton)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    got = attention.attend_packed(q, k, v, ids, "triton", windows=windows)
+    assert (ran or ["xla"]) == [kernel]
+    want = attention.attend_packed(*(x.astype(jnp.float32) for x in (q, k, v)), ids, "xla", windows=windows)
+    keep = np.asarray(ids)[:, first:, None, None] > 0
+    np.testing.assert_allclose(np.where(keep, got, 0), np.where(keep, want, 0), atol=0.03)
 
 
 def test_a_window_matches_xla():
@@ -69,7 +98,8 @@ def test_prompts_that_see_each_other_fill_the_cache_as_those_that_read_it(implem
                                                                           monkeypatch):
     """A prefill, right-aligned in 40 columns, which are no whole blocks of the kernel; all at once or in parts."""
     local = attention._splash_local
-    monkeypatch.setattr(attention, "_splash_local", lambda *a, interpret: local(*a, interpret=True))
+    interpreted = lambda *a, window, interpret: local(*a, window=window, interpret=True)  # noqa: E731
+    monkeypatch.setattr(attention, "_splash_local", interpreted)
     config = DecoderConfig(31, 64, 96, 3, 4, 2, 128, model_type="llama")
     params, P, lengths = init_params(config, jax.random.key(0)), 40, jnp.array([3, 40, 17])
     tokens = jax.random.randint(jax.random.key(1), (3, P), 0, 31)
@@ -98,9 +128,10 @@ def test_prompts_that_see_each_other_fill_the_cache_as_those_that_read_it(implem
     assert got_cache.end == want_cache.end == P
 
 
-def test_on_a_mesh():
+@pytest.mark.parametrize("kernel", ["_splash", "_triton"])
+def test_on_a_mesh(kernel):
     """In a process with eight devices: rows over four, heads over two; one key-value head has to be repeated."""
-    program = """
+    program = f"""kernel = {kernel!r}""" + """
 import flax.linen as nn, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from models import attention
@@ -110,7 +141,7 @@ mesh = jax.make_mesh((4, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)
 def f(q, k, v, ids):
     rules = (("batch", "rows"), ("heads", "heads"))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
-        return attention._splash(q, k, v, ids, interpret=True)
+        return getattr(attention, kernel)(q, k, v, ids, interpret=True)
 put = lambda x: jax.device_put(x, NamedSharding(mesh, P("rows")))
 for kv_heads in (2, 1):
     k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
