@@ -103,7 +103,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         "dtype of the parameters; bfloat16 halves their memory, and updates are then rounded stochastically"),
     "model.sampler_dtype": (Choice("", ("", *_DTYPES)), "compute dtype of the sampler; empty: model.dtype"),
     "model.attention": (Choice("auto", ("auto", *IMPLEMENTATIONS)),
-        "attention of training; auto: xla on CPU, cudnn on GPU, splash on TPU; triton (GPU): less memory for long rows"),
+        "attention of training; auto: xla on CPU, cudnn on GPU, splash on TPU; triton (GPU): less memory in long rows"),
     "model.remat": (_methods(REMAT_POLICIES, "none"), "what the backward pass recomputes in each layer"),
 
     "model.lora.rank": (Integer(0),
