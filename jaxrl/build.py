@@ -31,7 +31,7 @@ from jaxrl.tasks import dial
 from models.config import DecoderConfig, from_hf, to_hf
 from models.decoder import abstract_params, init_params
 from models.lora import CONFIG as ADAPTER_CONFIG
-from models.lora import abstract_adapters, fingerprint, frozen_base, to_peft
+from models.lora import abstract_adapters, fingerprint, frozen_base, read_lora, to_peft
 from models.tokenizers import Tokenizer, load_tokenizer, vocab_tokenizer
 
 
@@ -267,9 +267,15 @@ def keep_base(config, run: RunDir, learner) -> str:
 
 
 def find_base(config, run: RunDir, learner, decoder: DecoderConfig, on, *, identity: str) -> None:
-    """Gives the learner of a continued run its frozen base. Raises UserError if it differs from the original base."""
+    """Gives the learner of a continued run its frozen base. Raises UserError if it differs from the original base, or if
+    the adapters now count with another factor: the checkpoints would mean other models."""
     if not learner.lora:
         return
+    home = description(run.root, "config.run_dir")
+    before = read_lora(home, decoder) if (home / ADAPTER_CONFIG).exists() else learner.lora
+    if before.scale != learner.lora.scale:
+        raise UserError(f"config.model.lora.alpha={learner.lora.alpha}, rslora={learner.lora.rslora}: the adapters of "
+                        f"{run.root} were trained with alpha={before.alpha}, rslora={before.rslora}")
     found = restore(run.root / "base", {"params": learner.abstract_base()})
     if found:
         learner.frozen = found.arrays["params"]

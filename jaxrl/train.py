@@ -75,7 +75,6 @@ class Trainer:
         self.checkpoints = stack.enter_context(build.checkpointer(config, self.run))
         found = self.checkpoints.restore(self.learner.abstract_state())
         self.step, host = (found.step, found.host) if found else (0, {})
-        changed = build.describe_run(self.run, config, self.decoder, self.tokenizer, self.step)
         self.rollbacks, self.base = host.get("rollbacks", 0), host.get("base", "")
         self.writer = stack.enter_context(contextlib.closing(build.writer(config, self.run, host.get("writer"))))
         self.console = stack.enter_context(Console(config.steps, self.step, enabled=self.main))
@@ -85,13 +84,18 @@ class Trainer:
         self.sampler.on_progress = self.watchdog.beat
         self.console.note(mismatch_warning(config))
         if found:
-            self._continue(found, changed)
+            self._continue(found)
         else:
             self._begin()
+
+    def _describe(self) -> list[str]:
+        """Write what others need to read the run; returns one line for each setting that has changed since."""
+        return build.describe_run(self.run, self.config, self.decoder, self.tokenizer, self.step)
 
     def _begin(self) -> None:
         """Begin a new run: parameters, warm start, held-out results before RL, checkpoint 0."""
         config, learner = self.config, self.learner
+        self._describe()
         self.console.note(f"{build.describe(config, self.decoder, self.mesh)}\nrun directory: {self.run.root}")
         params = build.params_maker(config, self.decoder, self.mesh)()
         params = sft.warm_start(config, self.decoder, self.mesh, params, self.tokenizer, note=self._note)
@@ -105,15 +109,15 @@ class Trainer:
             self.console.note(f"before RL: accuracy {record['eval/accuracy']:.3f}")
         self.save(record)
 
-    def _continue(self, found, changed: list[str]) -> None:
-        """Continue from the checkpoint `found`. changed: one line for each setting that has changed since."""
-        then = found.host.get("data", {})
-        changed += [f"config.{k}: its rows are others than before" for k, v in then.items() if v != self.data[k]]
-        self.console.note("\n".join([f"continuing {self.run.root} after step {self.step}", *changed]))
+    def _continue(self, found) -> None:
+        """Continue from the checkpoint `found`. What may refuse to comes first: the run must stay as it was then."""
         self.state = found.arrays
         self.collector.restore(found.host["collector"], found.blobs)
         build.find_base(self.config, self.run, self.learner, self.decoder, self.mesh, identity=self.base)
         self.reference = build.reference(self.config, self.run, self.learner, None)
+        then, changed = found.host.get("data", {}), self._describe()
+        changed += [f"config.{k}: its rows are others than before" for k, v in then.items() if v != self.data[k]]
+        self.console.note("\n".join([f"continuing {self.run.root} after step {self.step}", *changed]))
 
     def _note(self, text: str) -> None:
         self.console.note(text)
@@ -204,7 +208,7 @@ class Trainer:
         self.writer.close()
         self.writer = build.writer(config, self.run, found.host["writer"], rewound=True)
         self.stack.enter_context(contextlib.closing(self.writer))
-        build.describe_run(self.run, config, self.decoder, self.tokenizer, self.step)
+        self._describe()
         return True
 
 

@@ -59,6 +59,22 @@ def test_another_base_is_refused(straight, dial_model, tmp_path):
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"config.model.path={other}: not the weights that the adapters .* beside"):
         train.train(tiny(run, {**LORA, "steps": 4}, other))
+    assert unchanged(run, straight)
+
+
+def unchanged(run, straight) -> bool:
+    """Whether a refused start left what describes the run as it was, so that the run can still be read."""
+    files = "config.json", "model/adapter_config.json", "metrics.jsonl"
+    return [(run / f).read_bytes() for f in files] == [(straight / f).read_bytes() for f in files]
+
+
+@pytest.mark.parametrize("changed", [{"model.lora.alpha": 8.0}, {"model.lora.rslora": True}])
+def test_another_factor_is_refused(straight, dial_model, tmp_path, changed):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    with pytest.raises(UserError, match=r"config.model.lora.alpha=.*: the adapters of .* with alpha=4.0, rslora=False"):
+        train.train(tiny(run, {**LORA, "steps": 3, **changed}, dial_model))
+    assert unchanged(run, straight)
 
 
 def test_whoever_reads_the_run_gets_the_merged_model(straight, dial_model, tmp_path):
