@@ -267,8 +267,8 @@ def keep_base(config, run: RunDir, learner) -> str:
 
 
 def find_base(config, run: RunDir, learner, decoder: DecoderConfig, on, *, identity: str) -> None:
-    """Gives the learner of a continued run its frozen base. Raises UserError if it differs from the original base, or if
-    the adapters now count with another factor: the checkpoints would mean other models."""
+    """Gives the learner of a continued run its frozen base. Raises UserError if it differs from the original base, or
+    if the adapters now count with another factor: the checkpoints would mean other models."""
     if not learner.lora:
         return
     home = description(run.root, "config.run_dir")

@@ -9,9 +9,9 @@
         --out=DIR           in place of the study's own directory; gs:// and s3://, too
 
 Finished runs are skipped and unfinished runs are continued, so the same command resumes a study, and commands printed
-with --print_commands can be spread over machines that share the directory. The table and its numbers are written there
-as NAME.md and NAME.json, where NAME is the name of the study file. Studies may share a directory; a label then means
-the same run in all of them.
+with --print_commands can be spread over machines that share the directory. A run that is there with other settings is
+refused. The table and its numbers are written there as NAME.md and NAME.json, where NAME is the name of the study file.
+Studies may share a directory; a label then means the same run in all of them.
 
 A study file has get_study(), which returns a dict:
 
@@ -33,6 +33,7 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
+import re
 import runpy
 import shlex
 import subprocess
@@ -43,17 +44,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxrl.errors import UserError
+from jaxrl.errors import UserError, located
 from jaxrl.evaluation.seeds import average_sweeps, mean_and_half, plus_minus, sweep_tables
 from jaxrl.evaluation.tables import markdown
 from jaxrl.reporting.comparison import draw
 from jaxrl.reporting.runs import Run, Setting, read_run
 from jaxrl.runtime import cli, storage
+from jaxrl.runtime.manifest import list_checkpoints, step_paths
 from jaxrl.runtime.storage import atomic_write
 
 FLAGS = dict(config=str, out="", only="", seeds="", images="", print_commands=False, table=False, in_process=False)
 DEFAULTS = {"common": {}, "stages": {}, "baseline": "", "metrics": ["eval/accuracy"], "sweeps": {}}
 DEFAULTS |= {"sweep": {}, "curves": [], "pools": {}}
+ENTRIES = ("train", "sft")
 REQUIRED = {"config": str, "out": str, "seeds": list, "methods": dict}
 
 
@@ -63,6 +66,8 @@ def main(argv: list[str]) -> int:
     study = load_study(flags["config"])
     study["out"] = flags["out"] or study["out"]
     if flags["seeds"]:
+        if not re.fullmatch(r"\d+(,\d+)*", flags["seeds"]):
+            raise UserError(f"--seeds={flags['seeds']}: not whole numbers as in 0,1,2")
         study["seeds"] = [int(s) for s in flags["seeds"].split(",")]
     wanted = flags["only"].split(",") if flags["only"] else list(study["methods"])
     if unknown := [label for label in wanted if label not in study["methods"]]:
@@ -96,16 +101,30 @@ def load_study(path: str) -> dict[str, Any]:
     """The study of a file, with defaults filled in. Raises UserError naming the key that is wrong."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config: no such file: {path}")
-    module = runpy.run_path(path)
-    if "get_study" not in module:
-        raise UserError(f"{path}: a study file needs a function get_study()")
-    study = DEFAULTS | module["get_study"]() | {"name": pathlib.Path(path).stem}
+    try:
+        module = runpy.run_path(path)
+        if "get_study" not in module:
+            raise UserError(f"{path}: a study file needs a function get_study()")
+        given = module["get_study"]()
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{path}: {located(e, path)}") from e
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: get_study() must return a dict, not {given!r}")
+    study = DEFAULTS | given | {"name": pathlib.Path(path).stem}
     if unknown := sorted(set(study) - set(DEFAULTS) - set(REQUIRED) - {"name"}):
         valid = ", ".join([*REQUIRED, *DEFAULTS])
         raise UserError(f"{path}: {unknown[0]!r} is not a key of a study; there are {valid}")
     for key, kind in REQUIRED.items():
         if not isinstance(study.get(key), kind) or not study[key]:
             raise UserError(f"{path}: key {key!r} is missing or not a {kind.__name__}")
+    for key, default in DEFAULTS.items():
+        if not isinstance(study[key], type(default)):
+            raise UserError(f"{path}: key {key!r} must be a {type(default).__name__}, not {study[key]!r}")
+    for key, kind in {"methods": dict, "stages": dict, "sweeps": dict, "pools": list}.items():
+        if wrong := [label for label, value in study[key].items() if not isinstance(value, kind)]:
+            raise UserError(f"{path}: {key}[{wrong[0]!r}] must be a {kind.__name__}, not {study[key][wrong[0]]!r}")
     for key, named in {"curves": study["curves"], "pools": sum(study["pools"].values(), [])}.items():
         if unknown := [label for label in named if label not in study["methods"]]:
             raise UserError(f"{path}: {key!r} names {unknown[0]!r}, which is not one of the methods")
@@ -117,9 +136,22 @@ def load_study(path: str) -> dict[str, Any]:
             raise UserError(
                 f"{path}: {label!r} starts from {overrides['start']!r}, which is not in the study"
             )
+        if overrides.get("entry", "train") not in ENTRIES:
+            raise UserError(f"{path}: {label!r}: entry {overrides['entry']!r} must be one of {', '.join(ENTRIES)}")
+        chain = [label]
+        while start := everything[chain[-1]].get("start"):
+            if start in chain:
+                raise UserError(f"{path}: {label!r} starts from itself: {' <- '.join([*chain, start])}")
+            chain.append(start)
     for label, flags in study["sweeps"].items():
         if flags.get("run") not in study["methods"] or label in everything:
             raise UserError(f"{path}: sweep {label!r} needs a name of its own and the key 'run', naming a method")
+    places: dict[tuple, str] = {}
+    for label in [*everything, *study["sweeps"]]:
+        place = study["sweeps"].get(label, {}).get("run"), _slug(label)
+        if place in places:
+            raise UserError(f"{path}: {label!r} and {places[place]!r} would share the directory {place[1]!r}")
+        places[place] = label
     return study
 
 
@@ -139,7 +171,7 @@ def plan(study: dict, wanted: Sequence[str]) -> list[tuple[str, int]]:
     for seed in study["seeds"]:
         for label in wanted:
             chain = [label]
-            while (start := source(study, chain[-1])) and start not in chain:
+            while start := source(study, chain[-1]):
                 chain.append(start)
             order += [(link, seed) for link in reversed(chain) if (link, seed) not in order]
     return order
@@ -201,19 +233,33 @@ def run_here(line: list[str]) -> int:
 
 @storage.user_errors("--out")
 def is_finished(study: dict, label: str, seed: int) -> bool:
-    """Whether a run has the record of its last step, a warm start its weights, or a sweep its result.
+    """Whether a run has the record and the checkpoint of the last step, a warm start its weights, a sweep its result.
 
-    Raises UserError for a store that does not answer.
+    Raises UserError for a store that does not answer, and for a run with other settings than the study's.
     """
     if label in study["sweeps"]:
         return (sweep_dir(study, label, seed) / "result.json").exists()
-    path = run_dir(study, label, seed)
-    if (study["stages"] | study["methods"])[label].get("entry") == "sft":
-        return (path / "model" / "model.safetensors").exists()
+    path, overrides = run_dir(study, label, seed), study["common"] | (study["stages"] | study["methods"])[label]
+    if overrides.get("entry") == "sft":
+        return (path / "model" / "config.json").exists()  # written last
     if not (path / "config.json").exists() or not (path / "metrics.jsonl").exists():
         return False
     run = read_run(path)
-    return bool(run.records) and run.records[-1]["step"] >= run.config["steps"]
+    for key, asked in overrides.items():
+        if key != "steps" and key in run.config and not _same(run.config[key], asked):
+            raise UserError(f"{path} is a run with config.{key}={run.config[key]!r}, but {label!r} has {asked!r}: "
+                            "rename the method, or remove the run")
+    steps, saved = overrides.get("steps", run.config["steps"]), step_paths(path / "checkpoints")
+    whole = [checkpoint.step for checkpoint in list_checkpoints(path / "checkpoints")]
+    kept = not saved or (whole and whole[-1] >= steps)  # whoever needs the room removes all checkpoints of a run
+    return bool(run.records and run.records[-1]["step"] >= steps and kept)
+
+
+def _same(stored: Any, asked: Any) -> bool:
+    """Whether a setting of a stored configuration (JSON) is what a study asks for."""
+    if isinstance(asked, str) and ("/" in asked or not isinstance(stored, str)):
+        return True  # a path may be written in several ways, other text is for the command line to read
+    return stored == (list(asked) if isinstance(asked, tuple) else asked)
 
 
 def at_step(run: Run, metric: str, step: float) -> float:

@@ -13,14 +13,19 @@ import pytest
 from jaxrl import study
 from jaxrl.errors import UserError
 from jaxrl.runtime.config import parse_config, validate
+from jaxrl.runtime.manifest import commit
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+LOSS = {"new---better": "maspo"}
 
 
 def write_run(path, accuracies, tokens_per_step, steps, finished=True):
     """accuracies: {step: value}."""
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"steps": steps, "seed": int(path.name[4:])}))
+    config = {"steps": steps, "seed": int(path.name[4:]), "algorithm": {"loss": LOSS.get(path.parent.name, "grpo")}}
+    (path / "config.json").write_text(json.dumps(config))
     lines = []
     for step in range(steps + 1 if finished else steps):
         record = {"step": step} | ({"generated_tokens": tokens_per_step} if step else {})
@@ -66,7 +71,7 @@ def test_commands(grid, tmp_path):
 def test_runs_only_what_is_missing_and_goes_on_after_a_failure(grid, tmp_path, monkeypatch, capsys):
     runs, called = tmp_path / "runs", []
     (runs / "warm" / "seed0" / "model").mkdir(parents=True)
-    (runs / "warm" / "seed0" / "model" / "model.safetensors").touch()
+    (runs / "warm" / "seed0" / "model" / "config.json").touch()
     write_run(runs / "base" / "seed0", {4: 0.5}, 10, 4)
     write_run(runs / "new---better" / "seed0", {2: 0.5}, 10, 4, finished=False)
 
@@ -148,7 +153,9 @@ def test_equal_tokens_are_those_of_the_cheapest_run_of_the_seed(grid, tmp_path):
 def test_unequal_lengths_are_compared_at_the_step_all_have(grid, tmp_path):
     write_run(tmp_path / "runs" / "base" / "seed0", {0: 0.1, 2: 0.4}, 10, 2)
     write_run(tmp_path / "runs" / "new---better" / "seed0", {0: 0.1, 2: 0.3, 4: 0.9}, 10, 4)
-    result = study.compare(study.load_study(str(grid)), "eval/accuracy")
+    settings = study.load_study(str(grid))
+    settings["methods"]["base"] |= {"steps": 2}
+    result = study.compare(settings, "eval/accuracy")
     assert result["step"] == 2 and [row["updates"][0] for row in result["rows"]] == [0.4, 0.3]
 
 
@@ -157,12 +164,52 @@ def test_unequal_lengths_are_compared_at_the_step_all_have(grid, tmp_path):
     ({"grid": 1}, "'grid' is not a key of a study"),
     ({"baseline": "none"}, "baseline 'none' is not one of the methods"),
     ({"methods": {"a": {"start": "b"}}, "baseline": ""}, "'a' starts from 'b'"),
+    ({"methods": {"a": {"start": "b"}, "b": {"start": "a"}}, "baseline": ""}, "starts from itself: a <- b <- a"),
+    ({"methods": {"a": None}, "baseline": ""}, r"methods\['a'\] must be a dict, not None"),
+    ({"methods": {"a": {"entry": "foo"}}, "baseline": ""}, "entry 'foo' must be one of train, sft"),
+    ({"methods": {"a+1": {}, "a-1": {}}, "baseline": ""}, "'a-1' and 'a\\+1' would share the directory 'a-1'"),
+    ({"methods": {"warm ": {}, "warm-": {}}, "baseline": ""}, "share the directory"),
+    ({"pools": []}, "'pools' must be a dict"),
+    ({"pools": {"all": "base"}}, r"pools\['all'\] must be a list, not 'base'"),
 ])  # fmt: skip
 def test_mistakes_in_a_study(grid, change, said):
     content = study.runpy.run_path(str(grid))["get_study"]() | change
     grid.write_text(f"def get_study():\n    return {content!r}\n")
     with pytest.raises(UserError, match=said):
         study.load_study(str(grid))
+
+
+@pytest.mark.parametrize("text, said", [
+    ("def get_study(:", "invalid syntax"), ("def get_study():\n    return 1 / 0\n", r":2: ZeroDivisionError"),
+    ("def get_study():\n    pass\n", "must return a dict, not None"), ("a = 1\n", "needs a function get_study"),
+])  # fmt: skip
+def test_a_study_file_that_fails_is_one_line(tmp_path, text, said):
+    file = tmp_path / "study.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        study.load_study(str(file))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_seeds_are_numbers(grid):
+    with pytest.raises(UserError, match="--seeds=0,: not whole numbers"):
+        study.main(["study", f"--config={grid}", "--seeds=0,"])
+
+
+def test_a_finished_run_is_that_of_the_study(grid, tmp_path):
+    run = tmp_path / "runs" / "base" / "seed0"
+    write_run(run, {4: 0.5}, 10, 4)
+    settings = study.load_study(str(grid))
+    assert study.is_finished(settings, "base", 0)
+    (run / "checkpoints" / "00000004").mkdir(parents=True)  # the save of the last step was cut off
+    assert not study.is_finished(settings, "base", 0)
+    commit(run / "checkpoints" / "00000004", {"metrics": {}})
+    assert study.is_finished(settings, "base", 0)
+    settings["common"]["steps"] = 5
+    assert not study.is_finished(settings, "base", 0)
+    settings["methods"]["base"] |= {"algorithm.loss": "dapo"}
+    with pytest.raises(UserError, match=r"config.algorithm.loss='grpo', but 'base' has 'dapo'"):
+        study.is_finished(settings, "base", 0)
 
 
 @pytest.mark.parametrize("name", ["core", "length", "lspo", "lcpo", "rates", "smollm2"])
@@ -188,7 +235,7 @@ def test_in_one_process_a_mistake_of_one_run_does_not_end_the_study(grid, tmp_pa
     monkeypatch.setattr("jaxrl.train.main", fake)
     for seed in (1, 2):
         (tmp_path / "runs" / "warm" / f"seed{seed}" / "model").mkdir(parents=True)
-        (tmp_path / "runs" / "warm" / f"seed{seed}" / "model" / "model.safetensors").touch()
+        (tmp_path / "runs" / "warm" / f"seed{seed}" / "model" / "config.json").touch()
     s = study.load_study(str(grid))
     assert study.main(["study", f"--config={grid}", "--seeds=1,2", "--only=base", "--in_process"]) == 1
     assert ran == [study.command(s, "base", seed)[3:] for seed in (1, 2)]
@@ -220,7 +267,7 @@ def test_sweeps_are_made_of_the_finished_runs_and_averaged(swept, tmp_path, monk
         for name in ("base", "new---better"):
             write_run(runs / name / f"seed{seed}", {0: 0.1, 4: accuracy}, 10, 4)
         (runs / "warm" / f"seed{seed}" / "model").mkdir(parents=True)
-        (runs / "warm" / f"seed{seed}" / "model" / "model.safetensors").touch()
+        (runs / "warm" / f"seed{seed}" / "model" / "config.json").touch()
         write_sweep(runs / "base" / f"seed{seed}" / "sweep-left-alone", accuracy)
     write_sweep(runs / "new---better" / "seed1" / "sweep-asked", 0.5)
 
@@ -242,7 +289,7 @@ def test_an_unfinished_run_is_not_swept(swept, tmp_path, monkeypatch, capsys):
     called = []
     monkeypatch.setattr(study, "run_apart", lambda line: called.append(line) or 75)
     (tmp_path / "runs" / "warm" / "seed0" / "model").mkdir(parents=True)
-    (tmp_path / "runs" / "warm" / "seed0" / "model" / "model.safetensors").touch()
+    (tmp_path / "runs" / "warm" / "seed0" / "model" / "config.json").touch()
     write_run(tmp_path / "runs" / "base" / "seed0", {2: 0.5}, 10, 4, finished=False)
     assert study.main(["study", f"--config={swept}", "--seeds=0", "--only=base"]) == 1
     assert [line[2] for line in called] == ["jaxrl.train"]
