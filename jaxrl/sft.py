@@ -9,6 +9,7 @@ The same learner as RL, with the loss -log pi and advantage 1 on every token. `j
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,10 +29,12 @@ from jaxrl.runtime import cli, storage
 from jaxrl.runtime.config import parse_config, validate
 from jaxrl.runtime.mesh import num_batch_shards
 from jaxrl.tasks import dial
-from jaxrl.tasks.data import load_problems
+from jaxrl.tasks.load import load_rows
 from jaxrl.tasks.templates import encode_prompt, prompt_options
 from jaxrl.types import Problem
 from models.weights import save_params
+
+log = logging.getLogger(__name__)
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt tokens, response tokens
 
@@ -40,7 +43,8 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
     """Demonstrations as (prompt, response) tokens, end token included: (first phase, second phase).
 
     The dial task has two phases: fully worked demonstrations, then sloppy ones. A jsonl file (config.sft.data, fields
-    problem and solution) is used in both. Raises UserError naming the file for missing solutions.
+    problem and solution) is used in both. Raises UserError naming the file for missing solutions, and for rows that do
+    not fit unless config.task.long_prompts drops them.
     """
     eos = [tokenizer.eos_ids[0]]
     if config.task.name == "dial" and not config.sft.data:
@@ -60,18 +64,22 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
             return [(tokenizer.encode(prompt), tokenizer.encode(text) + eos) for prompt, text in rows]
 
         return phase("full", s.full_steps), phase("sloppy", s.steps - s.full_steps)
-    t = config.task
-    loaded = load_problems(config.sft.data, skip_bad_rows=t.skip_bad_rows)
+    t, where = config.task, f"config.sft.data={config.sft.data}"
+    problems = load_rows(config, config.sft.data, None, allow_empty_answer=True)
     rows, rng = [], np.random.default_rng([config.seed, 9])
-    for problem in loaded.problems:
-        if "solution" not in problem.info:
-            raise UserError(f"config.sft.data={config.sft.data}: problem {problem.id!r} has no field 'solution'")
+    for problem in problems:
+        solution = problem.info.get("solution")
+        if not isinstance(solution, str) or not solution:
+            raise UserError(f"{where}: problem {problem.id!r} needs text in the field 'solution', not {solution!r}")
         response = _with_length(problem.info["solution"], problem.info.get("length_as"), tokenizer) + eos
         problem = _asked_for(problem, len(response), config.sft, rng)
         rows.append((encode_prompt(problem, tokenizer, t.template, **prompt_options(t)), response))
     fits = [r for r in rows if len(r[0]) <= config.sampling.max_prompt and len(r[1]) <= config.sampling.max_tokens]
-    if not fits:
-        raise UserError(f"config.sft.data={config.sft.data}: no demonstration fits sampling.max_prompt/max_tokens")
+    text = f"{len(rows) - len(fits)} of {len(rows)} demonstrations are longer than sampling.max_prompt or max_tokens"
+    if not fits or (len(fits) < len(rows) and t.long_prompts == "error"):
+        raise UserError(f"{where}: {text} (config.task.long_prompts=drop leaves such rows out)")
+    if len(fits) < len(rows):
+        log.warning("%s: %s and left out", where, text)
     return fits, fits
 
 
@@ -154,7 +162,10 @@ def main(argv: list[str]) -> int:
     validate(config)
     if config.sft.steps < 1:
         raise UserError("config.sft.steps is 0: nothing to train")
-    cli.use_compilation_cache()
+    for name in ("checkpoints", "metrics.jsonl"):
+        if (storage.as_path(config.run_dir, "config.run_dir") / name).exists():
+            raise UserError(f"config.run_dir={config.run_dir} is a training run ({name}); name another directory")
+    build.start_backend(config)
     mesh, tokenizer = build.mesh(config), build.tokenizer(config)
     decoder = build.decoder_config(config, tokenizer)
     params = build.params_maker(config, decoder, mesh)()

@@ -62,10 +62,34 @@ def test_demonstrations_are_asked_for_in_about_their_length(tmp_path, monkeypatc
         assert (min(ratio) == max(ratio) == 1) if error == 0 else (0.6 < min(ratio) < 0.9 and 1.1 < max(ratio) < 1.5)
 
 
-def test_a_missing_solution_is_named(tmp_path):
-    config = from_file(tmp_path, [ROWS[0], {k: v for k, v in ROWS[1].items() if k != "solution"}])
-    with pytest.raises(UserError, match="demos.jsonl: problem 'demos/1' has no field 'solution'"):
+@pytest.mark.parametrize("solution", [None, 3, ""])
+def test_a_solution_that_is_no_text_is_named(tmp_path, solution):
+    config = from_file(tmp_path, [*ROWS, {"id": "p7", "problem": "dial 1: ?", "answer": "2", "solution": solution}])
+    with pytest.raises(UserError, match=r"sft.data=.*demos.jsonl: problem 'p7' needs text in the field 'solution'"):
         sft.demonstrations(config, build.tokenizer(config))
+
+
+def test_rows_are_named_and_left_out_as_the_task_says(tmp_path, caplog):
+    rows = [{"frage": row["problem"], "id": "same", "solution": row["solution"]} for row in ROWS]
+    rows += [{"frage": None}, rows[0] | {"solution": 9 * ROWS[0]["solution"]}]
+    settings = {"task.problem_field": "frage", "task.duplicates": "keep", "task.skip_bad_rows": True}
+    config = from_file(tmp_path, rows, settings)
+    with pytest.raises(UserError, match="1 of 6 demonstrations are longer than sampling.max_prompt or max_tokens"):
+        sft.demonstrations(config, build.tokenizer(config))
+    config.task.long_prompts = "drop"
+    assert len(sft.demonstrations(config, build.tokenizer(config))[0]) == len(ROWS)
+    assert "1 rows left out" in caplog.text and "1 of 6 demonstrations are longer" in caplog.text
+
+
+@pytest.mark.parametrize("there", ["checkpoints/00000000", "metrics.jsonl"])
+def test_the_command_does_not_write_into_a_training_run(tmp_path, monkeypatch, there):
+    config = from_file(tmp_path, ROWS, {"sft.warmup_steps": 1})
+    (tmp_path / "run" / there).mkdir(parents=True)
+    config.run_dir = str(tmp_path / "run")
+    monkeypatch.setattr(sft, "parse_config", lambda argv: config)
+    with pytest.raises(UserError, match=rf"config.run_dir=.*run is a training run \({there.partition('/')[0]}\)"):
+        sft.main(["sft"])
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_a_solution_that_says_its_length_says_the_right_one():

@@ -273,7 +273,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sft.learning_rate": (Number(3e-3), "peak learning rate, with cosine decay"),
     "sft.warmup_steps": (Integer(20), "updates until the peak learning rate is reached; must be below sft.steps"),
     "sft.modes": (Words((), _MODES), "budget modes that occur in demonstrations (dial)"),
-    "sft.data": (_optional("a file"), "jsonl with problem and solution fields, when the task is not dial"),
+    "sft.data": (_optional("a file"), "rows with problem and solution fields, when the task is not dial"),
     "sft.budget_share": (Number(0.5, 0, 1),
         "share of the rows with a budget mode whose prompt asks for about the length of their solution"),
     "sft.budget_error": (Number(0.33, 0), "how far such a budget may be off, as a fraction of the length"),

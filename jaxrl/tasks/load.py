@@ -32,8 +32,8 @@ def open_task(config, tokenizer) -> Iterator[Task]:
             train, held_out = _dial_problems(config)
             grader, template = None, "dial"
         else:
-            train = _load(config, t.data, "train")
-            held_out = _load(config, t.eval_data, "test") if t.eval_data else []
+            train = load_rows(config, t.data, "train")
+            held_out = load_rows(config, t.eval_data, "test") if t.eval_data else []
             reading = {"need_marker": t.need_marker, "unfinished": t.unfinished_thinking}
             grader = stack.enter_context(Grader(t.grader_workers, t.grader_timeout, **reading))
             template = t.template
@@ -61,7 +61,9 @@ def _dial_problems(config):
     return make("train", seed, d.train), make("heldout", 0, config.eval.problems)
 
 
-def _load(config, spec: str, split: str) -> list[Problem]:
+def load_rows(config, spec: str, split: str | None, *, allow_empty_answer: bool = False) -> list[Problem]:
+    """The rows of a data set as config.task says they are named and what is done with bad and repeated ones; what is
+    left out is counted in a warning. Raises UserError as load_problems does."""
     t = config.task
     fields = {"problem": t.problem_field, "answer": t.answer_field, "id": t.id_field}
     loaded = load_problems(
@@ -72,6 +74,7 @@ def _load(config, spec: str, split: str) -> list[Problem]:
         task=t.name,
         skip_bad_rows=t.skip_bad_rows,
         duplicates=t.duplicates,
+        allow_empty_answer=allow_empty_answer,
     )
     if loaded.skipped:
         log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])

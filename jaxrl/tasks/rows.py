@@ -191,6 +191,8 @@ def _answer(value: Any, place: str, field: str, row: dict, allow_empty: bool) ->
         return ", ".join(_different(golds))
     if isinstance(value, bool) or (value is not None and not isinstance(value, str | numbers.Real)):
         raise BadRow(f"{place}: answer field {field!r} is {type(value).__name__}, not text or a number")
+    if value is None and allow_empty:
+        return ""
     if value is None:
         raise BadRow(f"{place}: no answer field {field!r}; {_there(row, 'answer')}")
     if isinstance(value, float) and not math.isfinite(value):  # how some tools write "no value"
