@@ -24,6 +24,7 @@ from jaxrl.rollout_metrics import Collected, outcome_counts, sampled_metrics, se
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
 from jaxrl.shaping import adapt, budget_factor, length_weight, named_columns, shape_rewards, shaping_metrics
+from jaxrl.tasks.answers import thinking_of
 from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Task, without_infinities
 from jaxrl.types import Problem
@@ -110,7 +111,7 @@ class Collector:
         self.surplus = beyond if b.keep_surplus else records.begin([])
         everything, reason = records.concat(sampled), np.concatenate([np.zeros(0, object), *reasons])
         self._check_failures(everything, step)
-        thrown_away = 0 if b.keep_surplus else len(beyond.tokens)
+        thrown_away = 0 if b.keep_surplus else int(beyond.lengths[beyond.valid].sum())
         batch = Collected(chosen, everything, reason, step)
         metrics = {
             "time/rollout": costs.rollout,
@@ -125,6 +126,8 @@ class Collector:
             **(sampled_metrics(everything) if len(everything) else {}),
         }
         self.shaping = adapt(self.shaping, everything, self.config, step)
+        if b.greso and len(everything):
+            self.greso = self._greso_after(everything)
         return batch._replace(metrics=metrics)
 
     def _generate(self, params, step: int, costs: Costs) -> Rollouts:
@@ -209,19 +212,23 @@ class Collector:
             new["outcome"][i] = grade.outcome if finite[i] else "nonfinite"
         columns = rollouts.columns | named_columns(grades, index, len(rollouts), self.config)
         if self.config.length.count == "thinking":
-            thinking = [len(self.tokenizer.encode(t.split("</think>")[0])) for t in texts]
+            thinking = [len(self.tokenizer.encode(thinking_of(t))) for t in texts]
             counted = rollouts.lengths.copy()
             counted[index] = np.minimum(thinking, counted[index])
             columns = columns | {"thinking_tokens": counted}
         return rollouts.replace(**new, columns=columns)
 
     def _learn_from(self, finished: Rollouts) -> None:
-        """Update the statistics that later draws and requests use: mean response lengths, GRESO's streaks."""
-        ids = [p.problem.id for p in finished.prompts]
+        """Update the mean response lengths, by which later requests are ordered."""
         lengths = np.nan_to_num(mean_length(finished)).tolist()
-        self.mean_lengths |= dict(zip(ids, lengths, strict=True))
-        if self.config.batch.greso:
-            self.greso = greso_update(self.greso, ids, mean_accuracy(finished), self.config.batch.greso_hyper)
+        self.mean_lengths |= dict(zip([p.problem.id for p in finished.prompts], lengths, strict=True))
+
+    def _greso_after(self, sampled: Rollouts) -> dict:
+        """GRESO's state after a step. In the first pass over the data no prompt can be skipped yet, so only the streaks
+        grow: the probabilities wait, as in the released code."""
+        ids, before = [p.problem.id for p in sampled.prompts], self.greso["explore"]
+        after = greso_update(self.greso, ids, mean_accuracy(sampled), self.config.batch.greso_hyper)
+        return after | ({"explore": before} if self.position <= len(self.task.train) else {})
 
     def _check_failures(self, rollouts: Rollouts, step: int) -> None:
         invalid, total = int((~rollouts.valid).sum()), len(rollouts)

@@ -31,13 +31,13 @@ class Collected(NamedTuple):
 def selection_metrics(collected: Collected, thrown_away: int) -> dict[str, Any]:
     """What selection kept and dropped, and what is trained on.
 
-    thrown_away: tokens of selected groups beyond the batch, never trained on.
+    thrown_away: tokens of graded responses in selected groups beyond the batch, never trained on.
     """
     chosen, sampled, reason, step, _ = collected
     kept = reason == ""
     lengths, why = [round(n, 2) for n in mean_length(sampled).tolist()], group_reasons(sampled, reason)
     return {
-        "acceptance_rate": int(sampled.lengths[kept].sum() - thrown_away) / max(len(sampled.tokens), 1),
+        "acceptance_rate": int(sampled.lengths[kept & sampled.valid].sum() - thrown_away) / max(len(sampled.tokens), 1),
         "selection/groups": chosen.num_groups,
         "selection/stale_tokens": int((chosen.version < step).sum()) / max(len(chosen.tokens), 1),
         "selection/kept_lengths": [n for n, w in zip(lengths, why, strict=True) if not w],

@@ -73,7 +73,16 @@ def budget_factor(config, state: dict) -> float:
 
 
 def _factor(config, state: dict) -> float:
-    return 1.0 if config.length.control.target == "none" else control_factor(state.get("control", {}))
+    return 1.0 if config.length.control.target == "none" else control_factor(_own(state, "control", config))
+
+
+def _own(state: dict, part: str, config) -> dict:
+    """A part of the state, "reward" or "control", if this method has left it; {} after a change of method."""
+    return state.get(part, {}) if state.get("of", {}).get(part, _method(part, config)) == _method(part, config) else {}
+
+
+def _method(part: str, config) -> str:
+    return config.length.reward if part == "reward" else config.length.control.steers
 
 
 def length_inputs(rollouts: Rollouts, config, state: dict) -> LengthInputs:
@@ -89,7 +98,7 @@ def length_inputs(rollouts: Rollouts, config, state: dict) -> LengthInputs:
         group=r.group[v],
         truncated=r.truncated[v],
         columns={k: column[v] for k, column in r.columns.items()},
-        state=state.get("reward", {}),
+        state=_own(state, "reward", config),
     )
 
 
@@ -132,11 +141,13 @@ def adapt(state: dict, sampled: Rollouts, config, step: int) -> dict:
     if not sampled.valid.any():
         return state
     inputs = length_inputs(sampled, config, state)
-    state = state | {"reward": next_state(name, inputs, dict(config.length.hyper[name]))}
+    of = {part: _method(part, config) for part in ("reward", "control")}
+    held = _own(state, "control", config)
+    state = state | {"reward": next_state(name, inputs, dict(config.length.hyper[name])), "of": of}
     if control.target != "none" and step >= config.length.warmup_steps:
         measured = measure(control.target, inputs)
-        state["control"] = control_update(state.get("control", {}), measured, control)
-    return state
+        held = control_update(held, measured, control)
+    return state | ({"control": held} if held else {})
 
 
 def measure(target: str, inputs: LengthInputs) -> float:
@@ -155,4 +166,4 @@ def shaping_metrics(state: dict, config, step: int) -> dict[str, float]:
     out = {} if config.length.reward == "none" else {"length/weight": length_weight(config, step, state)}
     if config.length.control.target != "none":
         out["length/control"] = _factor(config, state)
-    return out | {f"length/state/{k}": v for k, v in state.get("reward", {}).items()}
+    return out | {f"length/state/{k}": v for k, v in _own(state, "reward", config).items()}

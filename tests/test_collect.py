@@ -434,10 +434,11 @@ def test_length_rewards_are_computed_over_what_was_graded(name):
     np.testing.assert_allclose(other.reward - (r.reward * 3 + 1), shaped.reward - r.reward, atol=1e-6)
 
 
-def test_thinking_counts_up_to_the_end_of_thinking():
+@pytest.mark.parametrize("end", ["</think>", "</Reasoning>", "[/THINK]", "<|end_of_thought|>"])
+def test_thinking_counts_up_to_the_end_of_thinking(end):
     class Words(Tokenizer):
         def decode(self, tokens, skip_special=True):
-            return super().decode(tokens).replace("13", "</think>")
+            return super().decode(tokens).replace("13", end)
 
     whole = [[RIGHT, 2, 3, 13, 4, 5], [WRONG, 2, 3, 4], [RIGHT, 13, 1], [WRONG]]
     collector, sampler = make(changes={"batch.prompts": 1, "length.count": "thinking", "length.reward": "laser"})
@@ -447,6 +448,22 @@ def test_thinking_counts_up_to_the_end_of_thinking():
     )
     chosen = collector.collect(None, 0).chosen
     assert chosen.lengths.tolist() == [6, 4, 3, 1] and chosen.columns["thinking_tokens"].tolist() == [3, 4, 1, 1]
+
+
+def test_ungraded_responses_are_not_counted_as_trained_on():
+    collector, _ = make(lambda position, i: ((CRASH if i == 0 else RIGHT if i % 2 else WRONG), 3),
+                        {"batch.prompts": 2, "task.max_failures": 1.0})
+    assert collector.collect(None, 0).metrics["acceptance_rate"] == pytest.approx(1 - 1 / G)
+
+
+def test_greso_explores_less_only_after_the_first_pass_and_once_a_step():
+    changes = {"batch.greso": True, "batch.prompts": 4, "batch.generation_prompts": 2, "algorithm.selection": "none"}
+    collector, _ = make(lambda position, i: (RIGHT, 3), changes, problems=8)
+    explored = []
+    for step in range(4):
+        collector.collect(None, step)
+        explored.append(collector.greso["explore"]["easy"])
+    assert explored == pytest.approx([0.5, 0.5, 0.49, 0.48])
 
 
 BOTH = {"sampling.carry_over": 2, "sampling.prefetch": True}

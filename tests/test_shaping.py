@@ -43,6 +43,8 @@ def test_the_factor_by_hand():
     assert control_update(first, 0.5, c) == {"baseline": 0.6, "factor": pytest.approx(math.exp(0.02 - 0.08))}
     c = config(target="violations", value=0.1, rate=1.0).length.control
     assert control_update({}, 0.3, c)["factor"] == pytest.approx(math.exp(0.2))
+    c = config(target="accuracy", baseline=0.9).length.control  # set later, it wins over the one that was measured
+    assert control_update(first, 0.5, c)["baseline"] == 0.9
     # budgets go the other way, but for violations, which wider budgets cure
     for target, sign in (("length", -1), ("accuracy", -1), ("violations", 1)):
         c = config(target=target, value=0.5, steers="budget", rate=1.0, baseline=0.5).length.control
@@ -64,12 +66,26 @@ def test_the_factor_multiplies_the_weight_or_the_budgets_after_the_warm_up():
     term = shape_rewards(r, c, length_weight(c, 3, state)).reward - r.reward
     np.testing.assert_allclose(term, factor * (shape_rewards(r, c, 0.5).reward - r.reward), rtol=1e-4, atol=1e-6)
     c.length.control.steers, c.length.mode = "budget", "max"
+    assert budget_factor(c, state) == 1  # this one was learned as a factor on the weight
+    state = state | {"of": {}}
     assert length_weight(c, 3, state) == 0.5 and budget_factor(c, state) == factor
     plain, scaled = (with_budget(Problem("p", "", ""), c, 3, f).budget for f in (1.0, 0.25))
     assert scaled == max(round(plain / 4), 1)
     assert with_widest_budget(Problem("p", "", ""), c).budget == 40000 and config().length.high == 4000
     c.length.control.target = "none"
     assert length_weight(c, 3, state) == 0.5 and budget_factor(c, state) == 1
+
+
+def test_a_length_reward_does_not_inherit_the_multiplier_of_another():
+    rng, c = np.random.default_rng(0), config()
+    c.length.reward, c.length.hyper.leash.start = "leash", 0.4
+    state = json.loads(json.dumps(adapt({}, sampled(rng, 90, 0.5), c, 0)))
+    multiplier = state["reward"]["multiplier"]
+    assert multiplier > 0.4 and shaping_metrics(state, c, 1)["length/state/multiplier"] == multiplier
+    c.length.reward, r = "a_dlp", sampled(rng, 90, 0.5)
+    assert "length/state/multiplier" not in shaping_metrics(state, c, 1)
+    np.testing.assert_array_equal(shape_rewards(r, c, 1.0, state).reward, shape_rewards(r, c, 1.0, {}).reward)
+    assert adapt(state, r, c, 1)["reward"] == adapt({}, r, c, 1)["reward"]
 
 
 @pytest.mark.parametrize("reward", ["linear", "kimi", "gr3", "leash"])

@@ -44,7 +44,8 @@ def _centre(groups: _Groups, hyper: Mapping, baseline: np.ndarray | None = None)
 
 
 def _std(values: np.ndarray, ddof: int) -> float:
-    return float(np.std(values, ddof=ddof)) if len(values) > ddof else 0.0
+    """Of the batch; 1 where all values are equal, which nothing should be divided by."""
+    return float(np.std(values, ddof=ddof)) if len(values) > ddof and np.ptp(values) else 1.0
 
 
 def grpo(rollouts, hyper):

@@ -33,7 +33,7 @@ def control_update(state: Mapping, measured: float, settings: Mapping) -> dict[s
     target, value = settings["target"], settings["value"]
     following = {}
     if target == "accuracy":
-        following["baseline"] = state.get("baseline", settings["baseline"] or measured)
+        following["baseline"] = settings["baseline"] or state.get("baseline", measured)
         error = measured - (following["baseline"] - value)
     else:
         error = measured / value - 1 if target == "length" else measured - value

@@ -68,7 +68,7 @@ def efficiency(inputs, hyper):
         if not len(chosen) or chosen.mean() <= 0:
             return right
         if hyper["form"] == "attenuate":
-            return right * chosen.min() / np.maximum(length, 1e-9)
+            return right * max(chosen.min(), 1) / np.maximum(length, 1)
         return right * (1 + np.clip(1 - length / chosen.mean(), 0, 1))
 
     return inputs.by_group(score, inputs.correct, inputs.lengths)

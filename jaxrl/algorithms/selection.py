@@ -136,7 +136,8 @@ def lspo_longest(rollouts, hyper):
     """Keep the longest only: L(q) >= Q(1 - fraction). Reason: shortest."""
     reasons, values, passed = _survivors(rollouts, "length")
     if len(passed):
-        _drop(reasons, values < thresholds(passed, (1 - hyper["fraction"],), hyper["quantile"])[0], "shortest")
+        q = round(1 - hyper["fraction"], 12)  # 1 - 0.7 is a little more than 0.3
+        _drop(reasons, values < thresholds(passed, (q,), hyper["quantile"])[0], "shortest")
     return of_groups(rollouts, reasons)
 
 

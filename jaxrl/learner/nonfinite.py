@@ -53,14 +53,14 @@ def whole_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
     """The batch with the rows of all processes, from the own rows of each. All processes must call it."""
     if jax.process_count() == 1:
         return batch
-    shards, rows = num_batch_shards(mesh), {k: v for k, v in vars(batch).items() if np.ndim(v) == 3}
+    shards, rows = num_batch_shards(mesh), {k: v for k, v in vars(batch).items() if np.ndim(v) >= 3}
     found, out = distributed.allgather_arrays(rows | {"own": own_shards(mesh)}), {}
-    for name, (micro, count, width) in ((k, v.shape) for k, v in rows.items()):
+    for name, (micro, count, *rest) in ((k, v.shape) for k, v in rows.items()):
         depth = count // len(own_shards(mesh))
-        whole = np.zeros((micro, shards, depth, width), rows[name].dtype)
+        whole = np.zeros((micro, shards, depth, *rest), rows[name].dtype)
         for part in found:
-            whole[:, part["own"]] = part[name].reshape(micro, -1, depth, width)
-        out[name] = whole.reshape(micro, -1, width)
+            whole[:, part["own"]] = part[name].reshape(micro, -1, depth, *rest)
+        out[name] = whole.reshape(micro, -1, *rest)
     return batch.replace(**out)
 
 

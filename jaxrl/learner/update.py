@@ -294,7 +294,7 @@ def _micro_loss(parts: Parts, params, micro: PackedBatch, whole: Whole):
     if load is not None:
         tokens, live = jnp.sum(mask), jnp.sum(micro.segment_ids > 0)
         balance = balance_loss(*load, live)
-        total += objective.balance_coef * balance * tokens / jnp.maximum(whole.num_tokens, 1)
+        total += objective.balance_coef * balance * tokens / jnp.maximum(micro.num_tokens, 1)
         even = jnp.maximum(live, 1) * parts.model.config.experts_per_token / load[0].shape[-1]
         maxima["moe/load_max"] = lax.stop_gradient(jnp.max(load[0]) / even)
         sums["moe/balance_loss"] = lax.stop_gradient(balance) * tokens

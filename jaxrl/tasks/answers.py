@@ -79,6 +79,13 @@ class Answer(NamedTuple):
     bare: bool
 
 
+def thinking_of(text: str) -> str:
+    """What stands before "</think>" or another end of thinking that the grader knows; without one, the whole text."""
+    closing = (m for m in _THINK.finditer(text) if m[1] or m[2] or (m[3] or "").lower() == "end")
+    first = next(closing, None)
+    return text[: first.start()] if first else text
+
+
 def _last_boxes(text: str, reference: bool = False) -> tuple[str, int] | None:
     """(content, end) of the last box or list of boxes; content "" when the last box is not closed."""
     contents: list[str] = []

@@ -91,6 +91,8 @@ def test_group_of_one(name):
     assert reward[0] > 0.3
     if name in CENTRED:
         assert zero[0] == 0
+    alone = _run(name, [0.8, 0.8], [0, 1])  # nothing to normalise by
+    assert np.all(np.abs(alone) <= 1)
     with pytest.raises(ValueError, match="singleton='none' must be one of reward, zero"):
         _run(name, rewards, ids, singleton="none")
 

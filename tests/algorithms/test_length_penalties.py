@@ -112,6 +112,8 @@ def test_efficiency():
 
     per_group("efficiency", bonus)
     per_group("efficiency", attenuated, form="attenuate")
+    found = reward("efficiency", [1, 1, 0, 1], [0, 2, 0, 1], form="attenuate")  # a response without thinking
+    assert found.tolist() == [1, 0.5, 0, 1]
     # prime-rl's test: bonus 0.5 for the shortest, centred 0.625, 0.125, -0.875, 0.125
     found = reward("efficiency", [1, 1, 0, 1], [10, 30, 20, 20])
     np.testing.assert_allclose(found - found.mean(), [0.625, 0.125, -0.875, 0.125])

@@ -118,6 +118,7 @@ def test_ablations_keep_what_they_say():
     assert kept("lspo_shortest") == [*range(0, 61, 5)]
     assert kept("lspo_longest") == [*range(40, 101, 5)]
     assert kept("lspo_longest", fraction=0.2) == [80, 85, 90, 95, 100]
+    assert kept("lspo_longest", fraction=0.7, quantile="linear") == [*range(30, 101, 5)]  # 1 - 0.7 > 0.3 in binary
     shifted = _mixed(range(100, 201, 5))
     value = lambda **h: [100 + means[i] for i in _names(select(shifted, "lspo_value", {"lspo_value": h})[0])]  # noqa: E731
     assert value() == [*range(100, 131, 5), *range(170, 196, 5)]  # 0.98 * 200 = 196

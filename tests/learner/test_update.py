@@ -270,3 +270,18 @@ def test_the_only_update_rejects_by_its_own_log_probs_and_takes_the_objectives_s
     assert 0 < count < 10  # some sequences lose all their tokens
     assert metrics["loss"] == pytest.approx(float(loss), rel=2e-5)
     close(got, want)
+
+
+def test_rejected_tokens_do_not_change_the_weight_of_the_balance_loss():
+    config = DecoderConfig(29, 16, 24, 2, 4, 2, 8, qk_norm=True, tie_embeddings=True, model_type="qwen3_moe",
+                           init_std=0.3, num_experts=4, experts_per_token=2, expert_size=16)  # fmt: skip
+    rng, sgd = np.random.default_rng(0), Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1.0))
+    rows = from_sequences(*(list(rng.integers(1, 29, (8, n))) for n in (4, 10)), [np.full(10, -3.0)] * 8)
+    batch, _ = pack(rows, np.zeros(8), PackSettings(32, 64))
+    kept = np.arange(batch.old_logprobs.size).reshape(batch.old_logprobs.shape) % 10 == 0
+    batch = batch.replace(old_logprobs=batch.sampler_logprobs + np.where(kept, 0, 5).astype(np.float32))
+    objective = Objective(balance_coef=1.0, correction="icepop", correction_hyper={"drop_rejected": True})
+    state = init_state(config, sgd, mesh(), params=init_params(config, jax.random.key(3)))
+    _, metrics = build_programs(config, mesh(), sgd, objective).update(state, place_batch(batch, mesh()))
+    assert metrics["correction/weight_zero"] > 0.5
+    assert metrics["loss"] == pytest.approx(float(metrics["moe/balance_loss"]), rel=1e-5)
