@@ -76,7 +76,10 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / f"{job.name}.{'sh' if cluster == 'slurm' else 'yaml'}"
         file.write_text(text)
-        words = shlex.split(command.format(flags=flags["flags"], file=shlex.quote(str(file))))
+        try:
+            words = shlex.split(command.format(flags=flags["flags"], file=shlex.quote(str(file))))
+        except ValueError as e:
+            raise UserError(f"--flags={flags['flags']}: {e}") from None
         try:
             return subprocess.run(words, check=False).returncode
         except FileNotFoundError:

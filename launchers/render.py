@@ -115,14 +115,17 @@ def gke(job: Job) -> str:
         pool = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     else:
         selector = {"cloud.google.com/gke-accelerator": _named(job, 0, "GKE")}
+        env = [{"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"}]  # where GKE puts the driver
         if m.hosts > 1:
             index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
-            env = [{"name": "JAX_COORDINATOR_ADDRESS", "value": f"{job.name}-hosts-0-0.{job.name}:{PORT}"},
+            env += [{"name": "JAX_COORDINATOR_ADDRESS", "value": f"{job.name}-hosts-0-0.{job.name}:{PORT}"},
                    {"name": "JAX_NUM_PROCESSES", "value": str(m.hosts)},
                    {"name": "JAX_PROCESS_ID", "valueFrom": index}]
     if job.spot:
         selector["cloud.google.com/gke-spot"] = "true"
-    train = {"name": "train", "image": job.image, "command": command(job), "env": env,
+    # Kubernetes replaces $(NAME) in a command, and $$ by $
+    words = [word.replace("$", "$$") for word in command(job)]
+    train = {"name": "train", "image": job.image, "command": words, "env": env,
              "resources": {"limits": {"google.com/tpu" if m.tpu else "nvidia.com/gpu": m.chips}}}
     if not m.tpu:  # NCCL talks through shared memory, of which a container has 64 MB
         train["volumeMounts"] = [{"name": "shm", "mountPath": "/dev/shm"}]

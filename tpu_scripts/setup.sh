@@ -16,10 +16,11 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 package="$(mktemp -d)/jaxrl.tar.gz"
 trap 'rm -rf "$(dirname "$package")"' EXIT
 
-# Listed by git so that new files go along but ignored ones do not; tar would stop at files deleted on disk.
+# Listed by git so that new files go along but ignored ones do not, and never the file with keys; tar would stop at files
+# deleted on disk.
 run bash -c 'set -o pipefail; cd "$1"; git ls-files -z --cached --others --exclude-standard |
-  while IFS= read -r -d "" f; do if [[ -e "$f" ]]; then printf "%s\0" "$f"; fi; done |
-  tar --null --files-from=- -czf "$2"' pack "$root" "$package"
+  while IFS= read -r -d "" f; do if [[ -e "$f" && ! "$f" -ef "$3" ]]; then printf "%s\0" "$f"; fi; done |
+  tar --null --files-from=- -czf "$2"' pack "$root" "$package" "${ENV_FILE:+$(realpath "$ENV_FILE")}"
 version=dry-run
 ((DRY_RUN)) || version="$(cksum <"$package" | cut -d ' ' -f 1)"
 copy_to_workers "$package" jaxrl.tar.gz

@@ -57,10 +57,12 @@ job() {
   trap : TERM INT   # training gets the signal too and saves; this shell stays to record how it ended
   cd "$source_dir"
   if [[ -f "$HOME/jaxrl.env" ]]; then
-    set -a
-    # shellcheck source=/dev/null
-    source "$HOME/jaxrl.env"
-    set +a
+    local line value
+    while IFS= read -r line || [[ -n "$line" ]]; do  # KEY=VALUE or KEY='VALUE'; a shell would also read $ and ` in it
+      value="${line#*=}"
+      if [[ "$value" == \'*\' || "$value" == \"*\" ]]; then value="${value:1:-1}"; fi
+      if [[ "$line" == [A-Za-z_]*=* ]]; then export "${line%%=*}=$value"; fi
+    done <"$HOME/jaxrl.env"
   fi
   echo "=== $(date -u +%FT%TZ) $(hostname): python -m jaxrl.train $*"
   "$venv/bin/python" -m jaxrl.train "$@" || code=$?

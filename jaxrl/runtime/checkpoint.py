@@ -187,6 +187,8 @@ class Checkpointer:
             again = f"a restart would begin at step {kept[-1] if kept else 0}"
         except OSError:
             again = "the older checkpoints cannot be looked at"
+        if self._committed is None and not getattr(error, "passing", True):
+            self._error = UserError(f"{self.directory}: the first checkpoint could not be saved: {error}")
         log.warning("checkpoint of step %d was NOT saved to %s: %s; the run goes on, %s", step, self.directory,
                     storage.one_line(error), again)
 
@@ -240,9 +242,10 @@ class Checkpointer:
 
 
 def _make_anew(path) -> None:
-    manifest.remove(path)
+    if storage.children(path):  # else there is nothing to delete, which an account may not be allowed to do
+        manifest.remove(path)
     if not storage.is_remote(path):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _in_main(call: Callable[[], None]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -93,9 +94,12 @@ def use_compilation_cache(run_dir: str = "") -> None:
     directory."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if given := jax.config.jax_compilation_cache_dir:
+        storage.as_path(given, "JAX_COMPILATION_CACHE_DIR")
+    else:
         root = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
-        beside = os.path.join(os.path.dirname(run_dir.rstrip("/")), "xla")
+        run = run_dir.rstrip("/")
+        beside = os.path.join(os.path.dirname(run) if re.search(r"[^:/]/", run) else run, "xla")
         where = beside if storage.is_remote(beside) else os.path.join(root, "jaxrl", "xla")
         jax.config.update("jax_compilation_cache_dir", where)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

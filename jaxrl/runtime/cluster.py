@@ -66,15 +66,20 @@ def plan(env: Env, here: Machine, hosts: int = 0) -> Start:
 
 def _three(env: Env, here: Machine) -> Start:
     address, count, index = env.get(THREE[0]), _int(env, THREE[1]), _int(env, THREE[2])
-    if address is not None and count is not None and index is not None:
+    if count is not None and count < 1:
+        raise UserError(f"{THREE[1]}={count}: need 1 or more")
+    if address is not None:
         _port(THREE[0], address)
+    if address is not None and count is not None and index is not None:
         return Start(count, address, _index(THREE[2], index, count), None, f"{THREE[1]}={count}")
     found = _found(env, here)  # the launcher has what the variables lack, or JAX finds it
     if found is None:
         raise UserError("multi-process start needs all of JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and "
                         f"JAX_PROCESS_ID; got {address}, {count}, {index}")
-    return found._replace(address=address or found.address, count=count or found.count,
-                          index=found.index if index is None else index)
+    count, index = count or found.count, found.index if index is None else index
+    if count and index is not None:
+        _index(THREE[2], index, count)
+    return found._replace(address=address or found.address, count=count, index=index)
 
 
 def _found(env: Env, here: Machine) -> Start | None:

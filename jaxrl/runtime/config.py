@@ -302,7 +302,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "log.wandb_project": (Text("jaxrl", "a name", r"(?s).+"), "project of Weights & Biases"),
     "log.samples": (Integer(2),
         "groups per step written to samples/ for the report: this many kept ones and as many dropped ones"),
-    "watchdog.seconds": (Number(3600.0),
+    "watchdog.seconds": (Number(3600.0, 0, 1e8),
         "seconds without progress after which the run dumps its stacks and exits with 76; 0: off"),
     "watchdog.heartbeat": (Integer(100, 1),
         "seconds of silence after which one of several processes counts as lost, and the others exit"),

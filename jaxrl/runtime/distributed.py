@@ -54,7 +54,7 @@ def refuse_alone(hosts: int = 0) -> None:
     would all do the same (config.hosts=1 allows that)."""
     if hosts == 1:
         return
-    start = cluster.plan(os.environ, cluster.machine(os.environ), hosts=1)
+    start = cluster.plan(os.environ, cluster.machine(os.environ), hosts)
     if start.count > 1:
         raise UserError(f"{start.said}, but config.distributed is False: each of them would train by itself; pass "
                         "--config.distributed=True (or --config.hosts=1 if they are to)")

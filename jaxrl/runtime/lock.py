@@ -75,7 +75,10 @@ class Lock:
     def __init__(self, directory: str | os.PathLike):
         path = pathlib.Path(directory) / ".lock"
         # The file is never removed: a second process could lock a new file of the same name meanwhile.
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e:
+            raise UserError(f"config.run_dir={directory}: cannot write {path}: {e.strerror}") from e
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -128,7 +131,7 @@ class Lease:
                 raise _in_use(directory, self._owner(self._term))
             self.confirm()
             for old in storage.children(self._where):
-                if int(old[:8]) < self._term:
+                if re.match(r"\d{8}", old) and int(old[:8]) < self._term:
                     storage.remove_file(self._where / old)
         threading.Thread(target=self._keep, daemon=True, name="lease").start()
 

@@ -232,7 +232,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             record.update({k: float(v) for k, v in record.pop("_nonfinite", {}).items()})
-        except (ValueError, AttributeError) as e:
+        except (ValueError, AttributeError, TypeError) as e:
             raise UserError(f"{path}:{number}: not a metrics record: {e}") from None
         records.append(record)
     return records

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 
 from etils import epath
@@ -79,7 +80,7 @@ class RunDir:
     def drop_samples_after(self, step: int) -> None:
         """On resume at `step`: removes samples of later steps, which will be made again."""
         names = {*storage.children(self.samples), *storage.children(self.root / "samples")}
-        late = [n for n in names if n.startswith("step_") and int(pathlib.Path(n).stem[5:]) > step]
+        late = [n for n in names if (found := re.fullmatch(r"step_(\d+)\.jsonl", n)) and int(found[1]) > step]
         self.mirror.forget([f"samples/{name}" for name in late])
 
     def publish(self) -> None:

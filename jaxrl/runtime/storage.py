@@ -62,7 +62,7 @@ def as_path(path: Path, key: str) -> epath.Path:
     library that is not installed.
     """
     text = os.fspath(path)
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text)
+    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/", text)
     if scheme and not re.match(rf"({'|'.join(CLIENTS)})://[^/]+", text):
         raise UserError(f"{key}={text}: need a local path, gs://bucket/... or s3://bucket/...")
     if scheme:
@@ -100,12 +100,13 @@ def explain(error: BaseException) -> tuple[str, bool]:
         # gcsfs names the address that was not there: a bucket's list of objects, or an object.
         missing = re.search(r"\bb/[^/]+/o$|bucket does not exist|NoSuchBucket", str(error))
         return ("no such bucket" if missing else "not found"), False
-    if code == 401 or any(n in name for n in _CREDENTIALS for name in names) or re.search(
-            "ExpiredToken|InvalidAccessKeyId|InvalidToken|SignatureDoesNotMatch|expired|invalid_grant", words):
+    busy = code in (408, 429) or code >= 500  # first: the text holds the object's name, too
+    if not busy and (code == 401 or any(n in name for n in _CREDENTIALS for name in names) or re.search(
+            "ExpiredToken|InvalidAccessKeyId|InvalidToken|SignatureDoesNotMatch|expired|invalid_grant", words)):
         return f"credentials are missing or expired ({text})", False
     if isinstance(error, PermissionError) or code == 403 or "Forbidden" in text:
         return f"no permission ({text})", False
-    passing = code in (408, 429) or code >= 500 or isinstance(error, ConnectionError | TimeoutError) or any(
+    passing = busy or isinstance(error, ConnectionError | TimeoutError) or any(
         n in name for n in _PASSING for name in names) or bool(re.search(
             "Slow ?Down|Internal ?(Server )?Error|Service ?Unavailable|RequestTimeout|max retries|Too Many", words))
     passing |= isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO, errno.EAGAIN)
@@ -314,21 +315,25 @@ def in_threads(calls: Iterable[Callable[[], T]], threads: int = 4) -> list[T]:
 # ---- local copies
 
 def scratch(path: Path, kind: str) -> pathlib.Path:
-    """Where copies of a remote directory lie on this machine."""
-    where = re.sub(r"[^\w./=+-]", "_", os.fspath(path).replace("://", "/"))
+    """Where copies of a remote directory or file lie on this machine: no such place lies in another one's."""
+    url = os.fspath(epath.Path(path))
+    name = re.sub(r"[^\w.=+-]", "_", url.rpartition("/")[2]).lstrip(".") or "root"
     base = pathlib.Path(tempfile.gettempdir(), f"jaxrl-{os.getuid()}")
     base.mkdir(mode=0o700, exist_ok=True)
-    return base / kind / where
+    return base / kind / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
 def output(root: Path, key: str) -> Mirror:
-    """The directory of a command's results, with its present files; to be closed when all results are there.
+    """The directory of a command's results, with its present files but checkpoints; to be closed when all results are
+    there.
 
     Raises UserError naming the setting `key`.
     """
     root = as_path(root, key)
     with user_errors(key):
-        return Mirror(root, list(files_below(root)) if is_remote(root) else (), f"results-{os.getpid()}")
+        present = list(files_below(root)) if is_remote(root) else ()
+        wanted = [name for name in present if not name.startswith("checkpoints/")]
+        return Mirror(root, wanted, f"results-{os.getpid()}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -338,7 +343,7 @@ def local_copy(path: str, key: str, choose: Callable[[list[str]], list[str]] = l
     choose: from the relative names of all files to those that are copied. Raises UserError naming `key` if `path`
     cannot be read, or is an object store's and not there.
     """
-    if not is_remote(as_path(path, key)):
+    if not is_remote(path := os.fspath(as_path(path, key))):
         return pathlib.Path(path)
     target = scratch(path, "copies")
     with user_errors(key):
@@ -349,6 +354,9 @@ def local_copy(path: str, key: str, choose: Callable[[list[str]], list[str]] = l
         names = choose(below)
         target.parent.mkdir(parents=True, exist_ok=True)
         whole = {f"{name}/{n}": target / n for n in names} if below else {name: target}
+        for old in [p for p in target.rglob("*") if p.is_file()]:  # copied earlier and deleted in the store since
+            if not old.name.startswith(".") and old.relative_to(target).as_posix() not in below:
+                old.unlink(missing_ok=True)
         in_threads([functools.partial(_download, fs, *pair) for pair in whole.items()], 8)
     return target
 
@@ -381,6 +389,7 @@ class Mirror:
                     content = read(epath.Path(root) / name)
                     (self.local / name).parent.mkdir(parents=True, exist_ok=True)
                     (self.local / name).write_bytes(content)
+                    self._pushed[name] = self._stamp(self.local / name)
 
     def push(self) -> None:
         """Uploads what has changed since the last time. Raises StoreError."""
@@ -391,12 +400,15 @@ class Mirror:
             for path in self.local.rglob("*"):
                 name = path.relative_to(self.local).as_posix()
                 hidden = any(part.startswith(".") or part == "wandb" for part in name.split("/"))
-                if path.is_file() and not hidden:
-                    stat = path.stat()
-                    if self._pushed.get(name) != (stat.st_mtime_ns, stat.st_size):
-                        changed[name] = (stat.st_mtime_ns, stat.st_size)
+                if path.is_file() and not hidden and self._pushed.get(name) != self._stamp(path):
+                    changed[name] = self._stamp(path)
             in_threads([functools.partial(self._upload, name) for name in changed])
             self._pushed |= changed
+
+    @staticmethod
+    def _stamp(path: pathlib.Path) -> tuple[int, int]:
+        stat = path.stat()
+        return stat.st_mtime_ns, stat.st_size
 
     def _upload(self, name: str) -> None:
         atomic_write(epath.Path(self.root) / name, (self.local / name).read_bytes())

@@ -4,7 +4,7 @@ import pytest
 from jax._src import clusters
 
 from jaxrl.errors import UserError
-from jaxrl.runtime import cluster
+from jaxrl.runtime import cluster, distributed
 from jaxrl.runtime.cluster import Machine, Start, plan
 
 THREE = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
@@ -99,11 +99,23 @@ def test_one_of_several_that_is_alone_stops_unless_told_that_it_is_to_be(env, he
     assert plan(env, here, hosts=1) == Start()
 
 
+@pytest.mark.parametrize("env", [{"WORLD_SIZE": "2", "RANK": "1"}, {"PMI_SIZE": "4"}, {"SKYPILOT_NUM_NODES": "2"}])
+def test_without_distributed_too(monkeypatch, env):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="finds itself alone"):
+        distributed.refuse_alone()
+    distributed.refuse_alone(hosts=1)
+
+
 @pytest.mark.parametrize(("env", "here", "error"), [
     ({"JAX_COORDINATOR_ADDRESS": "a:1"}, CPU, "needs all of JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES"),
     (THREE | {"JAX_COORDINATOR_ADDRESS": "a"}, CPU, "JAX_COORDINATOR_ADDRESS=a: need host:port"),
     (THREE | {"JAX_PROCESS_ID": "2"}, CPU, "JAX_PROCESS_ID=2: need 0 to 1"),
     (THREE | {"JAX_NUM_PROCESSES": "two"}, CPU, "JAX_NUM_PROCESSES='two': need a whole number"),
+    (THREE | {"JAX_NUM_PROCESSES": "0"}, CPU, "JAX_NUM_PROCESSES=0: need 1 or more"),
+    (TORCHRUN | {"JAX_PROCESS_ID": "7"}, CPU, "JAX_PROCESS_ID=7: need 0 to 3"),
+    (TORCHRUN | {"JAX_COORDINATOR_ADDRESS": "host"}, CPU, "JAX_COORDINATOR_ADDRESS=host: need host:port"),
     (TORCHRUN | {"RANK": "4"}, CPU, "RANK=4: need 0 to 3"),
     (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, GPUS, "LOCAL_WORLD_SIZE: 3 processes cannot share the 8 GPUs"),
     (OPEN_MPI, CPU, "-x JAX_COORDINATOR_ADDRESS"),

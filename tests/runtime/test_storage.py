@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import save_file
 
 from jaxrl.errors import UserError
@@ -74,7 +75,9 @@ def test_a_conditional_write_is_won_once(store):
     assert won.count(True) == 1 and storage.read(name) == b"%d" % won.index(True)
 
 
-@pytest.mark.parametrize("path", ["gss://bucket/run", "gs:/bucket/run", "gs:///run", "http://host/run", "S3://b/run"])
+@pytest.mark.parametrize("path", [
+    " gs://bucket/run", "gss://bucket/run", "gs:/bucket/run", "gs:///run", "http://host/run", "S3://b/run",
+])  # fmt: skip
 def test_a_misspelt_scheme_is_one_line_and_no_local_folder(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"^config.run_dir={path}: need a local path, gs://bucket/... or s3://"):
@@ -171,6 +174,44 @@ def test_a_mirror_uploads_what_changed(store, tmp_path):
     assert store.names("m/") == [] and not (mirror.local / "sub/a").exists()
     mirror.close()
     assert not mirror.local.exists()
+
+
+def test_what_was_pulled_is_not_pushed_back(store):
+    names = ["d/a", "d/b", "d/checkpoints/00000001/x"]
+    for name in names:
+        storage.atomic_write(epath.Path(f"{store.url}/{name}"), b"1")
+    results = storage.output(f"{store.url}/d", "--out")
+    assert not (results.local / "checkpoints").exists()
+    (results.local / "b").write_text("23")
+    storage.atomic_write(epath.Path(f"{store.url}/d/a"), b"another process's")
+    results.close()
+    assert store.read("d/a") == b"another process's" and store.read("d/b") == b"23" and store.names("d/") == names
+
+
+@pytest.mark.parametrize("one, other", [
+    ("gs://b/exp", "gs://b/exp/seed1"), ("gs://b/lr=1,a", "gs://b/lr=1_a"), ("gs://b/run", "gs://c/run"),
+    ("gs://b/../../..", "gs://b/x"),
+])  # fmt: skip
+def test_local_folders_of_two_directories_do_not_meet(one, other):
+    first, second = (storage.scratch(url, "runs") for url in (one, other))
+    assert first != second and first not in second.parents and second not in first.parents
+    for path in (first, second):
+        assert path.parents[2].name == f"jaxrl-{os.getuid()}" and ".." not in path.parts
+
+
+def test_a_copy_holds_what_the_store_holds_now(store):
+    url = f"{store.url}/model"
+    for name in ("config.json", "chat_template.jinja"):
+        storage.atomic_write(epath.Path(f"{url}/{name}"), b"1")
+    copy = storage.local_copy(url + "/", "--model")
+    assert sorted(p.name for p in copy.iterdir()) == ["chat_template.jinja", "config.json"]
+    storage.remove_file(epath.Path(f"{url}/chat_template.jinja"))
+    storage.local_copy.cache_clear()  # as in another process
+    assert [p.name for p in storage.local_copy(url, "--model").iterdir()] == ["config.json"]
+
+
+def test_a_busy_store_is_not_a_matter_of_credentials():
+    assert storage.explain(OSError("b/bucket/o/runs%2Fnot-expired%2Fx (503)"))[1]
 
 
 def test_tensors_are_read_by_ranges(store, tmp_path):

@@ -100,7 +100,8 @@ def python3(args: list[str]) -> int:
         shutil.copy(ROOT / "bin" / "python3", target / "python")
     if args[:2] == ["-m", "jaxrl.train"]:
         home = pathlib.Path(os.environ["HOME"])
-        record("train.jsonl", {"argv": args[2:], "cwd": os.getcwd(), "key": os.environ.get("WANDB_API_KEY")})
+        keys = {"key": os.environ.get("WANDB_API_KEY"), "password": os.environ.get("PASSWORD")}
+        record("train.jsonl", {"argv": args[2:], "cwd": os.getcwd(), **keys})
         # `codes` names how the n-th start ends; the count is kept outside the home, which delete empties.
         started = ROOT / f"started-{home.name}"
         count = int(started.read_text()) if started.exists() else 0

@@ -203,6 +203,7 @@ def test_setup_installs_this_checkout_on_all_workers(cloud, tmp_path):
     for home in (tmp_path / "home0", tmp_path / "home1"):
         assert (home / "jaxrl_current/setup.py").read_text() == (ROOT / "setup.py").read_text()
         assert (home / "jaxrl.env").stat().st_mode & 0o077 == 0
+        assert not (home / "jaxrl_current/keys.env").exists()
         assert (home / "data/model").is_dir() and (home / "data/data").is_dir()
     installs = [e for e in cloud.entries("python.jsonl") if "install" in e and "--editable" in e]
     folders = [(tmp_path / f"home{i}/jaxrl_current").resolve() for i in (0, 1)]
@@ -213,7 +214,7 @@ def test_setup_installs_this_checkout_on_all_workers(cloud, tmp_path):
 
 def test_launch_runs_the_same_command_everywhere_detached(cloud, tmp_path):
     keys = tmp_path / "keys"
-    keys.write_text("WANDB_API_KEY='a b'\n")
+    keys.write_text("WANDB_API_KEY='a b'\n# $none\nPASSWORD=$none`exit`it's")
     assert cloud.call("setup", *WHERE, f"--env-file={keys}").returncode == 0
     odd = "--config.tasks.prompt=it's \"$HOME\" & more"
     result = cloud.call("launch", *WHERE, *RUN, "--config.steps=5", odd)
@@ -225,7 +226,7 @@ def test_launch_runs_the_same_command_everywhere_detached(cloud, tmp_path):
     expected = ["--config=configs/pods/x.py", "--config.run_dir=gs://b/run",
                 "--config.distributed=True", "--config.steps=5", odd]
     assert [r["argv"] for r in runs] == [expected] * 2
-    assert all(r["key"] == "a b" for r in runs)
+    assert all((r["key"], r["password"]) == ("a b", "$none`exit`it's") for r in runs)
     log = (tmp_path / "home0/jaxrl_job/train.log").read_text()
     assert "training step 1" in log and "ended with exit code 0" in log
     status = cloud.call("status", *WHERE).stdout
