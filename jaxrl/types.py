@@ -12,7 +12,7 @@ import numpy as np
 class Problem:
     """One task instance.
 
-    id: unique within its data set; part of the random key of every token sampled for it.
+    id: unique within its data set; in evaluation, part of the random key of every token sampled for it.
     prompt: the question, before any template. answer: the reference answer, raw.
     budget: requested response length in tokens, or None. mode: "none", "exact" or "max" (LCPO).
     info: whatever else the data row held; passed on to user reward functions.

@@ -21,7 +21,7 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -81,7 +81,7 @@ class Choice:
     """One of some words."""
 
     default: str
-    options: tuple[str, ...]
+    options: Collection[str]
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is one of the options."""
@@ -130,7 +130,8 @@ class Words:
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is such a tuple (or list)."""
-        return isinstance(value, tuple | list) and len(set(value)) == len(value) and set(value) <= set(self.options)
+        words = isinstance(value, tuple | list) and all(isinstance(word, str) for word in value)
+        return words and len(set(value)) == len(value) and set(value) <= set(self.options)
 
     def __str__(self) -> str:
         return f"a tuple of words of {', '.join(self.options)}, as in \"{self.options}\""
@@ -157,6 +158,12 @@ class Method:
                 f"a method is fn(inputs, hyper) or fn(rollouts, hyper), not {self.fn.__name__}({', '.join(names)}); "
                 "docs/extending.md shows the form of each table"
             )
+        for name, constant in self.constants.items():
+            if not isinstance(constant, Constant):
+                raise ValueError(
+                    f"{self.fn.__name__}: constant {name!r} is {constant!r}; write Number({constant!r}) or another "
+                    "type of jaxrl.algorithms.hyper"
+                )
 
     @property
     def defaults(self) -> dict[str, Any]:

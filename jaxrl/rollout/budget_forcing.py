@@ -77,7 +77,10 @@ class _Draft:
         return dataclasses.replace(self._rest(), max_tokens=self.max_answer, stop=())
 
     def _rest(self) -> Request:
-        return self.request.resumed(self.sample, self.done)
+        """The request for what follows. After "Wait" it has random numbers of its own: those of the next positions may
+        have drawn the end that was removed."""
+        step = self.request.step + (self.done.waits << 20)
+        return dataclasses.replace(self.request.resumed(self.sample, self.done), step=step)
 
 
 def generate_forced(
@@ -113,7 +116,8 @@ def generate_forced(
     try:
         for request in requests:
             thinking = dataclasses.replace(
-                request, max_tokens=max_thinking, min_tokens=0, stop=(delimiters.end_thinking,)
+                request, max_tokens=max_thinking, min_tokens=0, stop=(delimiters.end_thinking,),
+                step=step if request.step is None else request.step,
             )
             ticket = engine.submit(thinking, seed=seed, step=step)
             drafts.append([_Draft(thinking, sample, max_answer, ignore) for sample in range(request.samples)])

@@ -243,8 +243,8 @@ class Engine:
         self.cache.admit(self._rows.longest(), self._rows.steps_left(self.chunk), placed)
 
     def _give_way(self) -> None:
-        """If the cache has no room for all responses, stop the youngest. Their tokens are kept, and they resume before
-        other requests start."""
+        """If the cache has no room for all responses, stop the youngest. Their tokens are kept, and they resume when
+        there is room again."""
         rows = self._rows
         for slot in self.cache.room(rows.used, rows.limit - rows.count, rows.born):
             ticket, sample = int(rows.ticket[slot]), int(rows.sample[slot])

@@ -138,8 +138,13 @@ def check_request(r: Request, vocab_size: int, max_prompt: int, max_tokens: int)
     tokens = np.asarray(r.prompt)
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(f"prompt tokens outside the vocabulary, 0..{vocab_size - 1}")
-    if any(len(stop) == 0 for stop in r.stop):
-        raise ValueError("an empty stop sequence")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"prompt tokens of {tokens.dtype}: need integers")
+    if not all(isinstance(stop, tuple | list) and len(stop) for stop in r.stop):
+        raise ValueError("an empty stop sequence, or one that is no tuple of tokens")
+    for name, most in (("key", 2**32 - 1), ("first_sample", 2**32 - 1), ("samples", 2**20), ("done", len(tokens))):
+        if not 0 <= getattr(r, name) <= most:
+            raise ValueError(f"{name}={getattr(r, name)}: need 0 to {most}")
     return limits
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 # needs all logits.
 BLOCKS = 128
 _BISECTIONS = 32
+_FAR = 200.0
 LEAST_TEMPERATURE = 1e-30  # smaller ones are raised to this, which is as good as greedy
 
 
@@ -73,7 +74,10 @@ def inverse_cdf(weights, u):
 
 
 def _threshold(z, reaches):
-    """Largest float32 threshold t [B, 1], by bisection, with reaches(t) true. reaches: monotone, true at -inf."""
+    """Largest float32 threshold t [B, 1], by bisection, with reaches(t) true. reaches: monotone, true at -inf.
+
+    Entries _FAR below the peak, of weight 0, are not told apart: a bias of -1e9 would leave no digits for the rest.
+    """
 
     def halve(_, bounds):
         low, high = bounds
@@ -82,7 +86,7 @@ def _threshold(z, reaches):
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
 
     finite = jnp.where(jnp.isfinite(z), z, jnp.inf)
-    low = jnp.min(finite, axis=-1, keepdims=True)
+    low = jnp.maximum(jnp.min(finite, axis=-1, keepdims=True), jnp.max(z, axis=-1, keepdims=True) - _FAR)
     high = jnp.nextafter(jnp.max(z, axis=-1, keepdims=True), jnp.float32(jnp.inf))
     return jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))[0]
 

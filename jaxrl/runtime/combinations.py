@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -23,6 +24,8 @@ def _batches(config: ConfigDict) -> Iterator[str]:
     """What does not fit together in batch, sampling, model, mesh, optimizer and warm start."""
     b, s, o, sft = config.batch, config.sampling, config.optimizer, config.sft
     longest, updates = s.max_prompt + s.max_tokens, config.steps * b.updates * b.epochs
+    if s.cache_tokens and s.pages == 0:
+        yield f"sampling.cache_tokens={s.cache_tokens} is the room of pages, but sampling.pages is 0"
     if s.carry_over and not b.keep_surplus:
         yield (
             f"sampling.carry_over={s.carry_over} needs batch.keep_surplus=True, or groups that finish beyond "
@@ -64,6 +67,8 @@ def _directory(path: str) -> bool:
 def _tasks(config: ConfigDict) -> Iterator[str]:
     """What does not fit together in task, length budgets, warm start and evaluation."""
     t, sft, length = config.task, config.sft, config.length
+    if (k := re.search(r"^eval/.*@(\d+)", config.checkpoint.keep_best)) and int(k[1]) > config.eval.samples:
+        yield f"checkpoint.keep_best={config.checkpoint.keep_best!r} needs eval.samples={k[1]} or more"
     for key, off in (("system_prompt", ""), ("enable_thinking", "default")):
         if t[key] != off and (t.template != "chat" or t.name == "dial"):
             yield f"task.{key}={t[key]!r} needs task.template=chat and a task other than dial"
@@ -142,6 +147,8 @@ def _control(config: ConfigDict) -> Iterator[str]:
         yield "length.control.steers='weight' needs a length reward: config.length.reward is none"
     if control.steers == "budget" and (length.mode == "none" or config.task.name == "dial"):
         yield "length.control.steers='budget' needs budgets drawn in length.low to high: length.mode, not task dial"
+    if control.target in ("accuracy", "violations") and control.value > 1:
+        yield f"length.control.value={control.value} must be a share, at most 1, for target {control.target}"
     if control.target == "length" and control.value <= 0:
         yield "length.control.value=0 must be a mean length in tokens for length.control.target=length"
 

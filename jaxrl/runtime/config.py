@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -40,8 +40,24 @@ from models.decoder import REMAT_POLICIES
 from models.lora import BASES, TARGETS
 
 
-def _methods(table, default: str) -> Choice:
-    return Choice(default, tuple(sorted(table)))
+class _Names(Collection):
+    """The names of a table as it is when they are asked for, sorted: a config file may add methods."""
+
+    def __init__(self, table: Mapping):
+        self._table = table
+
+    def __contains__(self, name):
+        return name in self._table
+
+    def __iter__(self):
+        return iter(sorted(self._table))
+
+    def __len__(self):
+        return len(self._table)
+
+
+def _methods(table: Mapping, default: str) -> Choice:
+    return Choice(default, _Names(table))
 
 
 def _optional(meaning: str) -> Text:
@@ -357,7 +373,7 @@ def parse_config(argv: list[str]) -> ConfigDict:
     """
     named = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
     if not named:
-        raise UserError("--config is missing; for example --config=configs/quickstart.py")
+        raise UserError("--config is missing; write --config=FILE, for example --config=configs/quickstart.py")
     path = named[-1].partition("=")[2].partition(":")[0]
     if not os.path.isfile(path):
         raise UserError(f"--config: no such file: {path}")
@@ -372,6 +388,8 @@ def parse_config(argv: list[str]) -> ConfigDict:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", arg):
                 _known_key(override[1], base)
         raise UserError(f"--config: {located(e, path)}") from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() of {path} must return a configuration, not {config!r}")
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; settings are --config.key=value")
     return config

@@ -82,6 +82,19 @@ def test_segments_use_fresh_random_numbers_and_samples_differ():
     np.testing.assert_array_equal(a.tokens, again[0].tokens)
 
 
+def test_after_a_shorter_wait_the_random_numbers_are_not_those_that_drew_the_end():
+    """With them, the token after "Wait" would nearly always be the second one of the end that was taken back."""
+    s, params = shared()
+    bias = np.full(tiny.CONFIG.vocab_size, -np.inf, np.float32)
+    bias[20:26] = 0
+    sampling = SamplingParams(temperature=50.0, bias=bias)
+    requests = [Request(np.array([9, 10], np.int32), 64, 1, key) for key in range(4)]
+    drawn = generate_forced(s, params, requests, Delimiters(END, FINAL, (30,)), max_thinking=12, max_answer=4, ignore=1,
+                            seed=3, sampling=sampling)  # fmt: skip
+    after = [r.tokens[np.flatnonzero(r.tokens == 30)[0] + 1] for r in sum(drawn, []) if r.waits]
+    assert len(after) > 50 and 0.05 < np.mean(np.array(after) == END[1]) < 0.35  # a sixth of six tokens
+
+
 def test_errors():
     for options, match in (
         (dict(max_thinking=0), "max_thinking=0"),

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Words
 from jaxrl.errors import UserError
 from jaxrl.runtime import config as config_module
@@ -239,3 +240,40 @@ def test_shipped_configs_parse(path):
     config = parse_config(["train", f"--config={path}"])
     config.model.path = config.task.data = ""  # paths of the reader's machine are checked when it runs
     assert set(config.keys()) == set(base_config().keys())
+
+
+@pytest.mark.parametrize("text, said", [
+    ("from jaxrl.runtime.config import base_config\ndef get_config():\n    c = base_config()\n", "must return a config"),
+    ("def get_config():\n    return {'seed': 1}\n", "must return a config"),
+    ("from jaxrl.algorithms.losses import LOSSES, Loss\nfrom jaxrl.runtime.config import base_config\n"
+     "def loss(inputs, hyper):\n    pass\nLOSSES['x'] = Loss(loss, {'k': 3.0})\n", r":5: .*constant 'k' is 3.0; write Number"),
+])  # fmt: skip
+def test_a_config_file_that_forgets_something_is_one_line(tmp_path, text, said):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"--config: .*{said}") as error:
+        parse_config(["train", f"--config={path}"])
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_config_file_may_add_a_method(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from configs.quickstart import get_config\n"
+                    "from jaxrl.algorithms.advantages import ADVANTAGES\nADVANTAGES['mine'] = ADVANTAGES['dr_grpo']\n")
+    try:
+        validate(parse_config(["train", f"--config={path}", "--config.algorithm.advantage=mine"]))
+    finally:
+        ADVANTAGES.pop("mine", None)
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"checkpoint.keep_best": "eval/pass@8"}, "needs eval.samples=8 or more"),
+    ({"sampling.cache_tokens": 64, "sampling.pages": 0}, "sampling.cache_tokens=64 is the room of pages"),
+    ({"length.control.target": "violations", "length.control.value": 5.0}, "length.control.value=5.0 must be a share"),
+    ({"sft.modes": ([],)}, "config.sft.modes="),
+])
+def test_a_setting_that_would_do_nothing_is_refused(changes, said):
+    config = parse("--config.length.reward=laser")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=said):
+        validate(config)
