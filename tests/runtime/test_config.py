@@ -243,10 +243,11 @@ def test_shipped_configs_parse(path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("from jaxrl.runtime.config import base_config\ndef get_config():\n    c = base_config()\n", "must return a config"),
+    ("from jaxrl.runtime.config import base_config\ndef get_config():\n    base_config()\n", "must return a config"),
     ("def get_config():\n    return {'seed': 1}\n", "must return a config"),
     ("from jaxrl.algorithms.losses import LOSSES, Loss\nfrom jaxrl.runtime.config import base_config\n"
-     "def loss(inputs, hyper):\n    pass\nLOSSES['x'] = Loss(loss, {'k': 3.0})\n", r":5: .*constant 'k' is 3.0; write Number"),
+     "def loss(inputs, hyper):\n    pass\nLOSSES['x'] = Loss(loss, {'k': 3.0})\n",
+     r":5: .*constant 'k' is 3.0; write Number"),
 ])  # fmt: skip
 def test_a_config_file_that_forgets_something_is_one_line(tmp_path, text, said):
     path = tmp_path / "mine.py"
