@@ -48,12 +48,14 @@ class Forced(Completion):
 
 @dataclasses.dataclass
 class _Draft:
-    """One response under way: sample `sample` of a request for its thinking."""
+    """One response under way: sample `sample` of a request for its thinking. anew: how often it went on with random
+    numbers of its own, because those of the next positions had drawn the end that was removed."""
 
     request: Request
     sample: int
     max_answer: int
     ignore: int
+    anew: int = 0
     done: Forced = Forced(np.zeros(0, np.int32), np.zeros(0, np.float32), "partial", sampled=np.zeros(0, bool))
 
     def follow(self, segment: Completion, d: Delimiters) -> Request | None:
@@ -67,6 +69,7 @@ class _Draft:
         kept = done.head(done.length - ended)
         if ended and done.waits < self.ignore and kept.length + len(d.wait) < self.request.max_tokens:
             self.done = dataclasses.replace(kept.forced(d.wait), waits=done.waits + 1)
+            self.anew += ended > len(d.wait)
             return dataclasses.replace(self._rest(), min_tokens=self.done.length + 1)
         if not ended:
             cut_line = d.newline and tuple(done.tokens[-len(d.newline) :].tolist()) != d.newline
@@ -77,9 +80,7 @@ class _Draft:
         return dataclasses.replace(self._rest(), max_tokens=self.max_answer, stop=())
 
     def _rest(self) -> Request:
-        """The request for what follows. After "Wait" it has random numbers of its own: those of the next positions may
-        have drawn the end that was removed."""
-        step = self.request.step + (self.done.waits << 20)
+        step = self.request.step + (self.anew << 20)
         return dataclasses.replace(self.request.resumed(self.sample, self.done), step=step)
 
 
