@@ -65,7 +65,7 @@ def demonstrations(config, tokenizer) -> tuple[list[Pair], list[Pair]]:
 
         return phase("full", s.full_steps), phase("sloppy", s.steps - s.full_steps)
     t, where = config.task, f"config.sft.data={config.sft.data}"
-    problems = load_rows(config, config.sft.data, None, allow_empty_answer=True)
+    problems = load_rows(config, config.sft.data, None, need_answer=False)
     rows, rng = [], np.random.default_rng([config.seed, 9])
     for problem in problems:
         solution = problem.info.get("solution")

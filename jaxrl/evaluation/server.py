@@ -18,7 +18,7 @@ from jaxrl.errors import UserError
 from jaxrl.evaluation.scoring import Records, graded_records
 from jaxrl.types import Problem
 
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # the server may do it later; other refusals are final
+RETRIED = (408, 409, 425, 429)  # the server may do it later, as with 5xx; other refusals are final
 
 
 class Server:
@@ -58,7 +58,7 @@ class Server:
                     said = "an answer that is not JSON"
                     continue
             said = f"{response.status_code} {' '.join(response.text.split())[:200]}"
-            if response.status_code not in RETRIED:
+            if response.status_code not in RETRIED and response.status_code < 500:
                 raise UserError(f"--server={self.url}: {path} answered {said}")
         raise UserError(f"--server={self.url}: {path} failed {self.retries + 1} times, the last time: {said}")
 
@@ -72,9 +72,10 @@ class Server:
             message = choice["message"] if chat else choice
             text = (message.get("content") or "") if chat else choice["text"]
             if thinking := chat and message.get("reasoning_content"):  # some servers cut it out of the text
-                text = f"<think>{thinking}</think>{text}"
+                text = f"<think>{thinking}" + (f"</think>{text}" if text else "")  # cut off while it was thinking
             tokens, asked = int(usage["completion_tokens"]), int(usage.get("prompt_tokens", 0))
-        except (KeyError, IndexError, TypeError, ValueError) as e:
+            text = text.encode("utf-8", "replace").decode("utf-8")  # unpaired surrogates cannot be stored
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"--server={self.url}: an answer without choices or usage.completion_tokens: {e}") from None
         finish = "length" if choice.get("finish_reason") == "length" else "eos"
         return {"text": text, "tokens": tokens, "prompt_tokens": asked, "finish": finish}

@@ -45,8 +45,8 @@ def _small(names: list[str]) -> list[str]:
 
 
 def checkpoint_steps(path: str | os.PathLike) -> list[int]:
-    """Steps of a run's checkpoints, ascending; [] for a Hugging Face directory."""
-    return sorted(step for step, _ in manifest.step_paths(epath.Path(path) / "checkpoints"))
+    """Steps of a run's committed checkpoints, ascending; [] for a Hugging Face directory."""
+    return [checkpoint.step for checkpoint in manifest.list_checkpoints(epath.Path(path) / "checkpoints")]
 
 
 def run_settings(path: str | os.PathLike) -> dict[str, Any]:

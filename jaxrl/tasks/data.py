@@ -83,6 +83,7 @@ def load_problems(
     skip_bad_rows: bool = False,
     duplicates: str = "error",
     allow_empty_answer: bool = False,
+    need_answer: bool = True,
     limit: int | None = None,
 ) -> Loaded:
     """Reads a data set: a file, a directory of files, a name of NAMES, or "owner/name[:config]" of the hub.
@@ -92,7 +93,7 @@ def load_problems(
     in the rows}; without it common names are found (rows.ALIASES). Rows without an id get "NAME/ROW". All other fields
     end up in Problem.info. task: of the problems that are not multiple choice. skip_bad_rows: leave out rows that
     cannot be used, and say which. duplicates of an id: "error", "drop" all but the first, or "keep" all (the later ones
-    as ID#2, ID#3, ...). limit: rows to keep at most.
+    as ID#2, ID#3, ...). need_answer: False for demonstrations, which may come without. limit: rows to keep at most.
 
     Raises UserError, naming file and line, for: an unreadable or truncated file, a row that is not UTF-8 or not a JSON
     object, a missing or empty problem or answer, a repeated id, nothing left; and for an unknown data set.
@@ -112,7 +113,8 @@ def load_problems(
                 raise row
             default_id = f"{name}/{len(seen) + len(skipped)}"
             problem = problem_of(
-                row, fields or {}, place, task, allow_empty_answer=allow_empty_answer, default_id=default_id
+                row, fields or {}, place, task, allow_empty_answer=allow_empty_answer, default_id=default_id,
+                need_answer=need_answer,
             )
         except BadRow as e:
             if not skip_bad_rows:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from jaxrl.tasks import answers, equality
 from jaxrl.tasks.workers import Pool
 
-GRADER_VERSION = "5"  # raise it with every change of a verdict: results of different versions do not compare
+GRADER_VERSION = "6"  # raise it with every change of a verdict: results of different versions do not compare
 OUTCOMES = ("correct", "wrong", "unparsed", "timeout", "crashed")
 
 _reference = functools.lru_cache(4096)(answers.reference)

@@ -61,7 +61,7 @@ def _dial_problems(config):
     return make("train", seed, d.train), make("heldout", 0, config.eval.problems)
 
 
-def load_rows(config, spec: str, split: str | None, *, allow_empty_answer: bool = False) -> list[Problem]:
+def load_rows(config, spec: str, split: str | None, *, need_answer: bool = True) -> list[Problem]:
     """The rows of a data set as config.task says they are named and what is done with bad and repeated ones; what is
     left out is counted in a warning. Raises UserError as load_problems does."""
     t = config.task
@@ -74,7 +74,7 @@ def load_rows(config, spec: str, split: str | None, *, allow_empty_answer: bool 
         task=t.name,
         skip_bad_rows=t.skip_bad_rows,
         duplicates=t.duplicates,
-        allow_empty_answer=allow_empty_answer,
+        need_answer=need_answer,
     )
     if loaded.skipped:
         log.warning("%s: %d rows left out, the first: %s", spec, len(loaded.skipped), loaded.skipped[0])

@@ -39,6 +39,7 @@ _SCALE = re.compile(
 )
 _SHORT = re.compile(r"(\\?\$\s*\d[\d.,]*)\s*([kKMB]|[mb]n)(?![A-Za-z])")
 _PROSE = re.compile(rf"^{WRAPPER}\{{[^{{}}\d]*(?:\b(?:is|are|be|equals?)|[:=])\s*\}}\s*(?=.)")
+_WHOLE = re.compile(rf"^\s*{WRAPPER}\{{([^{{}}]*\d[^{{}}]*)\}}\s*$")
 _OPERATORS = {"plus": "+", "minus": "-", "times": r"\times", "divided by": "/", "over": "/"}
 _OPERATOR = re.compile(
     rf"(?<=\d)\s*(?:{WRAPPER}\{{)?\s*(plus|minus|times|divided by|over)(?![A-Za-z])\s*\}}?\s*(?=[\d\\(-])"
@@ -56,6 +57,7 @@ def clean(latex: str) -> str:
     if latex.isascii() and latex.isdigit():  # most answers are
         return latex
     text = latex if latex.isascii() else from_unicode(latex)
+    text = _WHOLE.sub(r"\1", text)  # an amount that is text as a whole
     text = _SHORT.sub(lambda m: rf"{m[1]} \times 10^{{{dict(k=3, m=6, b=9)[m[2][0].lower()]}}}", text)
     text = text.replace("\\$", "").replace("$", "")
     text = re.sub(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^", text).replace("**", "")

@@ -36,9 +36,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def problem_of(
-    row: dict, fields: Mapping[str, str], place: str, task: str, *, allow_empty_answer: bool, default_id: str
+    row: dict, fields: Mapping[str, str], place: str, task: str, *, allow_empty_answer: bool, default_id: str,
+    need_answer: bool = True,
 ) -> Problem:
-    """The problem of one row. fields: {one of FIELDS: its name in the row}, where it is not to be guessed.
+    """The problem of one row. fields: {one of FIELDS: its name in the row}, where it is not to be guessed. need_answer:
+    a row without the field is bad; else its answer is "".
 
     Raises BadRow, naming the place, for a row that has no problem or no usable answer.
     """
@@ -64,7 +66,8 @@ def problem_of(
             info["solution"], raw = raw, raw.rsplit("####", 1)[1].strip()
         if raw is None and not fields.get("answer") and isinstance(row.get("solution"), str):
             raw = boxed(row["solution"])
-        answer = _answer(raw, place, names["answer"], row, allow_empty_answer)
+        raw = "" if raw is None and not need_answer else raw
+        answer = _answer(raw, place, names["answer"], row, allow_empty_answer or not need_answer)
     id = row.get(names["id"])
     return Problem(default_id if id in (None, "") else str(id), prompt, answer, task, info=info)
 
@@ -191,8 +194,6 @@ def _answer(value: Any, place: str, field: str, row: dict, allow_empty: bool) ->
         return ", ".join(_different(golds))
     if isinstance(value, bool) or (value is not None and not isinstance(value, str | numbers.Real)):
         raise BadRow(f"{place}: answer field {field!r} is {type(value).__name__}, not text or a number")
-    if value is None and allow_empty:
-        return ""
     if value is None:
         raise BadRow(f"{place}: no answer field {field!r}; {_there(row, 'answer')}")
     if isinstance(value, float) and not math.isfinite(value):  # how some tools write "no value"

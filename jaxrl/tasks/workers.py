@@ -210,14 +210,15 @@ def _work(handle: Callable[[Any], Any], memory_mb: int, begin: Callable[[], None
     """Answers jobs; never returns."""
     code = 1
     try:
-        pipe = os.dup(1)
+        pipe, jobs = os.dup(1), os.fdopen(os.dup(0), "rb")
         os.dup2(2, 1)  # prints must not mix with answers
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor may a program that is started read the jobs
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # default action: the kernel ends the process
         limit_memory(memory_mb)
         if begin:
             begin()
         _say(pipe, {"ready": os.getpid()})
-        for line in sys.stdin.buffer:
+        for line in jobs:
             try:
                 message = json.loads(line)
             except ValueError:  # the rest of a line of which a killed worker had read the beginning

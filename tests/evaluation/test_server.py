@@ -93,10 +93,13 @@ def test_a_refusal_is_one_line_and_what_was_answered_is_kept(served, tmp_path):
     with pytest.raises(UserError, match="/chat/completions answered 404 no model m"):
         run(served, tmp_path)
     assert len({json.dumps(b) for _, b, _ in StandIn.requests}) == len(StandIn.requests)  # not tried again
-    StandIn.refuse = (503, b"busy")
-    with pytest.raises(UserError, match="failed 7 times, the last time: 503 busy"):
+    StandIn.refuse = (529, b"busy")
+    with pytest.raises(UserError, match="failed 7 times, the last time: 529 busy"):
         run(served, tmp_path)
     StandIn.refuse = (200, b'{"choices": [{"message": {"content": "1"}}]}')
+    with pytest.raises(UserError, match="without choices or usage"):
+        run(served, tmp_path)
+    StandIn.refuse = (200, b'{"choices": [{"message": null}], "usage": {"completion_tokens": 1}}')
     with pytest.raises(UserError, match="without choices or usage"):
         run(served, tmp_path)
 

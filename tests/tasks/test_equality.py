@@ -13,6 +13,8 @@ from jaxrl.tasks.equality import clean, decide, plain_number, too_costly
     ("latex", "value"),
     [
         ("42", 42),
+        (r"\text{12.5}", Fraction("12.5")),
+        (r"\textbf{1,000}", 1000),
         ("-42", -42),
         ("+42", 42),
         ("007", 7),

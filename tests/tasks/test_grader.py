@@ -226,5 +226,5 @@ def test_no_accelerator_library_in_the_worker():
 
 
 def test_version_and_outcomes_are_fixed():
-    assert GRADER_VERSION == "5"
+    assert GRADER_VERSION == "6"
     assert OUTCOMES == ("correct", "wrong", "unparsed", "timeout", "crashed")
