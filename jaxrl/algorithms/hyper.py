@@ -76,6 +76,22 @@ class Integer:
         return text if self.off is None else f"{text}, or {self.off}"
 
 
+class Names(Collection):
+    """The names of a table as it is when they are asked for, sorted: a config file may add methods."""
+
+    def __init__(self, table: Mapping):
+        self._table = table
+
+    def __contains__(self, name):
+        return name in self._table
+
+    def __iter__(self):
+        return iter(sorted(self._table))
+
+    def __len__(self):
+        return len(self._table)
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """One of some words."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -21,7 +21,7 @@ from jaxrl.algorithms.aggregation import AGGREGATIONS
 from jaxrl.algorithms.control import HELD
 from jaxrl.algorithms.correction import CORRECTIONS
 from jaxrl.algorithms.greso import GRESO
-from jaxrl.algorithms.hyper import Choice, Flag, Integer, Number, Text, Words
+from jaxrl.algorithms.hyper import Choice, Flag, Integer, Names, Number, Text, Words
 from jaxrl.algorithms.kl import KL_KINDS
 from jaxrl.algorithms.length import LENGTH_REWARDS
 from jaxrl.algorithms.losses import LOSSES
@@ -40,24 +40,8 @@ from models.decoder import REMAT_POLICIES
 from models.lora import BASES, TARGETS
 
 
-class _Names(Collection):
-    """The names of a table as it is when they are asked for, sorted: a config file may add methods."""
-
-    def __init__(self, table: Mapping):
-        self._table = table
-
-    def __contains__(self, name):
-        return name in self._table
-
-    def __iter__(self):
-        return iter(sorted(self._table))
-
-    def __len__(self):
-        return len(self._table)
-
-
 def _methods(table: Mapping, default: str) -> Choice:
-    return Choice(default, _Names(table))
+    return Choice(default, Names(table))
 
 
 def _optional(meaning: str) -> Text:
