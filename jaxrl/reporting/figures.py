@@ -302,7 +302,7 @@ def _sweeps(settings: Sequence[Setting]) -> list[tuple[str, list[dict]]]:
     for setting in settings:
         found: dict[tuple[str, str], dict[int, dict]] = {}
         for row in sorted(setting.runs[0].evaluations, key=lambda r: r.get("step") or 0):
-            if row.get("budget") and row.get("accuracy") is not None:
+            if row.get("budget") and row.get("accuracy", 0) is not None:
                 found.setdefault((row.get("data", ""), row.get("mode", "")), {})[row["budget"]] = row
         several = [len({key[i] for key in found}) > 1 for i in range(2)]
         for key, rows in found.items():
