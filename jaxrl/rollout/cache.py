@@ -281,7 +281,8 @@ class DenseCache:
         for rows in self.row_sizes:
             for at, window in enumerate(self.windows):
                 cache = self.run.call("new_cache", (rows, window), rows, window)
-                cache = self._warm_writes(cache, prompts)
+                if rows == self.row_sizes[-1]:
+                    cache = self._warm_writes(cache, prompts)
                 for other in self.windows[max(at - 1, 0) : at + 2]:
                     self._resize(cache, None, 0, other, keep=True)
                 for fewer in (size for size in self.row_sizes if size < rows):

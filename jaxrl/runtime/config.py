@@ -200,7 +200,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "sampling.prefetch": (Flag(False),
         "slots that idle while the last completions finish start prompts of the next generation batch"),
     "sampling.warmup": (Flag(False),
-        "compile every shape that the sampler can need before step 1, instead of each when it first occurs"),
+        "compile what slots or more answers can need before step 1, instead of each shape when it first occurs"),
     "sampling.weights": (Choice("same", _ROUNDED),
         "int8: matrices with one byte per entry; set algorithm.correction with it"),
     "sampling.cache": (Choice("same", _ROUNDED),
