@@ -271,8 +271,7 @@ def find_base(config, run: RunDir, learner, decoder: DecoderConfig, on, *, ident
     if the adapters now count with another factor: the checkpoints would mean other models."""
     if not learner.lora:
         return
-    home = description(run.root, "config.run_dir")
-    before = read_lora(home, decoder) if (home / ADAPTER_CONFIG).exists() else learner.lora
+    before = read_lora(description(run.root, "config.run_dir"), decoder)
     if before.scale != learner.lora.scale:
         raise UserError(f"config.model.lora.alpha={learner.lora.alpha}, rslora={learner.lora.rslora}: the adapters of "
                         f"{run.root} were trained with alpha={before.alpha}, rslora={before.rslora}")

@@ -23,7 +23,15 @@ from jaxrl.rollout.requests import Request
 from jaxrl.rollout_metrics import Collected, outcome_counts, sampled_metrics, selection_metrics
 from jaxrl.rollouts import Prompt, Rollouts
 from jaxrl.runtime import distributed
-from jaxrl.shaping import adapt, budget_factor, length_weight, named_columns, shape_rewards, shaping_metrics
+from jaxrl.shaping import (
+    adapt,
+    budget_factor,
+    length_weight,
+    named_columns,
+    restored,
+    shape_rewards,
+    shaping_metrics,
+)
 from jaxrl.tasks.answers import thinking_of
 from jaxrl.tasks.budgets import with_budget
 from jaxrl.tasks.task import Task, without_infinities
@@ -78,7 +86,7 @@ class Collector:
                 "on with the program that wrote it, or start anew in another config.run_dir"
             )
         self.position, self.greso, self.mean_lengths = (numbers[k] for k in ("position", "greso", "mean_lengths"))
-        self.shaping = numbers.get("shaping", {})
+        self.shaping = restored(numbers.get("shaping", {}), self.config)
         for name in ("surplus", "pending", "ahead"):
             mine = {k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")}
             setattr(self, name, Rollouts.from_arrays(mine))
@@ -126,8 +134,10 @@ class Collector:
             **(sampled_metrics(everything) if len(everything) else {}),
         }
         self.shaping = adapt(self.shaping, everything, self.config, step)
-        if b.greso and len(everything):
-            self.greso = self._greso_after(everything)
+        if b.greso:
+            ids = [p.problem.id for p in everything.prompts]
+            again = [p.position >= len(self.task.train) for p in everything.prompts]
+            self.greso = greso_update(self.greso, ids, mean_accuracy(everything), b.greso_hyper, again)
         return batch._replace(metrics=metrics)
 
     def _generate(self, params, step: int, costs: Costs) -> Rollouts:
@@ -222,13 +232,6 @@ class Collector:
         """Update the mean response lengths, by which later requests are ordered."""
         lengths = np.nan_to_num(mean_length(finished)).tolist()
         self.mean_lengths |= dict(zip([p.problem.id for p in finished.prompts], lengths, strict=True))
-
-    def _greso_after(self, sampled: Rollouts) -> dict:
-        """GRESO's state after a step. In the first pass over the data no prompt can be skipped yet, so only the streaks
-        grow: the probabilities wait, as in the released code."""
-        ids, before = [p.problem.id for p in sampled.prompts], self.greso["explore"]
-        after = greso_update(self.greso, ids, mean_accuracy(sampled), self.config.batch.greso_hyper)
-        return after | ({"explore": before} if self.position <= len(self.task.train) else {})
 
     def _check_failures(self, rollouts: Rollouts, step: int) -> None:
         invalid, total = int((~rollouts.valid).sum()), len(rollouts)

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     """The command line above; returns nothing, writes --out. Raises UserError for flags that cannot be used."""
     flags = cli.parse_flags(argv, FLAGS, __doc__)
     _check(flags)
-    kept = storage.output(flags["out"], "--out")
+    kept = storage.output(flags["out"], "--out", "completions")
     (kept.local / "completions").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         limits = (flags["grader_workers"], flags["grader_timeout"])

@@ -59,10 +59,13 @@ def export(run: str, out: str, *, step: int | None = None, dtype: str = "", adap
     """
     if not is_run(run):
         raise UserError(f"{run} is not a run directory")
+    there = storage.as_path(out, "OUT_DIR")
+    with storage.user_errors("OUT_DIR"):
+        taken = storage.children(there) or there.is_file()
+    if taken:
+        raise UserError(f"{out} is there already and not empty; choose another directory, or delete it")
     kept = storage.output(out, "OUT_DIR")
     target = kept.local
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{out} is there already and not empty; choose another directory, or delete it")
     if adapters:
         config, lora, params, base = load_run_adapters(run, step)
         params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)

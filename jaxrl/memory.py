@@ -108,8 +108,8 @@ def cache_sizes(decoder: DecoderConfig, dtype, placement: Placement | None, devi
         pages = default_page(platform, decoder, int8_cache, tensor)
     if not pages:
         if tokens:
-            log.warning("sampler: cache_tokens=%d is ignored: this chip has no kernel for pages (sampling.pages=64 has "
-                        "them without)", tokens)
+            log.warning("sampler: cache_tokens=%d is ignored: by default the cache is not in pages here "
+                        "(sampling.pages=64)", tokens)
         return dict(pages=0, cache_tokens=0)
     replicas = placement.row_multiple if placement else 1
     most = -(-(max_prompt + max_tokens) // pages) * pages

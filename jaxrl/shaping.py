@@ -73,16 +73,7 @@ def budget_factor(config, state: dict) -> float:
 
 
 def _factor(config, state: dict) -> float:
-    return 1.0 if config.length.control.target == "none" else control_factor(_own(state, "control", config))
-
-
-def _own(state: dict, part: str, config) -> dict:
-    """A part of the state, "reward" or "control", if this method has left it; {} after a change of method."""
-    return state.get(part, {}) if state.get("of", {}).get(part, _method(part, config)) == _method(part, config) else {}
-
-
-def _method(part: str, config) -> str:
-    return config.length.reward if part == "reward" else config.length.control.steers
+    return 1.0 if config.length.control.target == "none" else control_factor(state.get("control", {}))
 
 
 def length_inputs(rollouts: Rollouts, config, state: dict) -> LengthInputs:
@@ -98,7 +89,7 @@ def length_inputs(rollouts: Rollouts, config, state: dict) -> LengthInputs:
         group=r.group[v],
         truncated=r.truncated[v],
         columns={k: column[v] for k, column in r.columns.items()},
-        state=_own(state, "reward", config),
+        state=state.get("reward", {}),
     )
 
 
@@ -141,13 +132,23 @@ def adapt(state: dict, sampled: Rollouts, config, step: int) -> dict:
     if not sampled.valid.any():
         return state
     inputs = length_inputs(sampled, config, state)
-    of = {part: _method(part, config) for part in ("reward", "control")}
-    held = _own(state, "control", config)
-    state = state | {"reward": next_state(name, inputs, dict(config.length.hyper[name])), "of": of}
+    state = state | {"of": _methods(config), "reward": next_state(name, inputs, dict(config.length.hyper[name]))}
     if control.target != "none" and step >= config.length.warmup_steps:
         measured = measure(control.target, inputs)
-        held = control_update(held, measured, control)
-    return state | ({"control": held} if held else {})
+        state["control"] = control_update(state.get("control", {}), measured, control)
+    return state
+
+
+def restored(state: dict, config) -> dict:
+    """The state of a checkpoint for a run that goes on with `config`: without what a length reward or a control that
+    has been replaced since had left. Older checkpoints do not name their methods; their state is kept."""
+    now, then = _methods(config), state.get("of", {})
+    return {part: value for part, value in state.items() if then.get(part, now.get(part)) == now.get(part)}
+
+
+def _methods(config) -> dict[str, str]:
+    """What each part of the state belongs to."""
+    return {"reward": config.length.reward, "control": config.length.control.steers}
 
 
 def measure(target: str, inputs: LengthInputs) -> float:
@@ -166,4 +167,4 @@ def shaping_metrics(state: dict, config, step: int) -> dict[str, float]:
     out = {} if config.length.reward == "none" else {"length/weight": length_weight(config, step, state)}
     if config.length.control.target != "none":
         out["length/control"] = _factor(config, state)
-    return out | {f"length/state/{k}": v for k, v in _own(state, "reward", config).items()}
+    return out | {f"length/state/{k}": v for k, v in state.get("reward", {}).items()}

@@ -18,18 +18,19 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "triton")
-ON = {"cpu": ("xla",), "gpu": ("cudnn", "triton", "xla"), "tpu": ("splash", "xla")}  # what runs where, the best first
+_GPU = ("cudnn", "triton", "xla")
+RUNS_ON = {"tpu": ("splash", "xla"), "gpu": _GPU, "cuda": _GPU}  # the best first; elsewhere xla only
 SHARES_PROMPTS = ("xla", "cudnn")  # implementations that take any mask
 TRITON = (128, 64, 64, 64, 64, 64)  # tokens of a block: queries and keys, then of the gradients of both
 
 
-def choose(name: str, platform: str) -> str:
+def resolve_implementation(name: str, platform: str) -> str:
     """The implementation `name` ("auto": the best) on `platform`, as a device names it.
 
     Raises:
       ValueError: it does not run there.
     """
-    there = ON.get(platform, ON["gpu"] if platform in ("cuda", "rocm") else ON["cpu"])
+    there = RUNS_ON.get(platform, ("xla",))
     if name != "auto" and name not in there:
         raise ValueError(f"{name!r} does not run on {platform}: choose auto, {', '.join(there)}")
     return there[0] if name == "auto" else name
@@ -183,6 +184,8 @@ def _triton_local(q, k, v, segment_ids, *, interpret):
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))  # the kernel takes as many heads
     whole = lambda x: jnp.pad(x, ((0, 0), (0, -T % TRITON[0]), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
     q, k, v, segment_ids = map(whole, (q, k, v, segment_ids))
+    if q.size >= 2**31:  # Triton counts elements in 32 bits
+        raise ValueError(f"attention='triton': {q.size:,} elements of queries on a device, of 2,147,483,647 at most")
     blocks = kernel.BlockSizes(*TRITON)
     return kernel.mha(q, k, v, segment_ids, H**-0.5, True, blocks, interpret=interpret)[:, :T]
 

@@ -466,6 +466,18 @@ def test_greso_explores_less_only_after_the_first_pass_and_once_a_step():
     assert explored == pytest.approx([0.5, 0.5, 0.49, 0.48])
 
 
+def test_a_length_reward_changed_on_resume_starts_afresh():
+    changes = {"length.reward": "leash", "batch.prompts": 2}
+    first, _ = make(changes=changes)
+    first.collect(None, 0)
+    numbers, arrays = first.state()
+    assert numbers["shaping"]["reward"]["multiplier"] >= 0
+    same, other = make(changes=changes)[0], make(changes=changes | {"length.reward": "a_dlp"})[0]
+    for collector in (same, other):
+        collector.restore(json.loads(json.dumps(numbers)), arrays)
+    assert same.shaping == numbers["shaping"] and "reward" not in other.shaping
+
+
 BOTH = {"sampling.carry_over": 2, "sampling.prefetch": True}
 
 

@@ -157,6 +157,9 @@ def test_sweeps_of_several_data_sets_are_lines_of_their_own(pages):
     sweeps = figures._sweeps(settings)
     assert [label for label, _ in sweeps] == ["x", "y"]
     assert all([r["mean_tokens"] for r in rows] == [19, 29] for _, rows in sweeps)  # the newest checkpoint
+    ungraded = [row | {"accuracy": None if row["budget"] == 20 else 0.5} for row in rows]
+    settings = group_runs([dataclasses.replace(run, evaluations=ungraded)])
+    assert all([r["budget"] for r in found] == [10] for _, found in figures._sweeps(settings))
     forced = [row | {"data": "x", "mode": mode} for row in rows for mode in ("exact", "forced")]
     settings = group_runs([dataclasses.replace(run, evaluations=forced)])
     assert [label for label, _ in figures._sweeps(settings)] == ["exact", "forced"]

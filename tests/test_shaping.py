@@ -9,7 +9,7 @@ import pytest
 from jaxrl.algorithms.control import control_update
 from jaxrl.rollouts import Prompt, from_sequences
 from jaxrl.runtime.config import base_config
-from jaxrl.shaping import adapt, budget_factor, length_weight, shape_rewards, shaping_metrics
+from jaxrl.shaping import adapt, budget_factor, length_weight, restored, shape_rewards, shaping_metrics
 from jaxrl.tasks.budgets import with_budget, with_widest_budget
 from jaxrl.types import Problem
 
@@ -66,8 +66,7 @@ def test_the_factor_multiplies_the_weight_or_the_budgets_after_the_warm_up():
     term = shape_rewards(r, c, length_weight(c, 3, state)).reward - r.reward
     np.testing.assert_allclose(term, factor * (shape_rewards(r, c, 0.5).reward - r.reward), rtol=1e-4, atol=1e-6)
     c.length.control.steers, c.length.mode = "budget", "max"
-    assert budget_factor(c, state) == 1  # this one was learned as a factor on the weight
-    state = state | {"of": {}}
+    assert budget_factor(c, restored(state, c)) == 1  # this one was learned as a factor on the weight
     assert length_weight(c, 3, state) == 0.5 and budget_factor(c, state) == factor
     plain, scaled = (with_budget(Problem("p", "", ""), c, 3, f).budget for f in (1.0, 0.25))
     assert scaled == max(round(plain / 4), 1)
@@ -82,8 +81,10 @@ def test_a_length_reward_does_not_inherit_the_multiplier_of_another():
     state = json.loads(json.dumps(adapt({}, sampled(rng, 90, 0.5), c, 0)))
     multiplier = state["reward"]["multiplier"]
     assert multiplier > 0.4 and shaping_metrics(state, c, 1)["length/state/multiplier"] == multiplier
+    older = {"reward": {"multiplier": 2.0}}  # names no method
+    assert restored(state, c) == state and restored(older, c) == older
     c.length.reward, r = "a_dlp", sampled(rng, 90, 0.5)
-    assert "length/state/multiplier" not in shaping_metrics(state, c, 1)
+    state = restored(state, c)
     np.testing.assert_array_equal(shape_rewards(r, c, 1.0, state).reward, shape_rewards(r, c, 1.0, {}).reward)
     assert adapt(state, r, c, 1)["reward"] == adapt({}, r, c, 1)["reward"]
 

@@ -44,24 +44,28 @@ def greso_keep(state: Mapping, ids: Sequence[str], rng: np.random.Generator, hyp
     return drawn < probability
 
 
-def greso_update(state: Mapping, ids: Sequence[str], accuracies: Sequence[float], hyper: Mapping):
+def greso_update(state: Mapping, ids: Sequence[str], accuracies: Sequence[float], hyper: Mapping,
+                 again: Sequence[bool] | None = None):
     """State after a step, from all groups it sampled (before any other selection); the argument is not changed.
 
     ids: problem of each group. accuracies: share of correct responses, NaN for groups without graded ones, which are
-    ignored. Streaks grow, or reset at a group with spread. Then each kind's exploration probability goes one step down
-    if its share of the groups is at or above its target (explore less), else one step up, within [low, high].
+    ignored. again: whether the problem comes from a later pass over the data, default all; the probabilities decide
+    about no others. Streaks grow, or reset at a group with spread. Then each kind's exploration probability goes one
+    step down if its share of the later groups is at or above its target (explore less), else one step up, within
+    [low, high]; without such groups it stays, as in the released code.
     """
     streaks, explore = dict(state["streaks"]), dict(state["explore"])
     counts, graded = {"easy": 0, "hard": 0}, 0
-    for problem, accuracy in zip(ids, accuracies, strict=True):
+    again = [True] * len(ids) if again is None else again
+    for problem, accuracy, counted in zip(ids, accuracies, again, strict=True):
         if np.isnan(accuracy):
             continue
-        graded += 1
+        graded += counted
         kind = "easy" if accuracy == 1 else "hard" if accuracy == 0 else ""
         if not kind:
             streaks.pop(problem, None)
             continue
-        counts[kind] += 1
+        counts[kind] += counted
         before, n = streaks.get(problem, (kind, 0))
         streaks[problem] = [kind, n + 1 if before == kind else 1]
     if graded:

@@ -52,7 +52,7 @@ from jaxrl.learner.state import (
     sharding_of,
 )
 from jaxrl.runtime.mesh import BATCH, logical_rules, num_batch_shards, own_shards, replicated, use
-from models.attention import choose
+from models.attention import resolve_implementation
 from models.config import DecoderConfig
 from models.decoder import AUXILIARY, Decoder
 from models.lora import LoRA, join
@@ -65,9 +65,10 @@ OPTIONAL = ("parents", "least", "experts")  # further arrays with values per tok
 
 
 def attention_kernel(name: str, mesh: Mesh) -> str:
-    """The attention implementation that config.model.attention=`name` means on the devices of the mesh."""
+    """The attention implementation that config.model.attention=`name` means on the devices of the mesh. Raises
+    UserError if it does not run there."""
     try:
-        return choose(name, mesh.devices.flat[0].platform)
+        return resolve_implementation(name, mesh.devices.flat[0].platform)
     except ValueError as e:
         raise UserError(f"config.model.attention={e}") from e
 
@@ -159,7 +160,7 @@ def build_programs(
     """The learner's programs. dtype: compute dtype (sums, softmax and log-probs stay float32). lora: train these
     adapters beside a frozen base.
 
-    remat, attention: see models.decoder.Decoder and models.attention.choose. sequence_parallel: between
+    remat, attention: see models.decoder.Decoder and models.attention.resolve_implementation. sequence_parallel: between
     blocks, tokens are split over the mesh's tensor axis, which must divide them. Raises ValueError for unknown
     names of the objective.
     """

@@ -139,7 +139,7 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
             color=colour,
             fontsize=8.5,
             annotation_clip=False,
-            parse_math=False,
+            parse_math=False,  # a label may hold a $ of somebody's prompt
         )
 
 

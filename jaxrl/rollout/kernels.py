@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.rollout.sampling import draw, uniforms
-from models.attention import choose, from_blocks, to_blocks
+from models.attention import from_blocks, resolve_implementation, to_blocks
 from models.config import DecoderConfig
 from models.decoder import AUXILIARY, Decoder, empty_cache, logits
 from models.pages import empty_pages, local_layers, side_by_side
@@ -80,7 +80,8 @@ class ProgramSpec:
 
     @property
     def model(self) -> Decoder:
-        return Decoder(self.config, dtype=self.dtype, scan_layers=False, attention=choose("auto", self.platform))
+        attention = resolve_implementation("auto", self.platform)
+        return Decoder(self.config, dtype=self.dtype, scan_layers=False, attention=attention)
 
     @property
     def cache_dtype(self):

@@ -37,7 +37,10 @@ class Request:
 
     @property
     def limits(self) -> np.ndarray:
-        """int32 [samples]: response tokens allowed. Raises ValueError if max_tokens has another length."""
+        """int32 [samples]: response tokens allowed. Raises ValueError if max_tokens has another length, or samples is
+        negative."""
+        if self.samples < 0:
+            raise ValueError(f"samples={self.samples}: need 0 or more")
         limits = np.asarray(self.max_tokens, np.int32)
         if limits.ndim and limits.shape != (self.samples,):
             raise ValueError(f"max_tokens: {limits.shape} limits for {self.samples} samples")

@@ -125,24 +125,27 @@ def draw(logits, u, temperature, *, top_k=None, top_p=None, min_p=None, allowed=
       {"kept", "least"}, both float32 [B] (see `kept_set`).
     """
     V, greedy = logits.shape[-1], temperature <= 0
+    divisor = jnp.where(greedy, 1.0, jnp.maximum(temperature, LEAST_TEMPERATURE))
     peak = jnp.max(logits, axis=-1, keepdims=True)
     # subtract the peak first: logits divided by a temperature near zero lose their differences, or overflow, in float32
-    z = (logits - peak) / jnp.where(greedy, 1.0, jnp.maximum(temperature, LEAST_TEMPERATURE))[:, None]
+    z = (logits - peak) / divisor[:, None]
     weights = jnp.exp(z)
     log_total = jnp.log(jnp.sum(weights, axis=-1))
+    choices, highest = logits, peak
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)
-        z, logits = jnp.where(allowed, z, -jnp.inf), jnp.where(allowed, logits, -jnp.inf)
-        peak = jnp.max(logits, axis=-1, keepdims=True)
+        z, choices = jnp.where(allowed, z, -jnp.inf), jnp.where(allowed, logits, -jnp.inf)
+        highest = jnp.max(choices, axis=-1, keepdims=True)
     if top_k is not None:
         weights = truncate(z, weights, top_k, top_p, min_p)
     # an argmax by comparison vectorises on CPU; the (value, index) reduction does not
-    best = jnp.min(jnp.where(logits == peak, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
+    best = jnp.min(jnp.where(choices == highest, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
     token = jnp.where(greedy, best, inverse_cdf(weights, u))
     if allowed is not None:  # if all allowed weights underflow, the likeliest allowed token
         drawn = jnp.take_along_axis(weights, token[:, None], axis=-1)[:, 0]
         token = jnp.where(drawn > 0, token, best)
-    picked = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
+    # not taken from z: if the peak met nothing but all logits, a CPU would write it out once for each of them
+    picked = (jnp.take_along_axis(logits, token[:, None], axis=-1) - peak)[:, 0] / divisor
     if record:
         return token, picked - log_total, kept_set(z - log_total[:, None], weights)
     return token, picked - log_total

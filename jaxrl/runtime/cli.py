@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 
@@ -99,7 +98,8 @@ def use_compilation_cache(run_dir: str = "") -> None:
     else:
         root = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
         run = run_dir.rstrip("/")
-        beside = os.path.join(os.path.dirname(run) if re.search(r"[^:/]/", run) else run, "xla")
+        bucket = storage.is_remote(run) and run.count("/") == 2  # a bucket has nothing beside it
+        beside = os.path.join(run if bucket else os.path.dirname(run), "xla")
         where = beside if storage.is_remote(beside) else os.path.join(root, "jaxrl", "xla")
         jax.config.update("jax_compilation_cache_dir", where)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -323,17 +323,16 @@ def scratch(path: Path, kind: str) -> pathlib.Path:
     return base / kind / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
-def output(root: Path, key: str) -> Mirror:
-    """The directory of a command's results, with its present files but checkpoints; to be closed when all results are
-    there.
+def output(root: Path, key: str, folder: str = "") -> Mirror:
+    """The directory of a command's results, to be closed when all of them are there. folder: of the files that the
+    command goes on with; the others are neither read nor touched.
 
     Raises UserError naming the setting `key`.
     """
     root = as_path(root, key)
     with user_errors(key):
-        present = list(files_below(root)) if is_remote(root) else ()
-        wanted = [name for name in present if not name.startswith("checkpoints/")]
-        return Mirror(root, wanted, f"results-{os.getpid()}")
+        names = files_below(root / folder) if folder and is_remote(root) else ()
+        return Mirror(root, [f"{folder}/{name}" for name in names], f"results-{os.getpid()}")
 
 
 @functools.lru_cache(maxsize=64)

@@ -257,6 +257,8 @@ def test_greso_streaks_and_adaptation():
     low = {"explore": {"easy": 0.05, "hard": 0.95}, "streaks": {}}
     assert _greso(low, [easy])["explore"] == pytest.approx({"easy": 0.05, "hard": 0.95})
     assert _greso(state, [crashed]) == state
+    new = greso_update(state, ["a", "b", "c"], [1.0, 0.0, 0.5], CONSTANTS, [False, False, True])
+    assert new["explore"] == pytest.approx({"easy": 0.51, "hard": 0.51}) and new["streaks"].keys() == {"a", "b"}
 
 
 def test_greso_samples_streaks_with_probability_p_to_the_n():

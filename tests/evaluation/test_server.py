@@ -104,6 +104,16 @@ def test_a_refusal_is_one_line_and_what_was_answered_is_kept(served, tmp_path):
         run(served, tmp_path)
 
 
+@pytest.mark.parametrize("content, said", [
+    (None, "<think>so"), ("4", "<think>so</think>4"), (chr(0xD800), "<think>so</think>?"),
+])  # fmt: skip
+def test_thinking_that_a_server_cuts_out_is_put_back_and_left_open_where_it_was_cut_off(served, content, said):
+    message = {"content": content, "reasoning_content": "so"}
+    usage = {"completion_tokens": 3}
+    StandIn.refuse = (200, json.dumps({"choices": [{"message": message}], "usage": usage}).encode())
+    assert Server(served, "m").complete([{"role": "user", "content": "?"}], {})["text"] == said
+
+
 def test_flags_about_checkpoints_are_refused(tmp_path):
     for flag in ("--step=3", "--all_checkpoints", "--distributed"):
         with pytest.raises(UserError, match="cannot be used with --server"):

@@ -114,6 +114,16 @@ def test_pods_with_gpus_find_each_other(monkeypatch):
     assert start.address == f"{found['metadata']['name']}-{job['name']}-0-0.{found['metadata']['name']}:8476"
     assert spec["parallelism"] == 2 and train["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert pod["nodeSelector"]["cloud.google.com/gke-accelerator"] == "nvidia-h100-80gb"
+    assert env["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+
+
+def test_kubernetes_hands_over_dollars_as_they_are(monkeypatch):
+    """What Kubernetes makes of a command: $$ is $, and $(NAME) a variable's value."""
+    argument = "--config.task.system_prompt=$x $(HOME) $$"
+    _, _, _, pod = jobset(monkeypatch, POD, argument)
+    words = [word.replace("$$", "\0") for word in pod["containers"][0]["command"]]
+    assert not any("$(" in word for word in words)
+    assert argument in [word.replace("\0", "$") for word in words]
 
 
 def test_skypilot_task(monkeypatch):
@@ -216,6 +226,8 @@ def test_hands_over_what_a_dry_run_prints(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert launch.main(args) == 5 and (tmp_path / "job").read_text() == printed
     assert (tmp_path / "flags").read_text() == "--partition=gpu --time=1:00:00\n"
+    with pytest.raises(UserError, match="--flags=--comment='x: No closing quotation"):
+        launch.main(["launchers", "slurm", GPUS, "--flags=--comment='x"])
     with pytest.raises(UserError, match="kubectl is not installed here; --dry-run"):
         launch.main(["launchers", "gke", GPUS, STORE, "--image=i"])
 

@@ -85,7 +85,7 @@ def test_log_probs_and_gradients_are_those_of_unshared_rows(objective):
 
 
 def test_a_kernel_that_cannot_share_is_refused_before_it_is_compiled(monkeypatch):
-    monkeypatch.setitem(attention.ON, "cpu", ("splash",))
+    monkeypatch.setitem(attention.RUNS_ON, "cpu", ("splash",))
     config = base_config()
     config.batch.share_prompts, config.model.attention = True, "splash"
     with pytest.raises(UserError, match="config.batch.share_prompts: attention splash cannot"):

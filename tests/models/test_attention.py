@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from models.attention import attend, attend_packed, choose, from_blocks, segment_mask, to_blocks, write_keys
+from models.attention import (
+    attend,
+    attend_packed,
+    from_blocks,
+    resolve_implementation,
+    segment_mask,
+    to_blocks,
+    write_keys,
+)
 
 
 def reference(q, k, v, segment_ids, window=1000):
@@ -108,10 +116,10 @@ def test_unknown_implementation():
     ("triton", "gpu", "triton"), ("xla", "tpu", "xla"),
 ])
 def test_what_runs_on_a_platform(name, platform, chosen):
-    assert choose(name, platform) == chosen
+    assert resolve_implementation(name, platform) == chosen
 
 
 @pytest.mark.parametrize("name, platform", [("triton", "cpu"), ("cudnn", "tpu"), ("splash", "gpu")])
 def test_what_does_not_run_on_a_platform(name, platform):
     with pytest.raises(ValueError, match=rf"^'{name}' does not run on {platform}: choose auto, .*xla$"):
-        choose(name, platform)
+        resolve_implementation(name, platform)

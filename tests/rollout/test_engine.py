@@ -164,7 +164,7 @@ def test_stop_sequences_end_a_completion_after_their_last_token():
     cut = generate([dataclasses.replace(tiny.requests()[0], stop=((299, 299, 299), stop))])[0][sample]
     first = next(i for i in range(full.length) if tuple(full.tokens[i : i + 2]) == stop)
     np.testing.assert_array_equal(cut.tokens, full.tokens[: first + 2])
-    np.testing.assert_allclose(cut.logprobs, full.logprobs[: first + 2], atol=1e-6)
+    np.testing.assert_allclose(cut.logprobs, full.logprobs[: first + 2], atol=1e-5)
     assert cut.finish == "stop"
 
 
@@ -251,6 +251,11 @@ def test_no_requests_and_no_samples():
         (dict(max_tokens=[1, 2]), "2,.*limits for 3 samples"),
         (dict(prompt=np.array([300], np.int32)), "outside the vocabulary, 0..299"),
         (dict(stop=((),)), "empty stop sequence"),
+        (dict(stop=(5,)), "no tuple of tokens"),
+        (dict(prompt=np.array([9.0])), "prompt tokens of float64"),
+        (dict(key=-1), "request 1: key=-1: need 0 to 4294967295"),
+        (dict(first_sample=2**32), "first_sample=4294967296"),
+        (dict(samples=-1), "samples=-1"),
     ],
 )
 def test_bad_requests_are_named(request_, match):

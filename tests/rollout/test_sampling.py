@@ -78,6 +78,14 @@ def test_supports_with_banned_tokens_and_huge_logits():
         np.testing.assert_array_equal(support(z, **case), expected_support(z, **case))
 
 
+@pytest.mark.parametrize("bias", [-1e4, -1e9, -1e30])
+@pytest.mark.parametrize("case", [dict(top_k=5), dict(top_p=0.9)], ids=str)
+def test_a_large_bias_leaves_the_supports_of_the_rest_alone(bias, case):
+    z = np.random.default_rng(2).normal(0, 3, (4, 300)).astype(np.float32)
+    z[:, 100:] += np.float32(bias)
+    np.testing.assert_array_equal(support(z, **case), expected_support(z, **case))
+
+
 def test_ties_at_the_threshold_are_all_kept():
     z = np.array([[2.0, 1.0, 1.0, 1.0, 0.0]], np.float32)
     assert support(z, top_k=2).tolist() == [[True, True, True, True, False]]

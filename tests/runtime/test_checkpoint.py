@@ -463,6 +463,27 @@ def test_on_a_store_the_marker_is_the_last_request_and_damage_is_named(store, ca
     assert_same_tree(restore(tmp_path, state()).arrays, state(2))
 
 
+def test_an_account_that_may_not_delete_saves(store, caplog):
+    run = f"{store.url}/nodelete"
+    store.faults({"match": "^DELETE", "status": 403, "times": -1})
+    with Checkpointer(run, keep_last=1) as saver:
+        for step in (1, 2):
+            saver.save(step, state(step), {})
+            assert saver.wait() == step
+        assert "could not remove old checkpoint" in caplog.text
+    store.faults()
+    assert restore(run, state()).step == 2
+
+
+def test_a_run_whose_first_checkpoint_is_refused_ends_in_one_line(store):
+    store.faults({"match": "^(POST|PUT)", "status": 403, "times": -1})
+    with pytest.raises(UserError, match="refused: the first checkpoint could not be saved: .*no permission"):
+        with Checkpointer(f"{store.url}/refused") as saver:
+            saver.save(0, state(), {})
+            saver.wait()
+    store.faults()
+
+
 @pytest.mark.parametrize("skip", range(0, 9))
 def test_a_store_that_goes_away_leaves_the_older_checkpoint(store, caplog, monkeypatch, skip):
     monkeypatch.setattr(storage, "PATIENCE", 0.0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src import compilation_cache
 
+from jaxrl.errors import UserError
 from jaxrl.runtime import cli, compiles
 from tests.stores import Store
 
@@ -98,3 +99,13 @@ def test_a_new_machine_finds_the_programs_of_a_run_on_a_store(cache, monkeypatch
 def test_what_the_user_says_of_the_cache_stays(cache, tmp_path):
     cli.use_compilation_cache("gs://bucket/runs/first")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+def test_where_the_cache_of_a_run_on_a_store_lies(cache, monkeypatch):
+    for run, where in (("gs://bucket/runs/a/", "gs://bucket/runs/xla"), ("gs://bucket", "gs://bucket/xla")):
+        jax.config.update("jax_compilation_cache_dir", None)
+        cli.use_compilation_cache(run)
+        assert jax.config.jax_compilation_cache_dir == where
+    jax.config.update("jax_compilation_cache_dir", "gss://bucket")
+    with pytest.raises(UserError, match="JAX_COMPILATION_CACHE_DIR=gss://bucket: need a local path"):
+        cli.use_compilation_cache()

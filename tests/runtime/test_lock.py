@@ -69,6 +69,12 @@ def test_a_dead_owner_on_another_machine_loses_it_by_itself(run, monkeypatch, ca
     assert "waiting up to 0 s for a sign of life" in caplog.text
 
 
+def test_what_others_put_beside_the_lease_stays(run, store):
+    storage.atomic_write(f"{run}/.lock/README", b"?")
+    Lease(run).release()
+    assert f"{run.removeprefix(store.url + '/')}/.lock/README" in store.names()
+
+
 def test_a_living_owner_on_another_machine_keeps_it(run, monkeypatch):
     with monkeypatch.context() as there:
         elsewhere(there)

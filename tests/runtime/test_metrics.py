@@ -172,6 +172,9 @@ def test_reading(tmp_path):
     path.write_text('{"step": 1}\n{"step": oops}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not a metrics record"):
         read_metrics(path)
+    path.write_text('{"step": 1, "_nonfinite": {"a": null}}\n')
+    with pytest.raises(UserError, match=r":1: not a metrics record"):
+        read_metrics(path)
     path.write_text("[1]\n")
     with pytest.raises(UserError, match=r":1: not a metrics record"):
         read_metrics(path)

@@ -56,13 +56,20 @@ def test_run_dir_that_cannot_be_made(tmp_path):
         open_run_dir(tmp_path / "file" / "run", resume=True)
 
 
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match="config.run_dir=.*: cannot write .*lock: Is a directory"):
+        open_run_dir(tmp_path, resume=True)
+
+
 def test_samples_are_replaced_and_dropped(tmp_path):
     run = open_run_dir(tmp_path, resume=False)
     for step in (1, 2, 3):
         run.write_samples(step, [{"text": "old"}])
+    (run.samples / "step_00000003.jsonl.gz").touch()  # somebody's
     run.write_samples(2, [{"text": "ü"}, {"text": "b"}])
     run.drop_samples_after(2)
-    assert sorted(p.name for p in run.samples.iterdir()) == ["step_00000001.jsonl", "step_00000002.jsonl"]
+    assert sorted(p.name for p in run.samples.glob("*.jsonl")) == ["step_00000001.jsonl", "step_00000002.jsonl"]
     lines = (run.samples / "step_00000002.jsonl").read_text().splitlines()
     assert [json.loads(x)["text"] for x in lines] == ["ü", "b"]
 

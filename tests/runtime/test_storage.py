@@ -177,15 +177,16 @@ def test_a_mirror_uploads_what_changed(store, tmp_path):
 
 
 def test_what_was_pulled_is_not_pushed_back(store):
-    names = ["d/a", "d/b", "d/checkpoints/00000001/x"]
+    names = ["d/checkpoints/00000001/x", "d/completions/a", "d/completions/b"]
     for name in names:
         storage.atomic_write(epath.Path(f"{store.url}/{name}"), b"1")
-    results = storage.output(f"{store.url}/d", "--out")
-    assert not (results.local / "checkpoints").exists()
-    (results.local / "b").write_text("23")
-    storage.atomic_write(epath.Path(f"{store.url}/d/a"), b"another process's")
+    results = storage.output(f"{store.url}/d", "--out", "completions")
+    assert sorted(p.name for p in results.local.rglob("*") if p.is_file()) == ["a", "b"]
+    (results.local / "completions/b").write_text("23")
+    storage.atomic_write(epath.Path(f"{store.url}/d/completions/a"), b"another process's")
     results.close()
-    assert store.read("d/a") == b"another process's" and store.read("d/b") == b"23" and store.names("d/") == names
+    assert store.read("d/completions/a") == b"another process's" and store.read("d/completions/b") == b"23"
+    assert store.names("d/") == names
 
 
 @pytest.mark.parametrize("one, other", [

@@ -93,6 +93,11 @@ def test_prints_do_not_mix_with_answers(pool):
     ]
 
 
+def test_a_program_that_reads_does_not_get_the_jobs(pool):
+    assert pool().map([["program", 0], ["echo", 1], ["program", 0], ["echo", 2]]) == [
+        ("ok", 1), ("ok", 1), ("ok", 1), ("ok", 2)]  # fmt: skip
+
+
 def test_all_jobs_together_have_a_limit(pool):
     p = pool(timeout=0.4)
     p.map([["echo", 0]])

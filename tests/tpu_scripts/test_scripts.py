@@ -203,13 +203,19 @@ def test_setup_installs_this_checkout_on_all_workers(cloud, tmp_path):
     for home in (tmp_path / "home0", tmp_path / "home1"):
         assert (home / "jaxrl_current/setup.py").read_text() == (ROOT / "setup.py").read_text()
         assert (home / "jaxrl.env").stat().st_mode & 0o077 == 0
-        assert not (home / "jaxrl_current/keys.env").exists()
         assert (home / "data/model").is_dir() and (home / "data/data").is_dir()
     installs = [e for e in cloud.entries("python.jsonl") if "install" in e and "--editable" in e]
     folders = [(tmp_path / f"home{i}/jaxrl_current").resolve() for i in (0, 1)]
     assert [e[-1] for e in installs] == [f"{folder}[tpu]" for folder in folders]
     assert all(folder.name.startswith("jaxrl-") for folder in folders)
     assert [c[3] for c in cloud.calls("storage")] == ["gs://b/model", "gs://b/data"] * 2
+
+
+def test_the_file_with_keys_stays_out_of_the_archive(cloud, tmp_path):
+    """A file of this checkout that git knows stands for it."""
+    assert cloud.call("setup", *WHERE, f"--env-file={ROOT / 'ruff.toml'}").returncode == 0
+    assert (tmp_path / "home0/jaxrl_current/setup.py").exists()
+    assert not (tmp_path / "home0/jaxrl_current/ruff.toml").exists()
 
 
 def test_launch_runs_the_same_command_everywhere_detached(cloud, tmp_path):
