@@ -166,6 +166,7 @@ def evaluate_served(flags: dict, out: storage.Mirror, grader: Grader, reward: Us
                     if flags[k] != off}  # fmt: skip
         if flags["enable_thinking"] in ("on", "off"):  # as vLLM and SGLang take it
             settings["chat_template_kwargs"] = {"enable_thinking": THINKING[flags["enable_thinking"]]}
+            identity["enable_thinking"] = flags["enable_thinking"]
 
         def answer(job: Job, part: Sequence[int]) -> Records:
             asked = ([job.problems[i] for i in part], [job.prompts[i] for i in part])

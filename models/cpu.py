@@ -1,6 +1,7 @@
 """Workarounds that make XLA's CPU code fast; everywhere else the plain form is used.
 
-Each computes the same as the line it stands for: `product(x, w)` is x @ w, `apply_rope` is the decoder's.
+Each computes the same as the line it stands for: `product(x, w)` is x @ w, `turned_product(x, w.T)` is too, and
+`apply_rope` is the decoder's.
 Keys in blocks, for the same reason, are in models/attention.py beside the cache's other forms.
 """
 
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+# What `turned_product` pays for, measured on CPUs (docs/performance.md): rows, and elements of a matrix
+FEW_ROWS, LARGE = 64, 2**20
+
 
 def product(x, w):
     """x [..., D] @ w [D, F]; on a single device one flat product, whose gradient a CPU writes out before it is used.
@@ -23,6 +27,22 @@ def product(x, w):
     if _on_a_mesh():
         return x @ w
     return _written_out(x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def turned_product(x, w):
+    """x [..., D] times the transpose of w [F, D], on a single device.
+
+    XLA's CPU kernels rearrange ("pack") the right side before they multiply. With few rows on the left, packing
+    x @ w takes as long as the product, or longer: so w goes to the left, x to the right, and the result is turned. The
+    barrier keeps XLA from turning what comes after it instead. With many rows, both sides take the same time.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    by_columns = ((1,), (1,)), ((), ())
+    if len(flat) > FEW_ROWS:
+        y = lax.dot_general(flat, w, by_columns)
+    else:
+        y = lax.optimization_barrier(lax.dot_general(w, flat, by_columns)).T
+    return y.reshape(*x.shape[:-1], len(w))
 
 
 def _on_a_mesh() -> bool:

@@ -11,7 +11,7 @@ decoding wants.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -27,7 +27,7 @@ from models.config import DecoderConfig, LayerKind
 from models.layout import quantise
 from models.pages import Pages, Place, attend_pages
 from models.rope import rope_frequencies
-from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, find, set_path, weights, whole_shape
+from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, TURNED, find, set_path, weights, whole_shape
 
 AUXILIARY = "auxiliary"  # Flax collection of what layers return besides their output
 
@@ -111,9 +111,17 @@ def rms_norm(x, scale, config: DecoderConfig):
     return (y * (1 + scale if config.norm_offset else scale)).astype(x.dtype)
 
 
+class Turned(NamedTuple):
+    """A matrix [D, F] as its transpose [F, D]."""
+
+    array: Any
+
+
 def linear(x, w, narrow: bool = False):
-    """x [..., D] times w [D, F], or times an int8 w with its float32 scales [F] (see models.layout). narrow: both are
-    rounded to bfloat16 first."""
+    """x [..., D] times w [D, F], or times an int8 w with its float32 scales [F], or a turned one (see models.layout).
+    narrow: both are rounded to bfloat16 first."""
+    if isinstance(w, Turned):
+        return cpu.turned_product(x, w.array).astype(x.dtype)
     product = cpu.narrow_product if narrow else cpu.product
     if isinstance(w, tuple):
         y = product(x, w[0].astype(x.dtype))
@@ -145,6 +153,8 @@ class Part(nn.Module):
 
     def weight(self, name: str):
         """Parameter `name` in the compute dtype; of an int8 matrix the pair (int8, float32 scales)."""
+        if self.has_variable("params", name + TURNED):
+            return Turned(self.get_variable("params", name + TURNED).astype(self.dtype))
         w = self.raw(name)
         return (w, self.get_variable("params", name + SCALE)) if w.dtype == jnp.int8 else w.astype(self.dtype)
 
@@ -156,7 +166,7 @@ class Part(nn.Module):
         """x times each of these matrices, plus its bias if it has one; one product where they are fused."""
         rows = [find(self.config, self.name, name) for name in names]
         fused = rows[0].fused
-        if fused and self.has_variable("params", fused):
+        if fused and any(self.has_variable("params", fused + form) for form in ("", TURNED)):
             y = linear(x, self.weight(fused), self.config.narrow)
             if self.has(f"{names[0]}_bias"):
                 y += self.weight(f"{fused}_bias")
@@ -384,7 +394,7 @@ class Decoder(nn.Module):
                 updated.append(own)
             layers = None if cache is None else tuple(zip(*updated, strict=True))
         x = RMSNorm(*parts, name="final_norm")(x)
-        if not c.tie_embeddings:  # declared here so that init makes it; applied by logits() and the learner
+        if not c.tie_embeddings and self.is_initializing():  # applied by logits() and the learner
             self._table("lm_head", "kernel")
         if cache is not None:
             cache = cache.stepped(layers, T)
@@ -413,9 +423,12 @@ def head_matrix(params):
 def logits(params, hidden, narrow: bool = False):
     """float32 [..., V] next-token logits of hidden [..., D]. narrow: see DecoderConfig."""
     hidden = hidden.astype(jnp.bfloat16) if narrow else hidden
+    own = params.get("lm_head", {})
+    if "kernel" + TURNED in own:
+        return cpu.turned_product(hidden, own["kernel" + TURNED].astype(hidden.dtype)).astype(jnp.float32)
     head = head_matrix(params).astype(hidden.dtype)
     z = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
-    scale = params.get("lm_head", {}).get("kernel_scale")
+    scale = own.get("kernel_scale")
     return z if scale is None else z * scale
 
 

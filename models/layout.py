@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from models.config import DecoderConfig
-from models.table import LORA_A, LORA_B, MATRIX, SCALE, Weight, get_path, set_path, weights
+from models.table import LORA_A, LORA_B, MATRIX, SCALE, TURNED, Weight, get_path, set_path, weights
 
 HEAD = ("lm_head", "kernel")
 
@@ -22,7 +22,7 @@ def quantise(x, axis: int = -2):
 
 
 def sampling_layout(
-    params, config: DecoderConfig, dtype, fuse: bool = True, *, untie: bool = False, int8: bool = False
+    params, config: DecoderConfig, dtype, fuse: bool = True, *, untie: bool = False, int8: bool = False, turn: int = 0
 ):
     """The same weights, unrolled by layer, cast once, with those of one `fused` name in the table side by side.
 
@@ -32,6 +32,8 @@ def sampling_layout(
 
     untie: give tied embeddings a head of their own, [D, V]; a CPU multiplies by a transposed matrix slowly.
     int8: matrices of the layers and a head of its own become int8, with `*_scale` beside them (see `quantise`).
+    turn: matrices of so many elements or more are stored transposed, as `*_turned` (see models.cpu.turned_product); 0:
+    none, and none of int8.
 
     Returns: params for Decoder(config, dtype, scan_layers=False).
     """
@@ -39,14 +41,16 @@ def sampling_layout(
     out: dict = {}
     for path, rows, layer, small in _entries(config, fuse, untie, int8):
         arrays = [dense(params, row, config, layer) for row in rows]
-        kept = jnp.bfloat16 if config.narrow and (rows[0].kind == MATRIX or path == HEAD) else dtype
+        matrix, as_embedding = rows[0].kind == MATRIX or path == HEAD, path == HEAD and rows[0].path != HEAD
+        kept = jnp.bfloat16 if config.narrow and matrix else dtype
         arrays = arrays if small else [a.astype(kept) for a in arrays]
         w = jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
-        w = w.T if path == HEAD and rows[0].path != HEAD else w
+        turned = matrix and not small and 0 < turn <= w.size
+        w = w.T if turned != as_embedding else w
         if small:
             w, scale = quantise(w)
             set_path(out, (*path[:-1], path[-1] + SCALE), scale)
-        set_path(out, path, w)
+        set_path(out, (*path[:-1], path[-1] + TURNED) if turned else path, w)
     return out
 
 

@@ -285,6 +285,7 @@ def test_held_out_metrics_of_a_training_run(model):
     ("--budget_mode=about", "--budget_mode='about': must be one of exact, max"),
     ("--all_checkpoints", "not a run directory with checkpoints"),
     ("--step=3", "no checkpoint of step 3"),
+    ("--reward=tests.tasks.naughty_worker:reward", "'dial' of --data has its own reward"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(model, tmp_path, flag, said):
     data = () if flag.startswith("--data") else ("--data=dial",)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import pathlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxrl.errors import UserError
 from jaxrl.evaluation.identity import reward_identity
 from jaxrl.rollout.budget_forcing import Delimiters
+from jaxrl.rollout.requests import first_stop
 from jaxrl.runtime.model_source import run_settings
 from jaxrl.tasks import dial
 from jaxrl.tasks.answers import extract
@@ -127,9 +132,24 @@ def load_text(spec: str, tokenizer, flags: dict, grader: Grader, reward: UserRew
         template=template,
         grader_version=f"{grader.version} {reward_identity(reward.spec)}" if reward else grader.version,
         max_tokens=MAX_TOKENS,
-        delimiters=lambda: Delimiters(*(tuple(tokenizer.encode(s)) for s in (flags["end_thinking"], *S1_PIECES))),
+        delimiters=lambda: text_delimiters(tokenizer, flags["end_thinking"]),
         answer_tokens=64,
     )
+
+
+@functools.cache
+def text_delimiters(tokenizer, end_thinking: str) -> Delimiters:
+    """s1's delimiters. Warns, once, of a tokenizer that writes the end of thinking with other tokens in some places."""
+    pieces = Delimiters(*(tuple(tokenizer.encode(s)) for s in (end_thinking, *S1_PIECES)))
+    for before, after in itertools.product(("a", "a.", "a ", "a\n"), ("", "\n", "\n\n", " ")):
+        text = before + end_thinking + after
+        tokens = np.array(tokenizer.encode(text))
+        if first_stop(tokens, len(tokens), [pieces.end_thinking]) is None:
+            log.warning("--end_thinking=%s: the tokenizer merges it with its neighbours, as in %r: where a response "
+                        "closes its thinking so, this is not seen, and at its budget it is closed again",
+                        end_thinking, text)
+            break
+    return pieces
 
 
 def _shown(prompt: str | list, tokenizer) -> str:
@@ -196,13 +216,16 @@ def load_sets(
 ) -> list[EvalSet]:
     """The data sets of --data, each with a unique name.
 
-    Raises UserError for what is neither a file nor a known name, and for a set that is listed twice.
+    Raises UserError for what is neither a file nor a known name, for a set that is listed twice, and for a reward
+    function beside the embedded task, which has its own.
     """
     sets: list[EvalSet] = []
     for spec in specs.split(","):
         if spec in [data.spec for data in sets]:
             raise UserError(f"--data lists {spec!r} twice")
         if spec.split(":")[0] == "dial":
+            if reward:
+                raise UserError(f"--reward={reward.spec}: {spec!r} of --data has its own reward; evaluate it alone")
             data = load_dial(spec, tokenizer, flags["limit"])
         else:
             data = load_text(spec, tokenizer, flags, grader, reward)

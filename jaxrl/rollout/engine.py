@@ -31,6 +31,7 @@ from jaxrl.rollout.slots import Slots, sampling_arrays
 from jaxrl.rollout.waiting import Start, Waiting
 from jaxrl.types import Completion, concat_columns
 from models.config import DecoderConfig
+from models.cpu import LARGE
 from models.layout import sampling_layout
 from models.pages import implementation, local_window
 
@@ -110,8 +111,11 @@ class Engine:
             sizes |= dict(page=pages, tokens=cache_tokens, implementation=how, local=local_window(config))
         self.cache: KVCache = (PagedCache if pages else DenseCache)(self.runner, **sizes)
         fused = placement.fused if placement else True
+        how = dict(untie=spec.platform == "cpu", int8=weights == "int8")
+        if spec.platform == "cpu" and not placement and dtype == jnp.float32 and not config.narrow:
+            how["turn"] = LARGE
         self._layout = jax.jit(
-            lambda p: sampling_layout(p, config, dtype, fused, untie=spec.platform == "cpu", int8=weights == "int8"),
+            lambda p: sampling_layout(p, config, dtype, fused, **how),
             out_shardings=placement.cast_where_they_lie(config) if placement else None,
         )
         self.stats = Stats()

@@ -1,12 +1,14 @@
 """Length control against the definitions written out by hand."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from jaxrl.errors import UserError
 from jaxrl.evaluation import lengths
+from jaxrl.evaluation.benchmarks import text_delimiters
 from jaxrl.evaluation.lengths import (
     generation_cap,
     length_metrics,
@@ -96,3 +98,21 @@ def test_length_profile_is_accuracy_by_parts_of_the_lengths():
     assert same == {"tokens_correct": 5.0, "tokens_wrong": None,
                     "by_length": [{"up_to": 5, "accuracy": 1.0, "samples": 3}]}  # fmt: skip
     assert length_profile([]) == {}
+
+
+class Characters:
+    """A tokenizer of characters, and of pairs that it merges."""
+
+    def __init__(self, merged):
+        self.pattern = re.compile(f"{merged}|(?s:.)")
+
+    def encode(self, text):
+        return [sum(ord(c) << 8 * i for i, c in enumerate(token)) for token in self.pattern.findall(text)]
+
+
+@pytest.mark.parametrize("merged, example", [(">\\n", r"'a</think>\n'"), (r"\.<", "'a.</think>'"), ("ab", None)])
+def test_a_warning_where_the_end_of_thinking_is_not_always_the_same_tokens(merged, example, caplog):
+    tokenizer = Characters(merged)
+    for _ in range(2):
+        assert text_delimiters(tokenizer, "</think>").end_thinking == tuple(map(ord, "</think>"))
+    assert [r.getMessage().split("as in ")[1].split(":")[0] for r in caplog.records] == [example] * bool(example)

@@ -88,6 +88,12 @@ def test_a_second_call_asks_nothing_and_a_budget_is_in_the_prompt(served, tmp_pa
     assert first["budget"] == 64 and first["mean_error"] < 0
 
 
+def test_answers_with_and_without_thinking_are_kept_apart(served, tmp_path):
+    run(served, tmp_path, "--limit=1", "--enable_thinking=on")
+    with pytest.raises(UserError, match="enable_thinking='?on'?, now '?off'?; choose another --out"):
+        run(served, tmp_path, "--limit=1", "--enable_thinking=off")
+
+
 def test_a_refusal_is_one_line_and_what_was_answered_is_kept(served, tmp_path):
     StandIn.refuse = (404, b"no model m")
     with pytest.raises(UserError, match="/chat/completions answered 404 no model m"):

@@ -252,6 +252,9 @@ def test_sampling_layout_agrees(family):
     expected = forward(Decoder(config), params, tokens)
     largest = max(1.0, np.abs(expected).max())  # Gemma's scaled embeddings make larger logits
     assert np.abs(forward(*in_form("fused", config, params), tokens) - expected).max() < 1e-5 * largest
+    turned = sampling_layout(params, config, jnp.float32, untie=True, turn=256)  # the form of a CPU
+    assert {"o", "o_turned"} & set(turned["layer_0"]["attn"]) == {"o_turned"} and "kernel_turned" in turned["lm_head"]
+    assert np.abs(forward(Decoder(config, scan_layers=False), turned, tokens) - expected).max() < 1e-5 * largest
 
 
 def test_only_relative_position_matters(family):
@@ -379,3 +382,11 @@ def test_gradients_are_written_out_on_a_cpu_only():
     gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(linear(x, w) ** 3), (0, 1))).trace(x, w)
     found = {p: "optimization_barrier" in gradient.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
     assert found == {"cpu": True, "tpu": False}
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (3, 2, 24), (cpu.FEW_ROWS + 1, 24)])
+def test_a_turned_product_is_the_product(shape):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=shape), rng.normal(size=(24, 40))
+    got = jax.jit(cpu.turned_product)(jnp.asarray(x, jnp.float32), jnp.asarray(w.T, jnp.float32))
+    np.testing.assert_allclose(got, x @ w, atol=1e-5)

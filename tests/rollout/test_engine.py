@@ -39,6 +39,19 @@ def test_the_workload_is_ragged():
     assert len(lengths) >= 5 and finishes == {"eos", "length"}
 
 
+def test_large_matrices_are_stored_transposed_on_one_cpu_in_float32(monkeypatch):
+    assert "kernel" in shared()[1]["lm_head"]  # these are small
+    monkeypatch.setattr("jaxrl.rollout.engine.LARGE", 512)
+    sampler = tiny.sampler(chunk=8, window=32)
+    params = sampler.layout(tiny.params())
+    assert set(params["lm_head"]) == {"kernel_turned"} and "gate_up_turned" in params["layer_0"]["mlp"]
+    for got, expected in zip(sampler.generate(params, tiny.requests(), seed=11), baseline(), strict=True):
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    assert "kernel" in tiny.sampler(dtype=jnp.bfloat16).layout(tiny.params())["lm_head"]
+
+
 def test_tokens_and_logprobs_are_those_of_a_plain_loop():
     for request, group in zip(tiny.requests(), baseline(), strict=True):
         for sample, completion in enumerate(group):
