@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 # What `turned_product` pays for, measured on CPUs (docs/performance.md): rows, and elements of a matrix
-FEW_ROWS, LARGE = 64, 2**20
+FEW_ROWS, LARGE = 64, 2**16
 
 
 def product(x, w):
