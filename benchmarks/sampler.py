@@ -177,13 +177,13 @@ def machine_limits(config, clock) -> dict:
     import jax.numpy as jnp
 
     from jaxrl.rollout.sampling import draw
-    from models.cpu import LARGE, turned_product
+    from models.cpu import LARGE, transposed_product
 
     D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     N, K = config.num_heads, config.num_kv_heads
     x = lambda n: jnp.ones((BATCH, n), jnp.float32)  # noqa: E731
     w = lambda m, n: jnp.full((m, n), 0.01, jnp.float32)  # noqa: E731
-    product, turned, copy = jax.jit(jnp.matmul), jax.jit(turned_product), jax.jit(lambda a: a + 1.0)
+    product, transposed, copy = jax.jit(jnp.matmul), jax.jit(transposed_product), jax.jit(lambda a: a + 1.0)
 
     def seconds(f, *args):
         jax.block_until_ready(f(*args))
@@ -196,7 +196,7 @@ def machine_limits(config, clock) -> dict:
         return best
 
     def matmul(m, n):  # in the form of the sampler's own layout
-        return seconds(turned, x(m), w(n, m)) if m * n >= LARGE else seconds(product, x(m), w(m, n))
+        return seconds(transposed, x(m), w(n, m)) if m * n >= LARGE else seconds(product, x(m), w(m, n))
 
     layer = sum(matmul(m, n) for m, n in ((D, (N + 2 * K) * H), (N * H, D), (D, 2 * F), (F, D)))
     block = jnp.ones((1 << 22,), jnp.float32)

@@ -1,6 +1,6 @@
 """Workarounds that make XLA's CPU code fast; everywhere else the plain form is used.
 
-Each computes the same as the line it stands for: `product(x, w)` is x @ w, `turned_product(x, w.T)` is too, and
+Each computes the same as the line it stands for: `product(x, w)` is x @ w, `transposed_product(x, w.T)` is too, and
 `apply_rope` is the decoder's.
 Keys in blocks, for the same reason, are in models/attention.py beside the cache's other forms.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# What `turned_product` pays for, measured on CPUs (docs/performance.md): rows, and elements of a matrix
+# What `transposed_product` pays for, measured on CPUs (docs/performance.md): rows, and elements of a matrix
 FEW_ROWS, LARGE = 64, 2**16
 
 
@@ -29,19 +29,20 @@ def product(x, w):
     return _written_out(x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
 
 
-def turned_product(x, w):
+def transposed_product(x, w):
     """x [..., D] times the transpose of w [F, D], on a single device.
 
     XLA's CPU kernels rearrange ("pack") the right side before they multiply. With few rows on the left, packing
     x @ w takes as long as the product, or longer: so w goes to the left, x to the right, and the result is turned. The
-    barrier keeps XLA from turning what comes after it instead. With many rows, both sides take the same time.
+    barrier keeps XLA from turning what comes after it instead. With many rows, both sides take the same time; one row
+    gains nothing.
     """
     flat = x.reshape(-1, x.shape[-1])
     by_columns = ((1,), (1,)), ((), ())
-    if len(flat) > FEW_ROWS:
-        y = lax.dot_general(flat, w, by_columns)
-    else:
+    if 1 < len(flat) <= FEW_ROWS:
         y = lax.optimization_barrier(lax.dot_general(w, flat, by_columns)).T
+    else:
+        y = lax.dot_general(flat, w, by_columns)
     return y.reshape(*x.shape[:-1], len(w))
 
 

@@ -27,7 +27,7 @@ from models.config import DecoderConfig, LayerKind
 from models.layout import quantise
 from models.pages import Pages, Place, attend_pages
 from models.rope import rope_frequencies
-from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, TURNED, find, set_path, weights, whole_shape
+from models.table import BIAS, LORA_A, LORA_B, NORM, SCALE, TRANSPOSED, find, set_path, weights, whole_shape
 
 AUXILIARY = "auxiliary"  # Flax collection of what layers return besides their output
 
@@ -111,17 +111,17 @@ def rms_norm(x, scale, config: DecoderConfig):
     return (y * (1 + scale if config.norm_offset else scale)).astype(x.dtype)
 
 
-class Turned(NamedTuple):
+class Transposed(NamedTuple):
     """A matrix [D, F] as its transpose [F, D]."""
 
     array: Any
 
 
 def linear(x, w, narrow: bool = False):
-    """x [..., D] times w [D, F], or times an int8 w with its float32 scales [F], or a turned one (see models.layout).
-    narrow: both are rounded to bfloat16 first."""
-    if isinstance(w, Turned):
-        return cpu.turned_product(x, w.array).astype(x.dtype)
+    """x [..., D] times w [D, F], or times an int8 w with its float32 scales [F], or a `Transposed` one (see
+    models.layout). narrow: both are rounded to bfloat16 first."""
+    if isinstance(w, Transposed):
+        return cpu.transposed_product(x, w.array).astype(x.dtype)
     product = cpu.narrow_product if narrow else cpu.product
     if isinstance(w, tuple):
         y = product(x, w[0].astype(x.dtype))
@@ -153,8 +153,8 @@ class Part(nn.Module):
 
     def weight(self, name: str):
         """Parameter `name` in the compute dtype; of an int8 matrix the pair (int8, float32 scales)."""
-        if self.has_variable("params", name + TURNED):
-            return Turned(self.get_variable("params", name + TURNED).astype(self.dtype))
+        if self.has_variable("params", name + TRANSPOSED):
+            return Transposed(self.get_variable("params", name + TRANSPOSED).astype(self.dtype))
         w = self.raw(name)
         return (w, self.get_variable("params", name + SCALE)) if w.dtype == jnp.int8 else w.astype(self.dtype)
 
@@ -166,7 +166,7 @@ class Part(nn.Module):
         """x times each of these matrices, plus its bias if it has one; one product where they are fused."""
         rows = [find(self.config, self.name, name) for name in names]
         fused = rows[0].fused
-        if fused and any(self.has_variable("params", fused + form) for form in ("", TURNED)):
+        if fused and any(self.has_variable("params", fused + form) for form in ("", TRANSPOSED)):
             y = linear(x, self.weight(fused), self.config.narrow)
             if self.has(f"{names[0]}_bias"):
                 y += self.weight(f"{fused}_bias")
@@ -424,8 +424,8 @@ def logits(params, hidden, narrow: bool = False):
     """float32 [..., V] next-token logits of hidden [..., D]. narrow: see DecoderConfig."""
     hidden = hidden.astype(jnp.bfloat16) if narrow else hidden
     own = params.get("lm_head", {})
-    if "kernel" + TURNED in own:
-        return cpu.turned_product(hidden, own["kernel" + TURNED].astype(hidden.dtype)).astype(jnp.float32)
+    if "kernel" + TRANSPOSED in own:
+        return cpu.transposed_product(hidden, own["kernel" + TRANSPOSED].astype(hidden.dtype)).astype(jnp.float32)
     head = head_matrix(params).astype(hidden.dtype)
     z = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     scale = own.get("kernel_scale")

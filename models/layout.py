@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from models.config import DecoderConfig
-from models.table import LORA_A, LORA_B, MATRIX, SCALE, TURNED, Weight, get_path, set_path, weights
+from models.table import LORA_A, LORA_B, MATRIX, SCALE, TRANSPOSED, Weight, get_path, set_path, weights
 
 HEAD = ("lm_head", "kernel")
 
@@ -22,8 +22,9 @@ def quantise(x, axis: int = -2):
 
 
 def sampling_layout(
-    params, config: DecoderConfig, dtype, fuse: bool = True, *, untie: bool = False, int8: bool = False, turn: int = 0
-):
+    params, config: DecoderConfig, dtype, fuse: bool = True, *, untie: bool = False, int8: bool = False,
+    transpose_from: int = 0,
+):  # fmt: skip
     """The same weights, unrolled by layer, cast once, with those of one `fused` name in the table side by side.
 
     Unrolled, because a scanned decode step would copy every layer's cache in and out of the scan; fused,
@@ -32,8 +33,8 @@ def sampling_layout(
 
     untie: give tied embeddings a head of their own, [D, V]; a CPU multiplies by a transposed matrix slowly.
     int8: matrices of the layers and a head of its own become int8, with `*_scale` beside them (see `quantise`).
-    turn: matrices of so many elements or more are stored transposed, as `*_turned` (see models.cpu.turned_product); 0:
-    none, and none of int8.
+    transpose_from: matrices of so many elements or more, but no int8 ones, are stored transposed, as `*_transposed`
+    (see models.cpu.transposed_product); 0: none.
 
     Returns: params for Decoder(config, dtype, scan_layers=False).
     """
@@ -45,12 +46,12 @@ def sampling_layout(
         kept = jnp.bfloat16 if config.narrow and matrix else dtype
         arrays = arrays if small else [a.astype(kept) for a in arrays]
         w = jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
-        turned = matrix and not small and 0 < turn <= w.size
-        w = w.T if turned != as_embedding else w
+        transposed = matrix and not small and 0 < transpose_from <= w.size
+        w = w.T if transposed != as_embedding else w
         if small:
             w, scale = quantise(w)
             set_path(out, (*path[:-1], path[-1] + SCALE), scale)
-        set_path(out, (*path[:-1], path[-1] + TURNED) if turned else path, w)
+        set_path(out, (*path[:-1], path[-1] + TRANSPOSED) if transposed else path, w)
     return out
 
 

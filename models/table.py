@@ -22,7 +22,7 @@ ROUTER, EXPERTS = "router", "experts"
 LINEAR = (MATRIX, ROUTER, EXPERTS)  # multiplied from the right, transposed in the file, have FLOPs, decay
 # what may stand beside a matrix, as NAME + suffix: float32 scales of an int8 one, low-rank adapters (models/lora.py)
 SCALE, LORA_A, LORA_B = "_scale", "_lora_a", "_lora_b"
-TURNED = "_turned"  # NAME + suffix instead of the matrix: the transposed one, in the sampling layout of a CPU
+TRANSPOSED = "_transposed"  # NAME + suffix instead of the matrix: the transposed one, in the sampling layout of a CPU
 # letter -> logical axis; what an axis means on a mesh is said in jaxrl/runtime/mesh.py
 _AXES = {"D": "embed", "Q": "heads", "K": "kv_heads", "H": "norm", "F": "mlp", "V": "vocab", "R": None, "E": "expert",
          "M": "expert_mlp"}  # fmt: skip

@@ -111,11 +111,11 @@ class Engine:
             sizes |= dict(page=pages, tokens=cache_tokens, implementation=how, local=local_window(config))
         self.cache: KVCache = (PagedCache if pages else DenseCache)(self.runner, **sizes)
         fused = placement.fused if placement else True
-        how = dict(untie=spec.platform == "cpu", int8=weights == "int8")
-        if spec.platform == "cpu" and not placement and dtype == jnp.float32 and not config.narrow:
-            how["turn"] = LARGE
+        on_cpu = spec.platform == "cpu"
+        alone = on_cpu and not placement and dtype == jnp.float32 and not config.narrow
+        form = dict(untie=on_cpu, int8=weights == "int8", transpose_from=LARGE if alone else 0)
         self._layout = jax.jit(
-            lambda p: sampling_layout(p, config, dtype, fused, **how),
+            lambda p: sampling_layout(p, config, dtype, fused, **form),
             out_shardings=placement.cast_where_they_lie(config) if placement else None,
         )
         self.stats = Stats()

@@ -123,3 +123,10 @@ def test_what_runs_on_a_platform(name, platform, chosen):
 def test_what_does_not_run_on_a_platform(name, platform):
     with pytest.raises(ValueError, match=rf"^'{name}' does not run on {platform}: choose auto, .*xla$"):
         resolve_implementation(name, platform)
+
+
+def test_triton_refuses_more_elements_than_it_can_count():
+    shape = (2**11, 2**10)
+    x, ids = jax.ShapeDtypeStruct((*shape, 8, 128), "bfloat16"), jax.ShapeDtypeStruct(shape, "int32")
+    with pytest.raises(ValueError, match="2,147,483,648 elements of queries on a device"):
+        jax.eval_shape(lambda q, ids: attend_packed(q, q, q, ids, "triton"), x, ids)

@@ -252,9 +252,9 @@ def test_sampling_layout_agrees(family):
     expected = forward(Decoder(config), params, tokens)
     largest = max(1.0, np.abs(expected).max())  # Gemma's scaled embeddings make larger logits
     assert np.abs(forward(*in_form("fused", config, params), tokens) - expected).max() < 1e-5 * largest
-    turned = sampling_layout(params, config, jnp.float32, untie=True, turn=256)  # the form of a CPU
-    assert {"o", "o_turned"} & set(turned["layer_0"]["attn"]) == {"o_turned"} and "kernel_turned" in turned["lm_head"]
-    assert np.abs(forward(Decoder(config, scan_layers=False), turned, tokens) - expected).max() < 1e-5 * largest
+    transposed = sampling_layout(params, config, jnp.float32, untie=True, transpose_from=256)  # the form of a CPU
+    assert "o_transposed" in transposed["layer_0"]["attn"] and "kernel_transposed" in transposed["lm_head"]
+    assert np.abs(forward(Decoder(config, scan_layers=False), transposed, tokens) - expected).max() < 1e-5 * largest
 
 
 def test_only_relative_position_matters(family):
@@ -385,8 +385,8 @@ def test_gradients_are_written_out_on_a_cpu_only():
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (3, 2, 24), (cpu.FEW_ROWS + 1, 24)])
-def test_a_turned_product_is_the_product(shape):
+def test_a_transposed_product_is_the_product(shape):
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=shape), rng.normal(size=(24, 40))
-    got = jax.jit(cpu.turned_product)(jnp.asarray(x, jnp.float32), jnp.asarray(w.T, jnp.float32))
+    got = jax.jit(cpu.transposed_product)(jnp.asarray(x, jnp.float32), jnp.asarray(w.T, jnp.float32))
     np.testing.assert_allclose(got, x @ w, atol=1e-5)

@@ -44,7 +44,7 @@ def test_large_matrices_are_stored_transposed_on_one_cpu_in_float32(monkeypatch)
     monkeypatch.setattr("jaxrl.rollout.engine.LARGE", 512)
     sampler = tiny.sampler(chunk=8, window=32)
     params = sampler.layout(tiny.params())
-    assert set(params["lm_head"]) == {"kernel_turned"} and "gate_up_turned" in params["layer_0"]["mlp"]
+    assert set(params["lm_head"]) == {"kernel_transposed"} and "gate_up_transposed" in params["layer_0"]["mlp"]
     for got, expected in zip(sampler.generate(params, tiny.requests(), seed=11), baseline(), strict=True):
         for one, other in zip(got, expected, strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
